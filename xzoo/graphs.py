@@ -53,7 +53,7 @@ def sample(kind: str, n_in: int, n_out: int, degree: int, share: int = 1, seed: 
     Raises: GraphError where the arguments admit no such graph, or where `MAX_DRAWS` draws of
         `ramanujan` all missed the bound.
     """
-    _check(kind, n_in, n_out, degree, share, seed)
+    check(kind, n_in, n_out, degree, share, seed)
     neighbours = _DRAW[kind](_Words(seed), n_in, n_out // share, degree)
     return np.ascontiguousarray(neighbours, dtype=np.int32)
 
@@ -265,7 +265,8 @@ def _dense(neighbours: NDArray[Any], n_in: int) -> NDArray[np.bool_]:
     return matrix
 
 
-def _check(kind: str, n_in: int, n_out: int, degree: int, share: int, seed: int) -> None:
+def check(kind: str, n_in: int, n_out: int, degree: int, share: int, seed: int) -> None:
+    """Raise GraphError where `sample` would, but for what only drawing can tell of a `ramanujan` graph."""
     if kind not in KINDS:
         raise GraphError(f"graph={kind!r} is not a kind of graph; use one of {', '.join(KINDS)}")
     sizes = {"n_in": n_in, "n_out": n_out, "degree": degree, "share": share, "seed": seed}

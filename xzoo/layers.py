@@ -1,0 +1,193 @@
+"""X-layers: a convolution and a linear layer that store only the weights they have.
+
+Both take the arguments of their dense namesakes in nn, in the same order, and the graph by keyword:
+
+    ExpanderConv2d(256, 512, kernel_size=3, padding=1, degree=32)
+    ExpanderLinear(512, 512, degree=64, share=4, graph="ramanujan", seed=1)
+
+A layer's function is its state dict: weights mean nothing on another graph, so `neighbours` is a
+persistent buffer, is checked whenever it is loaded, and may never be absent beside `weight`.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import graphs, ops
+from .errors import GraphError, ModelError
+
+
+class _Expander(nn.Module):
+    """What both layers have in common: parameters, graph, initial values and the checks of a load."""
+
+    weight: Tensor
+    bias: Tensor | None
+    neighbours: Tensor
+
+    def _set_graph(
+        self, n_in: int, n_out: int, degree: int | None, alias: int | None, share: int, graph: str, seed: int
+    ) -> None:
+        if (degree is None) == (alias is None):
+            raise GraphError(
+                f"degree={degree}, expandSize={alias}: give one of them, the number of inputs that each output reads"
+            )
+        self.degree = degree if alias is None else alias
+        self.share, self.graph, self.seed = share, graph, seed
+        graphs.check(graph, n_in, n_out, self.degree, share, seed)
+        self._n_in, self._n_out = n_in, n_out
+        self._sizes_wanted = f"{type(self).__name__} of {n_in} inputs: x has another number of them"
+
+    def _store(self, kernel_size: tuple[int, ...], bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        self.weight = nn.Parameter(torch.empty(self._n_out, self.degree, *kernel_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self._n_out, device=device, dtype=dtype)) if bias else None
+        # A buffer, so that no optimizer moves it and no count of parameters includes it.
+        shape = (self._n_out // self.share, self.degree)
+        self.register_buffer("neighbours", torch.empty(shape, dtype=torch.int32, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the graph of (graph, seed) anew, and weight and bias as nn.Conv2d and nn.Linear would at this fan-in.
+
+        Uniform between -b and b, b = 1 / sqrt(fan-in), fan-in = degree * kernel height * kernel width.
+        """
+        if self.neighbours.is_meta:  # nothing to fill, and drawing a large graph takes a second
+            return
+        rows = graphs.sample(self.graph, self._n_in, self._n_out, self.degree, self.share, self.seed)
+        with torch.no_grad():
+            self.neighbours.copy_(torch.from_numpy(rows))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        key = f"{prefix}neighbours"
+        neighbours = state_dict.get(key)
+        try:
+            if neighbours is None and f"{prefix}weight" in state_dict:
+                raise GraphError("missing, and the weights beside it mean nothing on another graph; use the whole file")
+            if neighbours is not None and not neighbours.is_meta:
+                graphs.validate(neighbours.numpy(force=True), self._n_in)
+                # A file may hold a narrower type, which assign=True would keep.
+                state_dict[key] = neighbours.to(torch.int32)
+        except GraphError as error:  # collected: load_state_dict raises them in every mode, as it does wrong sizes
+            errors.append(f"{key}: {error}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _graph_repr(self) -> str:
+        return f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
+
+
+class ExpanderConv2d(_Expander):
+    """2-D convolution in which each output channel reads `degree` input channels.
+
+    Shape: x [B, C_in, H, W] -> [B, C_out, H', W'], sizes as nn.Conv2d's. Holds weight [C_out, degree, kh, kw],
+    bias [C_out] or None, neighbours [C_out / share, degree] int32.
+
+    Args:
+        in_channels ... dtype: nn.Conv2d's own, but `groups` must be 1.
+        degree: input channels that each output reads; `expandSize` is the authors' word for it.
+        share: consecutive outputs that read the same inputs; divides out_channels. 1 is the paper's layer.
+        graph: kind of graph, one of xzoo.graphs.KINDS.
+        seed: of the graph. (Weights come from torch's generator, as everywhere in torch.)
+
+    Raises: GraphError where no such graph exists; ModelError for other groups; what nn.Conv2d raises.
+    Source: Prabhu et al., "Deep Expander Networks", ECCV 2018.
+    """
+
+    groups = 1  # asked for by code that inspects convolutions
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        degree: int | None = None,
+        share: int = 1,
+        graph: str = "biregular",
+        seed: int = 0,
+        expandSize: int | None = None,  # noqa: N803
+    ):
+        super().__init__()
+        if groups != 1:
+            raise ModelError(
+                f"groups={groups}: a graph takes the place of groups; use groups=1, and for a group convolution "
+                f"graph='group' with degree={max(1, in_channels // max(1, groups))}"
+            )
+        # nn.Conv2d knows which arguments make sense and brings them into one form.
+        dense = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta"
+        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        self.padding, self.padding_mode = dense.padding, padding_mode
+        self._set_graph(in_channels, out_channels, degree, expandSize, share, graph, seed)
+        # Padding that the convolution itself cannot do goes before it.
+        left, right, top, bottom = dense._reversed_padding_repeated_twice
+        before = padding_mode != "zeros" or left != right or top != bottom
+        self._pad = [left, right, top, bottom] if before else None
+        self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
+        self._conv_padding = (0, 0) if before else (top, left)
+        self._store(dense.kernel_size, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[1] == self.in_channels, self._sizes_wanted)
+        if self._pad is not None:
+            x = F.pad(x, self._pad, self._pad_mode)
+        return ops.conv2d(x, self.weight, self.neighbours, self.bias, self.stride, self._conv_padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self.padding != (0, 0):
+            text += f", padding={self.padding!r}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return f"{text}, bias={self.bias is not None}, {self._graph_repr()}"
+
+
+class ExpanderLinear(_Expander):
+    """y = x W^T + b in which each output reads `degree` inputs.
+
+    Shape: x [..., in] -> [..., out]. Holds weight [out, degree], bias [out] or None, neighbours [out / share, degree]
+    int32. The arguments are nn.Linear's, then those of the graph as in ExpanderConv2d; so are the errors.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        degree: int | None = None,
+        share: int = 1,
+        graph: str = "biregular",
+        seed: int = 0,
+        expandSize: int | None = None,  # noqa: N803
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._set_graph(in_features, out_features, degree, expandSize, share, graph, seed)
+        self._store((), bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[-1] == self.in_features, self._sizes_wanted)
+        return ops.linear(x, self.weight, self.neighbours, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._graph_repr()}"

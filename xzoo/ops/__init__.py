@@ -1,0 +1,241 @@
+"""The two operations of an X-layer, differentiable, and the choice of a backend: the only door to them.
+
+    conv2d(x [B, C_in, H, W], weight [C_out, degree, kh, kw], neighbours [C_out / share, degree], ...)
+    linear(x [..., in],       weight [out, degree],           neighbours [out / share, degree], ...)
+
+What is right is defined by `dense`. A backend is a module with six functions (each operation, its input
+gradient, its weight gradient) and a row in `_BACKENDS`; it only computes. The operations are registered
+with torch (`torch.ops.xzoo.*`), so that one node stands for them under torch.compile and torch.export,
+and torch.fx records a call of the functions here; which backend runs is decided when the node runs.
+TorchScript and ONNX know neither and get the `dense` form.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.flop_counter import register_flop_formula
+
+from ..errors import XzooError
+from . import dense, gather
+from .auto import choose
+
+__all__ = ["available", "backend", "conv2d", "linear"]
+
+_BACKENDS: dict[str, ModuleType] = {"dense": dense, "gather": gather}
+
+# A plain module variable: torch.compile guards on it, and the backward pass, which may run in another
+# thread, is told what the forward pass used.
+_forced = os.environ.get("XZOO_BACKEND", "auto")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use one backend for everything inside: `with xzoo.ops.backend("dense"): ...`.
+
+    `name` is one of `available()` or "auto"; the environment variable XZOO_BACKEND does the same for a
+    process. A graph made by torch.export keeps what was set while it was made. Raises XzooError for
+    other names.
+    """
+    global _forced
+    if name != "auto":
+        _known(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def available() -> tuple[str, ...]:
+    """The backends that can run on this machine."""
+    return tuple(_BACKENDS)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """2-D convolution in which output o reads the inputs neighbours[o // share] (torch's F.conv2d otherwise).
+
+    Args:
+        x: [B, C_in, H, W], floating point; B may be 0.
+        weight: [C_out, degree, kh, kw], of x's dtype (under autocast: any floating dtype).
+        neighbours: [C_out / share, degree], integers from 0 to C_in - 1.
+        bias: [C_out] or None.
+        stride, padding, dilation: two integers each, for H and W.
+
+    Returns: [B, C_out, H', W'], channels_last where x is (and not contiguous as well), else contiguous.
+    """
+    if torch.jit.is_scripting():
+        return dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation)
+    if has_torch_function((x, weight)):  # torch.fx: a leaf
+        args = (x, weight, neighbours, bias, stride, padding, dilation)
+        return handle_torch_function(conv2d, (x, weight), *args)
+    x, weight, bias = _autocast(x, weight, bias)
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation)
+    if _needs_grad(x, weight, bias):
+        return _Conv2d.apply(x, weight, neighbours, bias, stride, padding, dilation, _forced)
+    return torch.ops.xzoo.conv2d(x, weight, neighbours, bias, stride, padding, dilation, _forced)
+
+
+def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T + bias, where row o of W has its weights at the inputs neighbours[o // share].
+
+    Args:
+        x: [..., in], floating point; any leading size may be 0.
+        weight: [out, degree], of x's dtype (under autocast: any floating dtype).
+        neighbours: [out / share, degree], integers from 0 to in - 1.
+        bias: [out] or None.
+
+    Returns: [..., out], contiguous.
+    """
+    if torch.jit.is_scripting():
+        shape = list(x.shape)[:-1] + [weight.shape[0]]
+        return dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias).reshape(shape)
+    if has_torch_function((x, weight)):
+        return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        y = dense.linear(rows, weight, neighbours, bias)
+    elif _needs_grad(x, weight, bias):
+        y = _Linear.apply(rows, weight, neighbours, bias, _forced)
+    else:
+        y = torch.ops.xzoo.linear(rows, weight, neighbours, bias, _forced)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class _Conv2d(torch.autograd.Function):
+    # An autograd.Function over the registered operations: 24 us less for each call of a layer than
+    # torch.library.register_autograd (torch 2.15, Zen 4).
+    @staticmethod
+    def forward(ctx, x, weight, neighbours, bias, stride, padding, dilation, backend):
+        ctx.save_for_backward(x, weight, neighbours)
+        ctx.args = (stride, padding, dilation, backend)
+        return torch.ops.xzoo.conv2d(x, weight, neighbours, bias, stride, padding, dilation, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, neighbours = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.xzoo.conv2d_input_grad(grad, x, weight, neighbours, *ctx.args)
+        if ctx.needs_input_grad[1]:
+            dw = torch.ops.xzoo.conv2d_weight_grad(grad, x, weight, neighbours, *ctx.args)
+        if ctx.needs_input_grad[3]:
+            db = grad.sum((0, 2, 3))
+        return dx, dw, None, db, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, neighbours, bias, backend):
+        ctx.save_for_backward(x, weight, neighbours)
+        ctx.backend = backend
+        return torch.ops.xzoo.linear(x, weight, neighbours, bias, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, neighbours = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.xzoo.linear_input_grad(grad, x, weight, neighbours, ctx.backend)
+        if ctx.needs_input_grad[1]:
+            dw = torch.ops.xzoo.linear_weight_grad(grad, x, weight, neighbours, ctx.backend)
+        if ctx.needs_input_grad[3]:
+            db = grad.sum(0)
+        return dx, dw, None, db, None
+
+
+# The registered operations. A gradient takes the tensor x or weight even where only its shape matters:
+# that keeps one signature, and a fake tensor then knows the layout of the result.
+
+_LIBRARY = torch.library.Library("xzoo", "DEF")
+_TENSORS = {
+    "": "Tensor x, Tensor weight, Tensor neighbours, Tensor? bias",
+    "_input_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
+    "_weight_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
+}
+_GEOMETRY = {"conv2d": "SymInt[] stride, SymInt[] padding, SymInt[] dilation, ", "linear": ""}
+
+
+def _register(operation: str, part: str) -> None:
+    name = operation + part
+
+    def run(*args):
+        *tensors, backend = args
+        x, weight, neighbours = tensors[:3] if not part else tensors[1:4]
+        if backend == "auto":
+            backend = choose(operation, x, weight, neighbours)
+        y = getattr(_known(backend), name)(*tensors)
+        return y.contiguous(memory_format=_format(weight if part == "_weight_grad" else x))
+
+    def fake(*args):
+        x, weight = args[:2] if not part else args[1:3]
+        like = weight if part == "_weight_grad" else x
+        shape = like.shape if part else _output_shape(x, weight, *args[4:-1])
+        return like.new_empty(shape).contiguous(memory_format=_format(like))
+
+    def flops(*args, out_shape=None, **kwargs):
+        """One multiply and one add for each weight and output position, in each of the three products."""
+        y, weight = (args[0], args[2]) if part else (out_shape, args[1])
+        return 2 * math.prod(weight) * y[0] * math.prod(y[2:])
+
+    _LIBRARY.define(f"{name}({_TENSORS[part]}, {_GEOMETRY[operation]}str backend) -> Tensor")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"xzoo::{name}", fake, lib=_LIBRARY)
+    # torch's FLOP counter then reports what an X-layer needs, not what its dense fallback does.
+    register_flop_formula(getattr(torch.ops.xzoo, name))(flops)
+
+
+for _operation in _GEOMETRY:
+    for _part in _TENSORS:
+        _register(_operation, _part)
+
+
+def _output_shape(x, weight, *geometry):
+    size = [
+        (x.shape[i + 2] + 2 * padding - dilation * (weight.shape[i + 2] - 1) - 1) // stride + 1
+        for i, (stride, padding, dilation) in enumerate(zip(*geometry, strict=True))
+    ]
+    return [x.shape[0], weight.shape[0], *size]
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _known(name: str) -> ModuleType:
+    if name not in _BACKENDS:
+        raise XzooError(f"backend {name!r} is not one of auto, {', '.join(_BACKENDS)}")
+    return _BACKENDS[name]
+
+
+def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    some = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return some and torch.is_grad_enabled()
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The casts that torch.autocast does for F.conv2d and F.linear: all to its dtype, unless x is float64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,58 @@
+"""Each block's inputs side by side, then one grouped operation of the library.
+
+Copies the input degree * blocks / n_in times, so it pays where `share` is large. Keeps NaN to the
+outputs that are connected to it. The input gradient adds into channels in order on the CPU; on a GPU
+`index_add` adds in any order unless torch.use_deterministic_algorithms is on.
+"""
+
+import torch.nn.functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
+    gathered = x.index_select(1, neighbours.flatten())  # [B, blocks * degree, H, W]
+    return F.conv2d(gathered, weight, bias, stride, padding, dilation, groups=len(neighbours))
+
+
+def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
+    shape = [x.shape[0], neighbours.numel(), *x.shape[2:]]
+    gathered = conv2d_input(shape, weight, grad, stride, padding, dilation, groups=len(neighbours))
+    return grad.new_zeros(x.shape).index_add(1, neighbours.flatten(), gathered)
+
+
+def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
+    gathered = x.index_select(1, neighbours.flatten())
+    return conv2d_weight(gathered, weight.shape, grad, stride, padding, dilation, groups=len(neighbours))
+
+
+def linear(x, weight, neighbours, bias):
+    # [blocks, B, degree] @ [blocks, degree, share] -> [blocks, B, share]
+    y = _rows(x, neighbours) @ _blocks(weight, neighbours).transpose(1, 2)
+    y = y.transpose(0, 1).reshape(len(x), len(weight))
+    return y if bias is None else y + bias
+
+
+def linear_input_grad(grad, x, weight, neighbours):
+    rows = _outputs(grad, neighbours) @ _blocks(weight, neighbours)  # [blocks, B, degree]
+    columns = rows.transpose(0, 1).reshape(len(grad), neighbours.numel())
+    return grad.new_zeros(x.shape).index_add(1, neighbours.flatten(), columns)
+
+
+def linear_weight_grad(grad, x, weight, neighbours):
+    blocks = _outputs(grad, neighbours).transpose(1, 2) @ _rows(x, neighbours)  # [blocks, share, degree]
+    return blocks.reshape(weight.shape)
+
+
+def _rows(x, neighbours):
+    """The inputs of each block: [blocks, B, degree]."""
+    return x.index_select(1, neighbours.flatten()).unflatten(1, neighbours.shape).transpose(0, 1)
+
+
+def _outputs(grad, neighbours):
+    """The outputs of each block: [blocks, B, share]."""
+    return grad.unflatten(1, (len(neighbours), grad.shape[1] // len(neighbours))).transpose(0, 1)
+
+
+def _blocks(weight, neighbours):
+    """The weights of each block: [blocks, share, degree]."""
+    return weight.unflatten(0, (len(neighbours), len(weight) // len(neighbours)))
