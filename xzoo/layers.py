@@ -38,7 +38,6 @@ class _Expander(nn.Module):
         self.share, self.graph, self.seed = share, graph, seed
         graphs.check(graph, n_in, n_out, self.degree, share, seed)
         self._n_in, self._n_out = n_in, n_out
-        self._sizes_wanted = f"{type(self).__name__} of {n_in} inputs: x has another number of them"
 
     def _store(self, kernel_size: tuple[int, ...], bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         self.weight = nn.Parameter(torch.empty(self._n_out, self.degree, *kernel_size, device=device, dtype=dtype))
@@ -68,14 +67,24 @@ class _Expander(nn.Module):
         try:
             if neighbours is None and f"{prefix}weight" in state_dict:
                 raise GraphError("missing, and the weights beside it mean nothing on another graph; use the whole file")
-            if neighbours is not None and not neighbours.is_meta:
-                graphs.validate(neighbours.numpy(force=True), self._n_in)
+            if isinstance(neighbours, Tensor) and not neighbours.is_meta:
+                self._check_graph(neighbours)
                 # A file may hold a narrower type, which assign=True would keep.
                 state_dict[key] = neighbours.to(torch.int32)
         except GraphError as error:  # collected: load_state_dict raises them in every mode, as it does wrong sizes
             errors.append(f"{key}: {error}")
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _check_graph(self, neighbours: Tensor) -> None:
+        if neighbours.shape != self.neighbours.shape:
+            raise GraphError(
+                f"has shape {list(neighbours.shape)}; this layer needs {list(self.neighbours.shape)}: build it with "
+                "the degree and share of the file"
+            )
+        if neighbours.is_floating_point():  # numpy knows no bfloat16
+            raise GraphError(f"has dtype {neighbours.dtype}; a graph is integers, and a cast may have changed them")
+        graphs.validate(neighbours.numpy(force=True), self._n_in)
 
     def _graph_repr(self) -> str:
         return f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
@@ -126,6 +135,7 @@ class ExpanderConv2d(_Expander):
                 f"groups={groups}: a graph takes the place of groups; use groups=1, and for a group convolution "
                 f"graph='group' with degree={max(1, in_channels // max(1, groups))}"
             )
+        self._set_graph(in_channels, out_channels, degree, expandSize, share, graph, seed)
         # nn.Conv2d knows which arguments make sense and brings them into one form.
         dense = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta"
@@ -133,13 +143,13 @@ class ExpanderConv2d(_Expander):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.padding_mode = dense.padding, padding_mode
-        self._set_graph(in_channels, out_channels, degree, expandSize, share, graph, seed)
         # Padding that the convolution itself cannot do goes before it.
         left, right, top, bottom = dense._reversed_padding_repeated_twice
         before = padding_mode != "zeros" or left != right or top != bottom
         self._pad = [left, right, top, bottom] if before else None
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
         self._conv_padding = (0, 0) if before else (top, left)
+        self._sizes_wanted = f"ExpanderConv2d of {in_channels} inputs: x is not [B, {in_channels}, H, W]"
         self._store(dense.kernel_size, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,6 +193,7 @@ class ExpanderLinear(_Expander):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._set_graph(in_features, out_features, degree, expandSize, share, graph, seed)
+        self._sizes_wanted = f"ExpanderLinear of {in_features} inputs: x is not [..., {in_features}]"
         self._store((), bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""A model as a folder in timm's Hub format: config.json and model.safetensors.
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it after `import xzoo`, and so does the Hub
+once it is uploaded. What timm has no place for (how the graph was drawn, what it was trained on) is in a
+block "xzoo" beside timm's own keys, which timm passes over.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from xzoo.errors import ModelError, XzooError
+from xzoo.models import create_model
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save(
+    model: nn.Module,
+    folder: Path | str,
+    label_names: Sequence[str],
+    data_config: Mapping[str, Any] | None = None,
+    block: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the folder, all at once: it is made beside its place and moved there.
+
+    Args:
+        model: built by a registered name (timm.create_model), so that it can be rebuilt from its arguments.
+        label_names: a name for each class, in the order of the outputs.
+        data_config: how images are prepared for it, as of `timm.data.resolve_model_data_config`.
+        block: what else to remember; JSON values.
+    Raises: ModelError if there is not one name for each class; XzooError if it cannot be written.
+    """
+    folder = Path(folder)
+    if len(label_names) != model.num_classes:
+        raise ModelError(f"{len(label_names)} label names for a model of {model.num_classes} classes")
+    # How X-layers are drawn: whatever of it is in the arguments that rebuild the model.
+    drawn = {k: v for k, v in model._model_args.items() if k in ("graph", "share", "spatial_share", "seed", "compression")}
+    config = {"label_names": list(label_names), "xzoo": drawn | dict(block or {})}
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        save_for_hf(model, str(draft), model_config=config, safe_serialization=True, data_config=_plain(data_config))
+        # Written again, because a model in channels_last has tensors that safetensors refuses or reorders.
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, draft / WEIGHTS)
+        written = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
+        # transformers' wrapper passes num_classes itself, and Python refuses it twice; timm reads the top level.
+        written.get("model_args", {}).pop("num_classes", None)
+        (draft / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        _replace(draft, folder)
+    except OSError as error:
+        raise XzooError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The model of a folder, in eval mode, with its weights; every one of them must be there and fit.
+
+    Its label names and the preparation of images are in its `pretrained_cfg`.
+    Raises: ModelError that names the folder and what does not fit.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is no model folder: it has no {name}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+        model = create_model(f"local-dir:{folder}", pretrained=False)
+        weights = load_file(folder / WEIGHTS)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, XzooError):
+            raise
+        raise ModelError(f"{folder} is no model folder that can be read: {_first_line(error)}") from error
+    _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
+    names = model.pretrained_cfg.get("label_names")
+    if names is not None and len(names) != model.num_classes:
+        raise ModelError(f"{folder / CONFIG}: {len(names)} label names for {model.num_classes} classes")
+    return model.eval()
+
+
+def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """Strictly, since timm drops a head of another size in silence."""
+    own = model.state_dict()
+    for missing, there in ((own.keys() - weights.keys(), "missing"), (weights.keys() - own.keys(), "unknown")):
+        if missing:
+            raise ModelError(f"{what}: {sorted(missing)[0]} is {there} ({len(missing)} such keys)")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise ModelError(f"{what}: {name} is {list(weights[name].shape)} there and {list(tensor.shape)} in the model")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a graph that is none, found by the layers
+        raise ModelError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _replace(new: Path, place: Path) -> None:
+    """Move a folder to where another may be; folders cannot be exchanged in one step on every system."""
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    if place.exists():
+        place.rename(old)
+    try:
+        new.rename(place)
+    except OSError:
+        with suppress(OSError):
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return dict(config) if config else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

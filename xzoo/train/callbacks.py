@@ -1,0 +1,177 @@
+"""What watches a run: the average of the weights, the clock, and the line that tells how far it is."""
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, WeightAveraging
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from xzoo.errors import ModelError
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of weights and batch statistics; the run validates and saves the average.
+
+    Only floating tensors are averaged, the others are copied: an average of two equal int32 indices is,
+    for many decays, another index (Lightning's own EMAWeightAveraging ruins X-layers' `neighbours` so).
+
+    Args:
+        decay: upper limit. After t steps it is (1 + t) / (10 + t), so the average spans the last ninth of
+            the run so far, however long that is, and never remembers the initialisation.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+            if not averaged[0].is_floating_point():
+                torch._foreach_copy_(averaged, current)
+                return
+            t = int(count)
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + t) / (10 + t)))
+
+        super().__init__(use_buffers=True, multi_avg_fn=average)
+        self._exchanged = False
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._exchanged = not self._exchanged
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Interrupted while validating: a checkpoint written now would hold raw and averaged weights
+        # exchanged. Checkpoint callbacks come last, so this is in time.
+        if self._exchanged:
+            self._swap_models(pl_module)
+
+
+def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> None:
+    """Raise ModelError if a callback of the trainer would average the indices in the module's buffers.
+
+    By class and arguments, not by trial: at some decays (0.99, 0.999) the arithmetic happens to be exact.
+    """
+    indices = [n for n, b in module.named_buffers() if not b.is_floating_point() and not n.endswith("num_batches_tracked")]
+    for callback in getattr(trainer, "callbacks", []):
+        if indices and isinstance(callback, WeightAveraging) and callback._use_buffers and not isinstance(callback, EMA):
+            raise ModelError(
+                f"{type(callback).__name__} with use_buffers=True would average the indices in {indices[0]}; "
+                "use xzoo.train.EMA, or use_buffers=False"
+            )
+
+
+class Clock(Callback):
+    """Training time, kept across resumes; ends the run when its minutes are used up.
+
+    Unlike Trainer(max_time=...), whose stop looks like the end of an epoch to a resumed run, running out is
+    final: `share` is then 1, and so is the schedule's progress.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.minutes = minutes
+        self._before = 0.0  # seconds, of earlier starts of this run
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    @property
+    def share(self) -> float:
+        """Share of the minutes that is used; 0 where there is no limit."""
+        return min(1.0, self.seconds / (60 * self.minutes)) if self.minutes else 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic()
+        self._stop_when_used(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._stop_when_used(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before, self._since = self.seconds, None
+
+    def _stop_when_used(self, trainer: pl.Trainer) -> None:
+        # Processes read their clocks apart: all stop when the first one is through, or they wait for each other.
+        if self.minutes and trainer.strategy.reduce_boolean_decision(self.share >= 1, all=False):
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._before = state_dict["seconds"]
+
+
+class Report(Callback):
+    """Tells how far the run is: a bar with the time left on a terminal, and a line each epoch.
+
+    Lightning's own bars count an epoch's batches; a run that ends by the clock has no number of epochs,
+    and in a log file they print nothing or too much.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._started, self._at, self._told = 0.0, 0.0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._started = self._told = time.monotonic()
+        self._at = pl_module.progress(trainer.global_step)
+        if self.console.is_terminal:
+            columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TextColumn("left"))
+            self._bar = Progress(
+                TextColumn("{task.description}"), *columns, TimeRemainingColumn(), console=self.console, transient=True
+            )
+            self._bar.start()
+            self._bar.add_task("training", total=1.0, completed=self._at)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        progress = pl_module.progress(trainer.global_step)
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=progress)
+        elif time.monotonic() - self._told > 60:  # an epoch may take an hour, and a log shall show life
+            self._line(f"{_epoch(trainer)}  {100 * progress:3.0f} %  {self._left(progress)}")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Here, not at the end of validation: the epoch's own loss is known now.
+        values = trainer.callback_metrics
+        parts = [
+            f"train loss {values['train/loss']:.3f}" if "train/loss" in values else "",
+            f"val loss {values['val/loss']:.3f}  val accuracy {100 * values['val/acc1']:.2f} %"
+            if "val/acc1" in values
+            else "",
+            self._left(pl_module.progress(trainer.global_step)),
+        ]
+        self._line("  ".join([_epoch(trainer), *filter(None, parts)]))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, text: str) -> None:
+        self._told = time.monotonic()
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _left(self, progress: float) -> str:
+        elapsed, done = time.monotonic() - self._started, progress - self._at
+        left = elapsed * (1 - progress) / done if done > 0 else 0.0
+        return f"{_clock(elapsed)} gone, about {_clock(left)} left" if done > 0 else f"{_clock(elapsed)} gone"
+
+
+def _epoch(trainer: pl.Trainer) -> str:
+    total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    return f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

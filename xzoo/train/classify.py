@@ -1,0 +1,150 @@
+"""`xzoo classify`: what a model takes images for."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import nn
+
+from xzoo.errors import DataError, ModelError, XzooError
+from xzoo.hub import folder as model_folder
+from xzoo.models import create_model
+from xzoo.train.images import load_rgb
+from xzoo.train.run import atomic
+from xzoo.train.sources import image_files
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image with their probabilities, best first; or why it could not be read."""
+
+    image: str
+    classes: list[tuple[str, float]]
+    error: str | None = None
+
+
+def classify(
+    model: str, images: Sequence[str | Path], top: int = 5, batch_size: int = 32, device: str = "auto"
+) -> Iterator[Prediction]:
+    """Classify images, one prediction at a time, in the order given and by name within folders.
+
+    Args:
+        model: a run folder of `xzoo finetune`, a model folder, or the name of a pretrained model.
+        images: image files, and folders of them (at any depth).
+        top: how many classes to give.
+        batch_size: images at a time.
+        device: auto, cpu, cuda or mps.
+    Raises: ModelError if there is no such model or it has no weights; DataError if there are no such images.
+        An image that cannot be read raises nothing: it is a prediction with an error.
+    """
+    files = _files(images)
+    net = load_any(model)
+    where = _device(device)
+    net = net.to(where).eval()
+    names = label_names(net)
+    config = resolve_model_data_config(net)
+    transform = create_transform(**config, is_training=False)
+    at_least = 2 * min(config["input_size"][1:])
+
+    def look(file: Path) -> Image.Image | str:
+        try:
+            return load_rgb(file, at_least)
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool, torch.inference_mode():
+        for low in range(0, len(files), batch_size):
+            part = files[low : low + batch_size]
+            seen = list(pool.map(look, part))
+            pixels = [transform(image) for image in seen if not isinstance(image, str)]
+            rows = net(torch.stack(pixels).to(where)).float().softmax(1).cpu() if pixels else torch.empty(0, 0)
+            best = iter(zip(*rows.topk(min(top, rows.shape[1]), dim=1), strict=True))
+            for file, image in zip(part, seen, strict=True):
+                if isinstance(image, str):
+                    yield Prediction(str(file), [], image)
+                else:
+                    values, indices = next(best)
+                    pairs = zip(indices.tolist(), values.tolist(), strict=True)
+                    yield Prediction(str(file), [(names[i], value) for i, value in pairs])
+
+
+def load_any(model: str) -> nn.Module:
+    """A model with its weights: from a run folder, a model folder, or by name."""
+    path = Path(model.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        if (path / model_folder.CONFIG).is_file():
+            return model_folder.load(path)
+        if (path / "model" / model_folder.CONFIG).is_file():
+            return model_folder.load(path / "model")
+        if (path / "config.yaml").is_file():
+            raise ModelError(f"{path} is a run that is not finished; the command that began it goes on with it")
+        raise ModelError(f"{path} is neither a run nor a model folder: it has no model/config.json and no config.json")
+    if model.startswith("local-dir:") or path.is_absolute() or model.startswith("."):
+        raise ModelError(f"{model}: there is no such folder")
+    try:
+        return create_model(model, pretrained=True)
+    except XzooError:
+        raise
+    except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"no weights for {model}: {reason}; give a run folder, or a model that has weights") from error
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """A name for each output: those saved with the model, ImageNet's where it has 1,000 classes, else numbers."""
+    config = model.pretrained_cfg
+    names, described = config.get("label_names"), config.get("label_descriptions") or {}
+    if isinstance(names, dict):  # where ids have gaps
+        names = [names.get(str(i), names.get(i, str(i))) for i in range(model.num_classes)]
+    if names is not None:
+        return [str(described.get(name, name)) for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(model.num_classes)]
+    return [str(i) for i in range(model.num_classes)]
+
+
+def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5) -> None:
+    """One row an image: its name, class and probability of each place, and what went wrong if something did."""
+    columns = ["image", *(f"{name}{place}" for place in range(1, top + 1) for name in ("class", "p")), "error"]
+    with atomic(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        for prediction in predictions:
+            cells = [cell for name, p in prediction.classes for cell in (name, f"{p:.4f}")]
+            cells += [""] * (2 * top - len(cells))
+            table.writerow([prediction.image, *cells, prediction.error or ""])
+
+
+def _files(images: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for given in images:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            found = image_files(path)
+            if not found:
+                raise DataError(f"{path} holds no image")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise DataError(f"{path} does not exist; give images, or folders of images")
+    if not files:
+        raise DataError("no images given; give images, or folders of images")
+    return files
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise XzooError(f"device={name}: {str(error).splitlines()[0]}; try --device cpu") from error
+    return torch.device(name)

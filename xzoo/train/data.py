@@ -1,0 +1,129 @@
+"""The data module of the user's images: timm's transforms, in an order that is a function of (seed, epoch).
+
+A loader starts where the restored run stands. That position is read when the loader is built: Lightning
+creates its iterator, which already fetches, before it calls `set_epoch` (its issue 21938), so a sampler that
+waits for the call replays the first epoch after a resume.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from xzoo.train.order import AUGMENT, EvalOrder, TrainOrder, key
+from xzoo.train.sources import ImageData, Images
+
+Transform = Callable[[Any], Tensor]
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Within this block the global generators start at `seed`; afterwards they are where they were.
+
+    Transforms of torchvision and timm know no other source of randomness.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every device: 100 times slower
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Views(Dataset[tuple[Tensor, int]]):
+    """What the model sees of an image in an epoch; indexed by (epoch, index).
+
+    Args:
+        seed: of the augmentation, or None for a transform that draws nothing.
+    """
+
+    def __init__(self, images: Images, transform: Transform, seed: int | None) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = place
+        image, label = self.images.image(index), self.images.items[index].label
+        if self.seed is None:
+            return self.transform(image), label
+        with drawn_from(key(self.seed, epoch, AUGMENT, index)):
+            return self.transform(image), label
+
+
+class ImageModule(pl.LightningDataModule):
+    """Batches (images float32 [B, 3, H, W], labels int64 [B]) of an `ImageData`.
+
+    Args:
+        data_config: timm's description of the input (`timm.data.resolve_model_data_config`).
+        batch_size: images in a step, over all devices.
+        crop: smallest share of the area that a training crop shows.
+        workers: processes that decode and transform; None decides. Without them images come from the
+            training process itself, which is best where pixels are in memory and the CPU trains as well.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        data_config: dict[str, Any],
+        batch_size: int = 64,
+        seed: int = 0,
+        crop: float = 0.5,
+        mirror: bool = True,
+        workers: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.train_transform: Transform = create_transform(
+            **data_config,
+            is_training=True,
+            scale=(crop, 1.0),
+            ratio=(4 / 5, 5 / 4),
+            hflip=0.5 if mirror else 0.0,
+            color_jitter=0.1 if mirror else None,
+        )
+        self.eval_transform: Transform = create_transform(**data_config, is_training=False)
+        if workers is None:
+            workers = 0 if data.in_memory and not torch.cuda.is_available() else min(8, os.cpu_count() or 1)
+        self.workers = workers
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def batches_per_epoch(self, world: int = 1) -> int:
+        """Steps in an epoch, known before any loader exists."""
+        return len(TrainOrder(len(self.data.train), self.batch_size, world=world))
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = self._ranks()
+        # Not a public name of Lightning's, and the only place where the position after a resume stands,
+        # also for a checkpoint written on the last batch of an epoch. test_finetune.py holds it.
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        order = TrainOrder(len(self.data.train), self.batch_size, self.seed, rank, world, done)
+        return self._loader(Views(self.data.train, self.train_transform, self.seed), order)
+
+    def val_dataloader(self) -> DataLoader:
+        order = EvalOrder(len(self.data.val), self.batch_size, *self._ranks())
+        return self._loader(Views(self.data.val, self.eval_transform, None), order)
+
+    def _loader(self, views: Views, order: TrainOrder | EvalOrder) -> DataLoader:
+        return DataLoader(
+            views,
+            batch_sampler=order,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,404 @@
+"""`xzoo finetune`: from a folder of images to a model folder, in one call that can be repeated.
+
+The same call continues a run that was interrupted and returns the result of one that is finished. A run
+never mixes two sets of options: another one needs another folder.
+
+What is reported is the validation accuracy of what is saved: the averaged weights (EMA) at the end of the
+run, read back from the model folder. Not the best epoch, which is chosen by the images that judge it; its
+weights are in checkpoints/best.ckpt.
+"""
+
+import json
+import logging
+import platform
+import re
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import timm
+import torch
+import yaml
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from rich.console import Console
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from xzoo.errors import ModelError, XzooError
+from xzoo.hub import folder as model_folder
+from xzoo.train import pictures
+from xzoo.train.callbacks import EMA, Clock, Report
+from xzoo.train.data import ImageModule
+from xzoo.train.recipe import Options, Plan, plan, start, use_weights
+from xzoo.train.run import AtomicCheckpointIO, MetricsFile, claimed, read_metrics, write_text
+from xzoo.train.sources import ImageData, read
+from xzoo.train.task import Classifier
+
+DEFAULT_MODEL = "resnet18"
+SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to; accuracies are shares of `images` validation images, top 1 and top 5."""
+
+    run: str
+    model: str
+    accuracy: float
+    accuracy5: float
+    loss: float
+    images: int
+    epochs: int
+    seconds: float
+
+    def __str__(self) -> str:
+        right = round(self.accuracy * self.images)
+        return f"validation accuracy {100 * self.accuracy:.2f} % ({right} of {self.images} images); model: {self.model}"
+
+
+def finetune(
+    data: str = "digits",
+    model: str = DEFAULT_MODEL,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    freeze: bool = False,
+    expand: int | None = None,
+    pretrained: bool | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    img_size: int | None = None,
+    mirror: bool | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """Train a model to tell the classes of your images, and leave a folder that timm loads.
+
+    Args:
+        data: a folder with one sub-folder a class (or train/ and val/ of such), a folder of parquet files, a
+            data set on the Hugging Face Hub (org/name), or digits.
+        model: a name of `xzoo list` or of timm, or local-dir:FOLDER.
+        epochs: how often each image is seen; by default enough for some 1200 steps (500 if pretrained).
+        minutes: training time; with epochs as well, whichever is used up first.
+        freeze: train the last layer alone; the rest, statistics of batch norm included, stays as it is.
+        expand: make an X-Net of a dense model first: every expanded layer keeps 1/expand of its weights.
+        pretrained: begin with pretrained weights; by default if there are some.
+        lr: peak learning rate, of AdamW.
+        batch_size: images in a step.
+        img_size: pixels a side that the model sees; by default its own, or less for small images from scratch.
+        mirror: also train on mirror images; by default yes, for digits no.
+        seed: of the order, the augmentation and the new weights.
+        out: the run folder; by default runs/DATA-MODEL.
+        workers: processes that load images; by default none if they fit in memory and the CPU trains.
+        device: auto, cpu, cuda or mps.
+    Raises: XzooError for what cannot be trained; KeyboardInterrupt after Ctrl-C (the same call resumes).
+    """
+    console = Console(stderr=True)
+    place = Path(data).expanduser()
+    options = Options(
+        data=str(place.resolve()) if place.exists() else data,
+        model=model,
+        expand=expand,
+        epochs=epochs,
+        minutes=minutes,
+        freeze=freeze,
+        pretrained=pretrained,
+        lr=lr,
+        batch_size=batch_size,
+        img_size=img_size,
+        mirror=mirror,
+        seed=seed,
+    )
+    options.check()
+    built = start(options)
+    use_weights(options, built.has_weights)
+    run = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
+
+    _check_same(run, asdict(options), "options")
+    if (run / "result.json").exists():
+        result = Result(**json.loads((run / "result.json").read_text(encoding="utf-8")))
+        _say(console, f"{run} is finished: {result}. Choose another --out to train again.")
+        return result
+    with claimed(run), _quiet():
+        images = read(options.data, at_least=2 * (img_size or built.input_size))
+        _check_same(run, {"images": images.fingerprint()}, "data")
+        recipe = plan(options, built, images)
+        _tell(console, options, images, recipe, run)
+        job = _Job(run, options, images, recipe, workers, device)
+        job.train(console)
+        result = job.finish()
+        _say(console, str(result))
+        return result
+
+
+class _Job:
+    """One start of a run: what has been built for it, from data to trainer."""
+
+    def __init__(
+        self, run: Path, options: Options, images: ImageData, recipe: Plan, workers: int | None, device: str
+    ) -> None:
+        self.run, self.images, self.recipe = run, images, recipe
+        self.last = run / "checkpoints" / "last.ckpt"
+        resumes = self.last.exists()
+        # A resumed run takes all weights from its checkpoint, and needs no network for others.
+        arguments = recipe.classifier | ({"pretrained": False} if resumes else {})
+        self.task = _build(arguments, options.model)
+        self.data_config = _data_config(self.task.net, recipe.img_size)
+        self.module = ImageModule(
+            images,
+            self.data_config,
+            batch_size=recipe.batch_size,
+            seed=options.seed,
+            crop=recipe.crop,
+            mirror=recipe.mirror,
+            workers=workers,
+        )
+        self.clock = Clock(recipe.minutes)
+        self.accelerator = {"cuda": "gpu"}.get(device, device)
+        self.done = _steps_of(self.last) if resumes else 0
+        if not resumes:
+            self._describe(options)
+
+    def _describe(self, options: Options) -> None:
+        """Write what the run is, before it begins."""
+        config = {
+            "options": asdict(options),
+            "recipe": asdict(self.recipe),
+            "input": {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()},
+            "data": {
+                "images": self.images.fingerprint(),
+                "train": len(self.images.train),
+                "val": len(self.images.val),
+                "classes": self.images.classes,
+            },
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__},
+        }
+        head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
+        write_text(self.run / "config.yaml", head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        if self.images.skipped:
+            lines = [f"{name}\t{reason}\n" for name, reason in self.images.skipped]
+            write_text(self.run / "skipped.txt", "".join(lines))
+
+    def train(self, console: Console) -> None:
+        steps = self.module.batches_per_epoch()
+        folder = str(self.last.parent)
+        checkpoint = {"dirpath": folder, "enable_version_counter": False}
+        trainer = self._trainer(
+            # Only epochs: a run with max_steps or max_time as well does not resume where it was.
+            max_epochs=self.recipe.epochs or -1,
+            callbacks=[
+                EMA(),
+                self.clock,
+                Report(console),
+                # save_last=True of a monitored one is rewritten only when the metric improves.
+                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoint),
+                _Regularly(filename="last", **checkpoint),
+                ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", **checkpoint),
+            ],
+            logger=MetricsFile(self.run / "metrics.csv", self.done),
+            log_every_n_steps=max(1, min(10, steps // 3)),
+            plugins=[AtomicCheckpointIO()],
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        if self.done:
+            _say(console, f"going on after {self.done} steps, from {self.last}")
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(self.task, datamodule=self.module, ckpt_path=str(self.last) if self.done else None, weights_only=True)
+        except SIGTERMException:
+            raise SystemExit(143) from None  # Lightning would exit with 0, as if the run were finished
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, before)  # Lightning turns it off and exits
+            raise KeyboardInterrupt from None
+
+    def _trainer(self, **arguments: Any) -> pl.Trainer:
+        try:
+            return pl.Trainer(
+                accelerator=self.accelerator,
+                devices=1,
+                precision="bf16-mixed" if self.accelerator != "cpu" and _has_bf16() else "32-true",
+                default_root_dir=str(self.run),
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **arguments,
+            )
+        except (MisconfigurationException, ValueError) as error:
+            raise XzooError(f"device={self.accelerator}: {str(error).splitlines()[0]}; try --device cpu") from error
+
+    def finish(self) -> Result:
+        """Save the model, read it back, judge it, draw the pictures; result.json comes last and ends the run."""
+        checkpoint = torch.load(self.last, map_location="cpu", weights_only=True)
+        self.task.load_state_dict(checkpoint["state_dict"])
+        made = {"run": self.run.name, "train_images": len(self.images.train), "seed": self.task.hparams["seed"]}
+        folder = self.run / "model"
+        model_folder.save(self.task.net, folder, self.images.classes, self.data_config, {"finetune": made})
+        device = self.task.device
+        logits, labels = predict(model_folder.load(folder).to(device), self.module, device)
+        result = Result(
+            run=str(self.run),
+            model=str(folder),
+            accuracy=_top(logits, labels, 1),
+            accuracy5=_top(logits, labels, 5),
+            loss=float(nn.functional.cross_entropy(logits, labels)),
+            images=len(labels),
+            epochs=int(checkpoint["epoch"]) + 1,
+            seconds=round(self.clock.seconds, 1),
+        )
+        self._draw(logits, labels, result)
+        write_text(self.run / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+        return result
+
+    def _draw(self, logits: Tensor, labels: Tensor, result: Result) -> None:
+        classes, predicted = self.images.classes, logits.argmax(1)
+        score = f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
+        if (self.run / "metrics.csv").exists():
+            pictures.curves(read_metrics(self.run / "metrics.csv"), self.run / "curves.png", score)
+        counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
+        pictures.confusion(counts, classes, self.run / "confusion.png", score)
+        shown = _shown(predicted, labels)
+        pictures.samples(
+            [self.images.val.image(i) for i in shown],
+            [classes[labels[i]] for i in shown],
+            [classes[predicted[i]] for i in shown],
+            [float(logits[i].softmax(0).max()) for i in shown],
+            self.run / "samples.png",
+            score + " (mistakes first)",
+        )
+
+
+class _Regularly(ModelCheckpoint):
+    """Also within an epoch, every few minutes: an epoch of a large folder may take hours."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(every_n_train_steps=1, save_on_train_epoch_end=False, **arguments)
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._saved >= SAVE_EVERY:
+            super().on_train_batch_end(*args, **kwargs)
+            self._saved = time.monotonic()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, module: ImageModule, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits [N, classes] and labels [N] of the validation images, in order, on the CPU."""
+    module.trainer = None
+    parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in module.val_dataloader()]
+    logits, labels = zip(*parts, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _build(arguments: dict[str, Any], name: str) -> Classifier:
+    try:
+        return Classifier(**arguments)
+    except XzooError:
+        raise
+    except Exception as error:
+        if not arguments["pretrained"]:
+            raise
+        # Network, cache and format: many libraries, many classes.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"no weights for {name}: {reason}; --pretrained false trains from scratch") from error
+
+
+def _data_config(net: nn.Module, img_size: int) -> dict[str, Any]:
+    config = resolve_model_data_config(net)
+    return config | {"input_size": (config["input_size"][0], img_size, img_size)}
+
+
+def _top(logits: Tensor, labels: Tensor, k: int) -> float:
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return float((best == labels[:, None]).any(1).double().mean())
+
+
+def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:
+    """Indices to show: up to half of them mistakes, then right ones spread over the set."""
+    wrong = torch.nonzero(predicted != labels).flatten().tolist()
+    right = torch.nonzero(predicted == labels).flatten().tolist()
+    wrong = wrong[: max(most // 2, most - len(right))]
+    room = most - len(wrong)
+    return wrong + [right[i * len(right) // room] for i in range(min(room, len(right)))]
+
+
+def _steps_of(checkpoint: Path) -> int:
+    try:
+        return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
+    except Exception as error:  # torch.load raises a dozen of classes for a broken file
+        raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def _run_name(data: str, model: str, expand: int | None) -> str:
+    parts = [Path(data).expanduser().resolve().name if Path(data).exists() else data, model.split(":")[-1].strip("/")]
+    name = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
+    return f"{name}-c{expand}" if expand else name
+
+
+def _check_same(run: Path, given: dict[str, Any], section: str) -> None:
+    """Refuse to go on in a folder whose run was asked for something else."""
+    if not (run / "config.yaml").is_file():
+        return
+    try:
+        there = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[section]
+        differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in given.items() if there.get(k) != v]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise XzooError(f"{run / 'config.yaml'} is not of a run of xzoo finetune; choose another --out") from error
+    if differing:
+        raise XzooError(f"{run} holds another run: {'; '.join(differing)}; choose another folder with --out")
+
+
+def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, run: Path) -> None:
+    """What is about to happen, before the first epoch."""
+    for remark in images.remarks:
+        _say(console, f"{options.data}: {remark}")
+    if images.skipped:
+        names = ", ".join(name for name, _ in images.skipped[:5])
+        _say(console, f"{len(images.skipped)} images cannot be read and are left out ({names}); see {run}/skipped.txt")
+    if not recipe.classifier["pretrained"]:
+        reason = "no pretrained weights" if options.pretrained is None else "as asked"
+        _say(console, f"{options.model}: {reason}, training from scratch")
+        if options.freeze:
+            _say(console, "freeze without pretrained weights trains the last layer on random features")
+    _say(
+        console,
+        f"{len(images.classes)} classes, {len(images.train)} training and {len(images.val)} validation images, "
+        f"{recipe.img_size} x {recipe.img_size} pixels; everything goes to {run}",
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning tells about hardware, its products, and loaders that are as they are meant to be."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty"):
+            warnings.filterwarnings("ignore", message=f"(?s).*{message}")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

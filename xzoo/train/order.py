@@ -1,0 +1,114 @@
+"""Which image is seen when: pure functions of (seed, epoch, index), so that nothing random is stored.
+
+A run that is resumed, split over other processes or fed by other workers sees the same images in the same
+order with the same augmentation, because everything is a hash of where it is and nothing a generator's
+state. 32-bit words in int64 tensors, masked after each product: the same bits on every device and release.
+
+The streams below are part of the format: changing a number changes every result.
+"""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from xzoo.errors import DataError
+
+ORDER, AUGMENT, STEP = 0, 100, 101  # 1 to 7 belong to the augmentation of images in memory
+_MASK = 0xFFFFFFFF
+
+
+Word = TypeVar("Word", int, Tensor)
+
+
+def mix(x: Word) -> Word:
+    """Finalizer of a 32-bit hash (multiply and xor-shift, constants of Wellons' `lowbias32`)."""
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def keys(seed: int, epoch: int, stream: int, index: Tensor) -> Tensor:
+    """A uniform 32-bit key for each index (int64, any shape), independent over seeds, epochs and streams."""
+    return mix(_place(seed, epoch, stream) + mix(index))
+
+
+def key(seed: int, epoch: int, stream: int, index: int) -> int:
+    """The key of one index, as a plain number below 2^32."""
+    return mix(_place(seed, epoch, stream) + mix(index))
+
+
+def _place(seed: int, epoch: int, stream: int) -> int:
+    return mix(mix(mix(seed) ^ epoch) ^ stream)
+
+
+def permutation(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of n images in an epoch: int64 [n]."""
+    return keys(seed, epoch, ORDER, torch.arange(n)).argsort(stable=True)
+
+
+class TrainOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index); a batch sampler that shards itself.
+
+    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at most. So no image is left
+    out, and no batch is much smaller than the others: a last batch of one image would stop batch norm
+    (one value a channel where the map is 1x1) and weigh as much in the gradient as a full one.
+
+    Under several processes each takes its part of every batch of the one permutation, so that what is seen
+    in a step does not depend on how many they are.
+
+    Args:
+        n: number of images.
+        batch_size: images in a step, over all ranks.
+        done: batches that a resumed run has already seen since its beginning.
+    """
+
+    def __init__(
+        self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, done: int = 0
+    ) -> None:
+        if batch_size < 2 * world:
+            raise DataError(f"batch_size={batch_size}: batch norm needs two images or more on each of {world} devices")
+        if n < 2 * world:
+            raise DataError(f"{n} training images for {world} devices: two or more are needed on each")
+        self.n, self.seed, self.rank, self.world = n, seed, rank, world
+        self.batches = min(-(-n // batch_size), n // (2 * world))
+        self.epoch, self.start = divmod(done, self.batches)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    @property
+    def sampler(self) -> "TrainOrder":
+        """Itself: Lightning looks here for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the given epoch at its first batch, unless it is the one that a resumed run is in."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = permutation(self.seed, self.epoch, self.n).tolist()
+        for batch in range(self.start, self.batches):
+            low, high = (self.n * b // self.batches for b in (batch, batch + 1))
+            first, last = (low + (high - low) * r // self.world for r in (self.rank, self.rank + 1))
+            yield [(self.epoch, i) for i in order[first:last]]
+
+
+class EvalOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of (0, index) in order, each image on exactly one rank: nothing is padded or counted twice."""
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        if n < world:
+            raise DataError(f"{n} validation images for {world} devices: one or more are needed on each")
+        self.indices, self.batch_size = range(rank, n, world), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for low in range(0, len(self.indices), self.batch_size):
+            yield [(0, i) for i in self.indices[low : low + self.batch_size]]

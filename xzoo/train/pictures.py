@@ -1,0 +1,132 @@
+"""Pictures of a run: curves, confusion matrix, sample predictions. For people, so legible at 2 and at 200 classes.
+
+Drawn on matplotlib's Figure itself: pyplot would choose a window system and keep every figure alive.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from xzoo.train.run import atomic
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
+RIGHT, WRONG = "#2f855a", "#c53030"
+
+
+def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
+    """Loss and accuracy by epoch, from the rows of a metrics file."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    per_epoch = len({row["step"] for row in rows}) / max(1, len({row["epoch"] for row in rows}))
+    _line(loss, rows, "train/loss", "training (smoothed labels)", GREY, lw=1.0 if per_epoch > 2 else 1.6)
+    _line(loss, rows, "val/loss", "validation", BLUE)
+    _line(accuracy, rows, "val/acc1", "top 1", BLUE, scale=100)
+    _line(accuracy, rows, "val/acc5", "top 5", ORANGE, scale=100)
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy, %")
+    for axes in (loss, accuracy):
+        axes.set_xlim(left=0)
+        axes.grid(color="#e2e8f0", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    _write(figure, path)
+
+
+def _line(
+    axes: Axes, rows: Sequence[dict[str, float]], name: str, label: str, color: str, scale: float = 1.0, lw: float = 1.8
+) -> None:
+    points = [(row["step"], row["epoch"], scale * row[name]) for row in rows if name in row]
+    if not points:
+        return
+    # A step's place on the axis of epochs: its share of the epoch that it belongs to.
+    last = max(row["step"] for row in rows) + 1
+    epochs = max(row["epoch"] for row in rows) + 1
+    axes.plot(
+        [epochs * (step + 1) / last for step, _, _ in points],
+        [value for *_, value in points],
+        color=color,
+        label=label,
+        linewidth=lw,
+        marker="o" if len(points) < 3 else None,
+    )
+
+
+def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, title: str) -> None:
+    """How often each true class (row) was called what (column), as a share of the row.
+
+    Counts are written where there is room for them; beyond 60 classes only every few names are.
+    """
+    n = len(classes)
+    size = float(np.clip(2.2 + 0.36 * n, 4.2, 16))
+    font = float(np.clip(10 - n / 12, 4.5, 9.5))
+    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if n <= 30:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[row, column] > 0.5 else "#2d3748"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=font)
+    every = max(1, -(-n // 60))
+    places = range(0, n, every)
+    names = [_short(classes[i], 22) for i in places]
+    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 or n > 20 else 0, fontsize=font)
+    axes.set_yticks(places, names, fontsize=font)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, fontsize=11)
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the true class")
+    _write(figure, path)
+
+
+def samples(
+    pictures: Sequence[Image.Image],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    confidence: Sequence[float],
+    path: Path,
+    title: str,
+    columns: int = 6,
+) -> None:
+    """A sheet of images with what they were taken for, and in red what they are where that was wrong."""
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.75 * columns, 2.1 * rows + 0.4), layout="constrained")
+    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.set_axis_off()
+        if place >= len(pictures):
+            continue
+        axes.imshow(_square(pictures[place]), interpolation="nearest")
+        right = true[place] == predicted[place]
+        text = f"{_short(predicted[place], 18)}  {100 * confidence[place]:.0f} %"
+        text += "" if right else f"\nis {_short(true[place], 18)}"
+        axes.set_title(text, fontsize=8, color=RIGHT if right else WRONG, loc="center")
+    figure.suptitle(title, fontsize=11)
+    _write(figure, path)
+
+
+def _square(image: Image.Image, side: int = 160) -> Image.Image:
+    """On a white square, large images shrunk, small ones enlarged in whole pixels."""
+    factor = side // max(image.size)
+    if factor >= 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    else:
+        image = image.copy()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    paper = Image.new("RGB", (side, side), "white")
+    paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return paper
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "\u2026"
+
+
+def _write(figure: Figure, path: Path) -> None:
+    with atomic(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")

@@ -1,0 +1,162 @@
+"""The recipe of `xzoo finetune`: what its options come to for a model and a set of images.
+
+Two recipes, because they want opposite things. A pretrained network has to be moved gently: the head is new
+and learns ten times as fast as the body, which waits until the head makes sense. A network from scratch
+learns everything at once, needs more steps, and smaller images where the data are small.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg
+
+from xzoo.errors import ModelError, XzooError
+from xzoo.models import create_model
+from xzoo.train.sources import ImageData
+
+# Steps after which the digits and sign-digits gained nothing more (scratch), and BiT's 500 (pretrained).
+STEPS_SCRATCH, STEPS_PRETRAINED = 1200, 500
+EPOCHS_SCRATCH, EPOCHS_PRETRAINED = (20, 100), (10, 60)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for, in plain values; equal options continue the same run."""
+
+    data: str
+    model: str
+    expand: int | None = None
+    epochs: int | None = None
+    minutes: float | None = None
+    freeze: bool = False
+    pretrained: bool | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    img_size: int | None = None
+    mirror: bool | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise XzooError for values that mean nothing."""
+        for name, low in (("epochs", 1), ("batch_size", 2), ("img_size", 8), ("expand", 1)):
+            value = getattr(self, name)
+            if value is not None and (value < low or value != int(value)):
+                raise XzooError(f"{name}={value}: an integer from {low} on is needed")
+        for name in ("minutes", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise XzooError(f"{name}={value:g}: a positive number is needed")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a model name stands for: the name and arguments to build, its input, and whether it has weights."""
+
+    name: str
+    kwargs: dict[str, Any]
+    input_size: int
+    fixed: bool
+    has_weights: bool
+
+
+def start(options: Options) -> Start:
+    """Look the model up, without building it. Raises ModelError for a name that does not exist."""
+    name, kwargs = options.model, {}
+    folder = name.removeprefix("local-dir:")
+    if folder != name:
+        try:
+            cfg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder} is no model folder: its config.json cannot be read ({error})") from error
+        size, fixed, weights = cfg["input_size"][-1], cfg.get("fixed_input_size", False), True
+    elif name.startswith("hf-hub:"):
+        size, fixed, weights = 224, False, True
+    else:
+        if not timm.is_model(name.split(".")[0]):
+            create_model(name)  # raises, with the nearest names
+        try:
+            found = get_pretrained_cfg(name)
+        except RuntimeError as error:
+            raise ModelError(str(error)) from error
+        size = found.input_size[-1] if found else 224
+        fixed = bool(found and found.fixed_input_size)
+        weights = timm.is_model_pretrained(name)
+    if options.expand is not None:
+        if name.startswith(("x_", "local-dir:", "hf-hub:")):
+            raise ModelError(f"expand={options.expand} with {name}: only a dense model of timm, by name, is expanded")
+        kwargs = {"base": name, "compression": options.expand}
+        name = "x_timm"
+    if fixed and options.img_size:
+        kwargs["img_size"] = options.img_size
+    return Start(name, kwargs, size, fixed, weights)
+
+
+def use_weights(options: Options, has_weights: bool) -> bool:
+    """Whether to begin with pretrained weights: as asked, else where there are some."""
+    if options.pretrained and not has_weights:
+        raise ModelError(f"{options.model} has no pretrained weights; leave out pretrained to train from scratch")
+    return has_weights if options.pretrained is None else options.pretrained
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe: arguments of `Classifier` and `ImageModule`, and how long to train."""
+
+    classifier: dict[str, Any]
+    img_size: int
+    batch_size: int
+    crop: float
+    mirror: bool
+    epochs: int | None
+    minutes: float | None
+
+
+def plan(options: Options, model: Start, data: ImageData) -> Plan:
+    """Fill in what was not asked for."""
+    pretrained = use_weights(options, model.has_weights)
+    n = len(data.train)
+    # Small sets need steps more than they need smooth gradients.
+    batch_size = options.batch_size or max(8, min(64, 1 << (n // 16).bit_length() - 1 if n >= 16 else 8))
+    steps = -(-n // batch_size)
+    wanted, (least, most) = (
+        (STEPS_PRETRAINED, EPOCHS_PRETRAINED) if pretrained else (STEPS_SCRATCH, EPOCHS_SCRATCH)
+    )
+    epochs = options.epochs
+    if epochs is None and options.minutes is None:
+        epochs = min(most, max(least, -(-wanted // steps)))
+    # Adaptive optimizers: the rate goes with the square root of the batch.
+    peak = (1e-3 if pretrained else 2e-3) * (batch_size / 64) ** 0.5
+    classifier = {
+        "model": model.name,
+        "num_classes": len(data.classes),
+        "model_kwargs": model.kwargs,
+        "pretrained": pretrained,
+        "lr": options.lr or peak,
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+        "warmup": 0.1,
+        "freeze": options.freeze,
+        "seed": options.seed,
+    }
+    if pretrained and not options.freeze:
+        # Under 16 images a batch's own statistics are worse than those that came with the weights.
+        classifier |= {"body_lr": 0.1, "head_first": 0.05, "freeze_norm": batch_size < 16}
+    return Plan(
+        classifier=classifier,
+        img_size=options.img_size or _img_size(model, pretrained, data.side),
+        batch_size=batch_size,
+        crop=0.5,
+        mirror=data.mirror if options.mirror is None else options.mirror,
+        epochs=epochs,
+        minutes=options.minutes,
+    )
+
+
+def _img_size(model: Start, pretrained: bool, side: int) -> int:
+    """The model's own size. From scratch there is no reason to blow small images up to it: 64 or more, in 32s."""
+    if pretrained or model.fixed:
+        return model.input_size
+    return min(model.input_size, max(64, 32 * round(side / 32)))

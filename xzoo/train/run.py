@@ -1,0 +1,144 @@
+"""The run folder: one process at work in it, files that are never seen half-written, metrics that survive.
+
+Everything that a run leaves is here, so that the folder alone is enough to resume, explain and publish it.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from xzoo.errors import XzooError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    Beside it and synced, because a move from another file system is a copy that a kill can cut in two.
+    Raises: XzooError when it cannot be written (full disk, permissions); what was there before stays.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            yield draft
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        # torch's writer turns a full disk into a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            raise XzooError(f"cannot write {path}: {str(error).splitlines()[0]}; what it held before is kept") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process alone; make it first, and unmake it if it is still empty at the end.
+
+    Raises: XzooError if it cannot be made or written to, or another process is at work in it. The lock is
+    the operating system's (flock, where there is one), so that a killed process leaves none behind.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a", encoding="utf-8")
+    except OSError as error:
+        raise XzooError(f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out") from None
+    with lock:
+        _lock(lock.fileno(), folder)
+        try:
+            yield
+        finally:
+            if [f.name for f in folder.iterdir()] == [LOCK]:
+                with suppress(OSError):
+                    (folder / LOCK).unlink()
+                    for place in made:
+                        place.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, as the file cannot be removed by others while it is open
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise XzooError(f"another process is at work in {folder}; wait for it, or choose another with --out") from None
+    except OSError:  # a file system without locks
+        return
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints through `atomic`: Lightning stages them in the temporary folder of the machine."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as draft:
+            torch.save(checkpoint, draft)
+
+
+class MetricsFile(Logger):
+    """One CSV table, a row for each step that logged something; a resumed run goes on writing to it.
+
+    Lightning's CSVLogger deletes the file that it finds.
+
+    Args:
+        done: steps of the checkpoint that the run starts from; rows of later steps are dropped, since
+            those steps come again.
+    """
+
+    def __init__(self, path: Path | str, done: int = 0) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.rows: dict[int, dict[str, Any]] = {}
+        if self.path.exists():
+            self.rows = {int(row["step"]): dict(row) for row in read_metrics(self.path) if int(row["step"]) < done}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.setdefault(step or 0, {"step": step or 0}).update(metrics)
+
+    def save(self) -> None:
+        """Write the table, all of it: it has a few hundred short rows, and new columns may have come."""
+        columns = list(dict.fromkeys(["step", "epoch", *(name for row in self.rows.values() for name in row)]))
+        with atomic(self.path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(self.rows[step] for step in sorted(self.rows))
+
+    def finalize(self, status: str) -> None:
+        if self.rows:
+            self.save()
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: they are in config.yaml."""
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+
+def read_metrics(path: Path | str) -> list[dict[str, float]]:
+    """The rows of a metrics file, without the values that a row does not have."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]

@@ -1,0 +1,190 @@
+"""The classifier that Lightning trains, for `xzoo finetune` and every recipe alike.
+
+What a step does depends on where it stands (step, share of the run) and on nothing that a resume could
+lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step, rank).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import cos, pi
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from xzoo.errors import ModelError, XzooError
+from xzoo.models import create_model
+from xzoo.train.callbacks import Clock, refuse_unsafe_averaging
+from xzoo.train.order import STEP, key
+
+
+def rate(progress: float, warmup: float, wait: float = 0.0) -> float:
+    """Share of the peak rate at `progress` of the run: nothing, a linear rise, then a cosine to zero.
+
+    Args:
+        progress, warmup, wait: shares of the run, 0 to 1: where it is, how long it rises, how long it waits.
+    """
+    if progress < wait:
+        return 0.0
+    if progress < wait + warmup:
+        return (progress - wait) / warmup
+    return 0.5 + 0.5 * cos(pi * min(1.0, (progress - wait - warmup) / max(1e-9, 1 - wait - warmup)))
+
+
+class Classifier(pl.LightningModule):
+    """A timm or xzoo model, its loss, optimizer and schedule.
+
+    Shape: images float32 [B, C, H, W] -> logits [B, num_classes]. Logs train/loss, val/loss, val/acc1, val/acc5.
+
+    Args:
+        model: a name that `xzoo.create_model` knows, built with `model_kwargs` (builtins only: they are in
+            the checkpoint, which has to load with weights_only=True).
+        optimizer: any name of `timm.optim`; lr is its peak rate.
+        warmup: share of the run in which the rate rises.
+        body_lr: rate of everything but the head, as a multiple of lr.
+        head_first: share of the run in which only the head moves.
+        layer_decay: factor on the rate from each layer to the one before it (timm's grouping of layers).
+        freeze: train the head alone; the rest stays as it is, batch norm's statistics included.
+        freeze_norm: batch norm keeps its statistics; for batches too small to estimate them.
+    Raises: ModelError for a model that cannot be built; XzooError when the loss is no longer a number.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.1,
+        warmup: float = 0.1,
+        body_lr: float = 1.0,
+        head_first: float = 0.0,
+        layer_decay: float | None = None,
+        freeze: bool = False,
+        freeze_norm: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # The weights are a function of the seed too, and of nothing drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
+            self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {}))
+        self.head = self.net.get_classifier()
+        if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
+            raise ModelError(f"{model} has no single classifier layer to train; choose another model")
+        if freeze:
+            self.net.requires_grad_(False)
+            self.head.requires_grad_(True)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        # torchmetrics' default average, "macro", is not top-1 accuracy.
+        accuracy = partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
+        self.acc1, self.acc5 = accuracy(top_k=1), accuracy(top_k=min(5, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.hparams["freeze"]:
+            self.net.eval()
+            self.head.train(mode)
+        if self.hparams["freeze_norm"]:
+            for module in self.net.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    # ---- where the run stands
+
+    def progress(self, step: int) -> float:
+        """Share of the run after `step` optimizer steps, 0 to 1: by steps or by the clock, whichever is further."""
+        trainer = self.trainer
+        clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), None)  # type: ignore[attr-defined]
+        by_clock = clock.share if clock else 0.0
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return by_clock
+        # Never trainer.estimated_stepping_batches: it builds the loaders before the loop is restored, and
+        # the run then starts again at the first batch (Lightning's issue 20550).
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise XzooError("the schedule needs the number of steps: pass trainer.fit a data module of xzoo.train")
+        batches = data.batches_per_epoch(trainer.world_size)
+        steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+        return min(1.0, max(step / steps, by_clock))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hp = self.hparams
+        optimizer = create_optimizer_v2(
+            self.net, hp["optimizer"], lr=hp["lr"], weight_decay=hp["weight_decay"], param_group_fn=self._groups
+        )
+        rates = [self._rate_of(group["wait"]) for group in optimizer.param_groups]
+        # LambdaLR over pure functions: it stores nothing that could be stale after a resume.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate_of(self, wait: float) -> Callable[[int], float]:
+        return lambda step: rate(self.progress(step), self.hparams["warmup"], wait)
+
+    def _groups(self, model: nn.Module, weight_decay: float = 0.0, **_: Any) -> list[dict[str, Any]]:
+        """timm's groups (no decay for vectors), each with its own rate, and the head apart from the body."""
+        hp = self.hparams
+        if hp["layer_decay"] is None:
+            groups = param_groups_weight_decay(model, weight_decay)
+        else:
+            groups = param_groups_layer_decay(model, weight_decay, layer_decay=hp["layer_decay"])
+        head = {id(p) for p in self.head.parameters()}
+        split = []
+        for group in groups:
+            for in_head in (False, True):
+                params = [p for p in group["params"] if (id(p) in head) == in_head]
+                scale = group.get("lr_scale", 1.0) * (1.0 if in_head else hp["body_lr"])
+                wait = 0.0 if in_head else hp["head_first"]
+                if params:
+                    split.append(group | {"params": params, "lr": hp["lr"] * scale, "wait": wait})
+        return split
+
+    # ---- steps
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            refuse_unsafe_averaging(self.trainer, self)  # type: ignore[arg-type]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Lightning saves no random state, and gives every rank the same one. The epoch hooks are not called
+        # when a run resumes within an epoch, so this stands here.
+        seed = key(self.hparams["seed"], 0, STEP, self.global_step * self.trainer.world_size + self.global_rank)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = self.loss(self(images), labels)
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # Reading the loss waits for the device: only where it is logged. All ranks stop, or the others hang.
+            finite = bool(torch.isfinite(loss))
+            if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
+                raise XzooError(
+                    f"the loss is {float(loss)} at step {self.global_step}: training has diverged; "
+                    f"use a lower rate than lr={self.hparams['lr']:g} (and another --out)"
+                )
+        self.log("train/loss", loss, batch_size=len(labels))
+        self.log("lr", self.hparams["lr"] * self._rate_of(0.0)(self.global_step), batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.acc1(logits, labels)
+        self.acc5(logits, labels)
+        loss = nn.functional.cross_entropy(logits, labels)  # without smoothing, to compare over runs
+        self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log("val/acc1", self.acc1, batch_size=len(labels))
+        self.log("val/acc5", self.acc5, batch_size=len(labels))
