@@ -119,7 +119,9 @@ def test_small_corners_exhaustively(kind, n_in, degree):
         if kind == "biregular":
             assert_biregular(neighbours, n_in)
         if blocks == rows:
-            assert sorted(map(tuple, neighbours.tolist())) == list(itertools.combinations(range(n_in), degree))
+            assert sorted(map(tuple, neighbours.tolist())) == list(
+                itertools.combinations(range(n_in), degree)
+            )
 
 
 def test_as_many_blocks_as_rows_exist_at_a_real_size():
@@ -135,7 +137,9 @@ def test_biregular_is_regular_on_both_sides_with_rows_apart(n_in, n_out, degree,
     assert_biregular(neighbours, n_in)
     assert_rows_differ(neighbours, n_in)
     rows = matrix_of(neighbours, n_in).astype(bool)
-    assert {row.tobytes() for row in rows}.isdisjoint(row.tobytes() for row in ~rows), "two rows are complementary"
+    assert {row.tobytes() for row in rows}.isdisjoint(row.tobytes() for row in ~rows), (
+        "two rows are complementary"
+    )
 
 
 def test_random_rows_are_uniform():
@@ -206,7 +210,9 @@ def test_ramanujan_meets_the_bound_or_refuses(size, seed):
     assert np.append(values, 0)[1] <= (math.sqrt(fan - 1) + math.sqrt(degree - 1)) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)]
+)
 def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
     for seed in range(5):
         neighbours = graphs.sample("ramanujan", n_in, n_out, degree, share, seed)
@@ -217,7 +223,9 @@ def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
 @pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(8, 8, 1, 1), (64, 16, 4, 1), (64, 64, 4, 4)])
 def test_ramanujan_refuses_before_drawing(n_in, n_out, degree, share, monkeypatch):
     monkeypatch.setattr(graphs._Words, "take", lambda *_: pytest.fail("a graph was drawn"))
-    with pytest.raises(GraphError, match=r"needs 2 edges or more; use a larger degree, a smaller share or graph="):
+    with pytest.raises(
+        GraphError, match=r"needs 2 edges or more; use a larger degree, a smaller share or graph="
+    ):
         graphs.sample("ramanujan", n_in, n_out, degree, share)
 
 
@@ -225,13 +233,17 @@ def test_ramanujan_gives_up_with_the_bound_in_its_message(monkeypatch):
     calls = []
     monkeypatch.setattr(graphs, "singular_values", lambda *a: calls.append(a) or (9.0, 9.0))
     monkeypatch.setattr(graphs, "is_connected", lambda *_: True)
-    with pytest.raises(GraphError, match=r"16 inputs, 16 blocks .* degree 4: none of 100 draws met the bound 3\.4641"):
+    with pytest.raises(
+        GraphError, match=r"16 inputs, 16 blocks .* degree 4: none of 100 draws met the bound 3\.4641"
+    ):
         graphs.sample("ramanujan", 16, 16, 4)
     assert len(calls) == graphs.MAX_DRAWS == 100
 
 
 @pytest.mark.parametrize("kind", ["group", "shuffle"])
-@pytest.mark.parametrize(("n", "degree", "share"), [(16, 4, 1), (64, 16, 4), (96, 12, 2), (256, 128, 1), (2048, 64, 1)])
+@pytest.mark.parametrize(
+    ("n", "degree", "share"), [(16, 4, 1), (64, 16, 4), (96, 12, 2), (256, 128, 1), (2048, 64, 1)]
+)
 def test_group_and_shuffle_do_not_mix_in_one_layer(kind, n, degree, share):
     neighbours = graphs.sample(kind, n, n, degree, share)
     first, second = graphs.singular_values(neighbours, n)
@@ -320,7 +332,11 @@ def test_largest_divisor_is_its_definition(n, limit):
 
 
 def test_layer_seeds_differ_by_model_seed_and_name():
-    seeds = {graphs.layer_seed(seed, name) for seed in range(20) for name in ("conv1", "conv2", "a.conv1", "1/conv1")}
+    seeds = {
+        graphs.layer_seed(seed, name)
+        for seed in range(20)
+        for name in ("conv1", "conv2", "a.conv1", "1/conv1")
+    }
     assert len(seeds) == 80
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -334,7 +350,11 @@ def test_a_fingerprint_tells_shape_type_and_values_but_not_byte_order():
 
 
 def golden_cases():
-    free = [(kind, *size) for kind in FREE_KINDS for size in ((64, 64, 8, 1), (17, 30, 5, 3), (6, 24, 3, 1), (5, 20, 3, 1))]
+    free = [
+        (kind, *size)
+        for kind in FREE_KINDS
+        for size in ((64, 64, 8, 1), (17, 30, 5, 3), (6, 24, 3, 1), (5, 20, 3, 1))
+    ]
     real = [
         ("biregular", 1024, 1024, 512, 4),
         ("biregular", 64, 256, 4, 1),
@@ -349,7 +369,11 @@ def golden_cases():
 
 def golden_now():
     drawn = {" ".join(map(str, case)): graphs.fingerprint(graphs.sample(*case)) for case in golden_cases()}
-    named = {f"layer_seed {seed} {name}": graphs.layer_seed(seed, name) for seed in (0, 7) for name in ("fc", "ü.0.conv")}
+    named = {
+        f"layer_seed {seed} {name}": graphs.layer_seed(seed, name)
+        for seed in (0, 7)
+        for name in ("fc", "ü.0.conv")
+    }
     return drawn | named
 
 
@@ -379,7 +403,9 @@ def test_drawing_neither_reads_nor_moves_a_global_stream():
 
 
 def test_another_seed_or_kind_is_another_graph():
-    drawn = [graphs.sample(kind, 64, 64, 8, seed=seed) for kind in FREE_KINDS for seed in (0, 1, 2**64, 2**64 + 1)]
+    drawn = [
+        graphs.sample(kind, 64, 64, 8, seed=seed) for kind in FREE_KINDS for seed in (0, 1, 2**64, 2**64 + 1)
+    ]
     assert len({graphs.fingerprint(neighbours) for neighbours in drawn}) == 8
 
 
@@ -389,7 +415,10 @@ def test_another_seed_or_kind_is_another_graph():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ring", 8, 8, 2), r"graph='ring' is not a kind of graph; use one of random, biregular, ramanujan, group, shuffle"),
+        (
+            ("ring", 8, 8, 2),
+            r"graph='ring' is not a kind of graph; use one of random, biregular, ramanujan, group, shuffle",
+        ),
         (("random", 8.0, 8, 2), r"n_in=8\.0 is not an integer"),
         (("random", 8, "8", 2), r"n_out='8' is not an integer"),
         (("random", 8, 8, None), r"degree=None is not an integer"),
@@ -418,7 +447,10 @@ def test_numpy_integers_are_integers():
 @pytest.mark.parametrize(
     ("neighbours", "message"),
     [
-        (np.zeros(3, np.int32), r"shape \[3\] and dtype int32; allowed is a non-empty integer array \[blocks, degree\]"),
+        (
+            np.zeros(3, np.int32),
+            r"shape \[3\] and dtype int32; allowed is a non-empty integer array \[blocks, degree\]",
+        ),
         (np.zeros((2, 0), np.int32), r"shape \[2, 0\]"),
         (np.zeros((2, 1), np.float32), r"dtype float32"),
         (np.zeros((2, 1), bool), r"dtype bool"),

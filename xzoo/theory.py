@@ -14,9 +14,8 @@ Not here: drawing at random (graphs.py) and pictures (drawing.py).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +24,8 @@ from torch import nn
 from . import graphs
 from .errors import GraphError
 from .layers import ExpanderConv2d, ExpanderLinear
+
+Packed = NDArray[np.uint64]  # sets of channels, one to a row, one channel to a bit
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ class Run:
 
     names: tuple[str, ...]
     reach: Reach
-    unread: dict[str, int]  # layer -> how many of its inputs nobody reads; layers that read everything are absent
+    unread: dict[str, int]  # layer -> how many of its inputs nobody reads; absent where it is none
 
 
 def spectrum(graph: Graph) -> Spectrum:
@@ -185,9 +186,7 @@ def worst_mixing(graph: Graph, pairs: int = 1000, seed: int = 0) -> Mixing:
     return max(random_mixing(graph, pairs, seed), key=lambda found: found.ratio)
 
 
-def stack(
-    kind: str, n: int, degree: int, layers: int = 40, share: int = 1, seed: int = 0
-) -> Iterator[Graph]:
+def stack(kind: str, n: int, degree: int, layers: int = 40, share: int = 1, seed: int = 0) -> Iterator[Graph]:
     """`layers` graphs on n + n channels, one after the other drawn afresh from seeds that `seed` gives."""
     for number in range(layers):
         yield Graph.sample(kind, n, n, degree, share, graphs.layer_seed(seed, str(number)))
@@ -203,7 +202,7 @@ def reach(stacked: Iterable[Graph]) -> Reach:
     """
     connected: list[float] = []
     least: list[float] = []
-    depends = np.empty((0, 0), dtype=np.uint64)  # row c: the inputs that channel c depends on, 64 to a word
+    depends = everything = np.empty((0, 0), dtype=np.uint64)  # row c: the inputs that channel c depends on
     n = 0
     for graph in stacked:
         if not connected:
@@ -215,8 +214,6 @@ def reach(stacked: Iterable[Graph]) -> Reach:
                 f"graph {len(connected) + 1} of the stack has {graph.n_in} inputs; it needs {len(depends)}, "
                 "the outputs of the graph before it"
             )
-        # A block's outputs depend on the same inputs, so that one row for each block would do, if the next
-        # layer did not count in outputs.
         depends = np.repeat(_unions(depends, graph.neighbours, everything), graph.share, axis=0)
         seen = np.bitwise_count(depends).sum(axis=1, dtype=np.int64)
         connected.append(float(seen.mean()) / n)
@@ -273,7 +270,7 @@ def runs(model: nn.Module) -> list[Run]:
 
 def _run(layers: dict[str, Graph]) -> Run:
     unread = {name: graph.n_in - len(np.unique(graph.neighbours)) for name, graph in layers.items()}
-    return Run(tuple(layers), reach(layers.values()), {name: count for name, count in unread.items() if count})
+    return Run(tuple(layers), reach(layers.values()), {name: n for name, n in unread.items() if n})
 
 
 def _mixes_channels(module: nn.Module) -> bool:
@@ -292,7 +289,8 @@ def _members(side: str, indices: ArrayLike, n: int) -> NDArray[np.bool_]:
     members = np.zeros(n, dtype=bool)
     members[chosen.astype(np.intp)] = True
     if members.sum() != chosen.size:
-        raise GraphError(f"{side} has {chosen.size} indices and {members.sum()} different ones; give none twice")
+        different = members.sum()
+        raise GraphError(f"{side} has {chosen.size} indices and {different} different ones; give none twice")
     return members
 
 
@@ -311,7 +309,7 @@ def _mixing(graph: Graph, inputs: NDArray[np.bool_], outputs: NDArray[np.bool_])
     return results
 
 
-def _packed_identity(n: int) -> NDArray[np.uint64]:
+def _packed_identity(n: int) -> Packed:
     """[n, words]: bit i of row i alone is set. Sixty-four inputs to a word: 8,192 of them take 8 MB."""
     words = np.zeros((n, -(-n // 64)), dtype=np.uint64)
     channel = np.arange(n)
@@ -319,13 +317,12 @@ def _packed_identity(n: int) -> NDArray[np.uint64]:
     return words
 
 
-def _unions(depends: NDArray[Any], neighbours: Sequence[Any] | NDArray[Any], everything: NDArray[Any]) -> NDArray[Any]:
+def _unions(depends: Packed, neighbours: graphs.Neighbours, everything: Packed) -> Packed:
     """Row b: the union of what the neighbours of block b depend on."""
-    rows = np.asarray(neighbours)
-    unions = depends[rows[:, 0]]
-    unfinished = np.arange(len(rows))
-    for column in range(1, rows.shape[1]):
-        unions[unfinished] |= depends[rows[unfinished, column]]
+    unions = depends[neighbours[:, 0]]
+    unfinished = np.arange(len(neighbours))
+    for column in range(1, neighbours.shape[1]):
+        unions[unfinished] |= depends[neighbours[unfinished, column]]
         if column & (column - 1) == 0:  # at 1, 2, 4, ...: at large degrees most rows are full after a few
             unfinished = unfinished[(unions[unfinished] != everything).any(axis=1)]
     return unions

@@ -9,7 +9,8 @@ leaves the stem and the last block as they are.
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs, pretrained_cfg_for_features, register_model
+from timm.models import generate_default_cfgs, register_model
+from timm.models._builder import pretrained_cfg_for_features
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures, decode_arch_def, round_channels
 from torch import nn
 

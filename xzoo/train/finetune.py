@@ -43,7 +43,7 @@ from xzoo.train.run import AtomicCheckpointIO, MetricsFile, claimed, read_metric
 from xzoo.train.sources import ImageData, read
 from xzoo.train.task import Classifier
 
-DEFAULT_MODEL = "resnet18"
+DEFAULT_MODEL = "x_mobilenet050_c4"
 SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
 
 

@@ -1,0 +1,8 @@
+"""`python -m xzoo`: the command line."""
+
+import sys
+
+from xzoo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

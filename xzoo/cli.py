@@ -1,0 +1,175 @@
+"""The command line: parses and prints. Everything that it does can be called from Python.
+
+Exit codes: 0; 2 for a mistake of the user's, told in one line; 1 for one of ours, with its traceback;
+130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run: `xzoo --help` needs no torch.
+"""
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from xzoo.errors import XzooError
+
+# What each command does, and an example of it.
+COMMANDS = {
+    "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
+    "inspect": ("a model layer by layer, and its graphs against the theory", "xzoo inspect x_vgg16_c8 --pictures out"),
+    "finetune": ("train a model on your images", "xzoo finetune photos --model x_resnet50 --minutes 30"),
+    "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; nothing is raised but SystemExit by a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise XzooError(f"unknown command {command!r}; {_nearest(command, COMMANDS)}")
+        parser = ArgumentParser(
+            prog=f"xzoo {command}",
+            description=COMMANDS[command][0],
+            epilog=f"example: {COMMANDS[command][1]}",
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
+        run = globals()[f"_{command}"](parser)
+        run(_parse(parser, rest))
+    except XzooError as error:
+        print(f"xzoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumes = "; the same command resumes" if command == "finetune" else ""
+        print(f"xzoo: interrupted{resumes}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output had enough, as `head` does
+        sys.stdout = None  # type: ignore[assignment]  # or the interpreter complains when it flushes
+        return 0
+    except SystemExit as stop:  # --help, SIGTERM
+        return int(stop.code or 0)
+    except Exception:
+        traceback.print_exc()
+        print("xzoo: this is a mistake of xzoo's; please report it with the lines above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _overview() -> str:
+    lines = ["usage: xzoo COMMAND ...   (xzoo COMMAND --help tells its options)", ""]
+    for name, (what, example) in COMMANDS.items():
+        lines += [f"  {name:<10}{what}", f"  {'':<10}{example}"]
+    return "\n".join(lines)
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    # --batch-size and --batch_size are the same option.
+    arguments = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in arguments]
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise XzooError(_explain(str(error), parser)) from None
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message in one line, with the nearest option where one is unknown."""
+    unknown = re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        return f"unknown option {unknown[1]}; {_nearest(unknown[1], options)}"
+    key, value = re.search(r'key "([^"]+)"', message), re.search(r"Given value: (.*)", message)
+    wanted = message.split("Given value type")[0]
+    expected = [name for name in re.findall(r"<class '([\w.]+)'>", wanted) if name != "NoneType"]
+    if key and value and expected:
+        return f"{key[1]}={value[1]}: expected {' or '.join(dict.fromkeys(expected))}"
+    return message
+
+
+# ---- commands: each adds its options and returns what runs them
+
+
+def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("filter", nargs="?", default="*", help="a pattern, such as 'x_resnet*'")
+
+    def run(args: Namespace) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from xzoo.models import create_model, list_models
+        from xzoo.profile import profile
+
+        names = list_models(args.filter)
+        if not names:
+            raise XzooError(f"no model is called {args.filter}; {_nearest(args.filter, list_models())}")
+        table = Table("model", "pixels", "weights", "MACs", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name in names:
+            model = create_model(name)
+            counts, size = profile(model), model.pretrained_cfg["input_size"]
+            table.add_row(name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M")
+        Console().print(table)
+
+    return run
+
+
+def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    from xzoo.train.finetune import finetune
+
+    what = "folder of images or parquet files, Hub data set (org/name), or digits"
+    parser.add_argument("data", nargs="?", default="digits", help=what)
+    parser.add_argument("--freeze", action="store_true", help="train the last layer alone")
+    parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
+
+    def run(args: Namespace) -> None:
+        result = finetune(**args.as_dict())
+        print(f"{100 * result.accuracy:.2f} %\t{result.run}")
+
+    return run
+
+
+def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("model", help="run folder, model folder, or name of a pretrained model")
+    parser.add_argument("images", nargs="+", help="images, and folders of images")
+    parser.add_argument("--csv", type=str | None, default=None, help="write all of them to this file")
+    parser.add_argument("--top", type=int, default=5, help="how many classes")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+
+    def run(args: Namespace) -> None:
+        from xzoo.train.classify import classify, write_csv
+
+        if args.top < 1 or args.batch_size < 1:
+            raise XzooError(f"top={args.top}, batch_size={args.batch_size}: 1 or more are needed")
+        predictions = []
+        for prediction in classify(args.model, args.images, args.top, args.batch_size, args.device):
+            predictions.append(prediction)
+            if prediction.error is not None:
+                print(f"xzoo: not read: {prediction.error}", file=sys.stderr)
+            elif args.csv is None:
+                classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
+                print(f"{prediction.image}: {classes}", flush=True)
+        if args.csv is not None:
+            write_csv(predictions, Path(args.csv), args.top)
+            print(f"{len(predictions)} images in {args.csv}")
+        if all(prediction.error is not None for prediction in predictions):
+            raise XzooError(f"none of the {len(predictions)} images can be read")
+
+    return run
+
+
+def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    raise XzooError("not there yet")

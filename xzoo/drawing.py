@@ -1,0 +1,380 @@
+"""Pictures of graphs and models, from measurements: `python -m xzoo.drawing FOLDER` draws the README's.
+
+Every function returns a matplotlib Figure, made without pyplot, so that nothing global is touched and a
+notebook, a test and the command line can all use it. Colours are those of Okabe and Ito, told apart by
+the colour-blind; a kind of graph has the same colour, marker and name in every picture.
+
+Not here: the measurements themselves (theory.py).
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from . import theory
+from .errors import ModelError
+from .theory import Graph
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import, and most of xzoo never draws
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+INK, PALE = "#333333", "#d9d9d9"
+COLOUR = {
+    "biregular": "#0072b2",
+    "random": "#e69f00",
+    "shuffle": "#009e73",
+    "group": "#d55e00",
+    "ramanujan": "#cc79a7",
+}
+MARKER = {"biregular": "o", "random": "s", "shuffle": "^", "group": "D", "ramanujan": "v"}
+LABEL = {
+    "biregular": "expander (biregular)",
+    "random": "random fan-in",
+    "shuffle": "group + shuffle",
+    "group": "group",
+    "ramanujan": "Ramanujan",
+}
+
+
+def draw_stacks(stacks: Mapping[str, Sequence[Graph]], output: int = 0) -> "Figure":
+    """Each stack as columns of channels joined by edges; what `output` of the last layer depends on is coloured.
+
+    Drawn as on the paper's slides, one panel for each title -> stack; widths up to some 32 channels stay legible.
+    """
+    figure = _figure(4.2 * len(stacks), 4.6)
+    for number, (title, stack) in enumerate(stacks.items()):
+        axes = figure.add_subplot(1, len(stacks), number + 1)
+        colour = (INK, COLOUR["group"], COLOUR["biregular"])[number % 3]
+        depends = _draw_columns(axes, stack, output, colour)
+        edges = sum(graph.neighbours.size * graph.share for graph in stack)
+        axes.set_title(title, fontsize=14, fontweight="bold", color=colour, pad=10)
+        caption = f"{edges} weights\none output depends on {depends} of {stack[0].n_in} inputs"
+        axes.set_xlabel(caption, fontsize=11, labelpad=8)
+    return figure
+
+
+def draw_adjacency(graph: Graph, title: str = "") -> "Figure":
+    """One layer as a bipartite drawing (of its first channels, if there are many) beside its whole 0/1 matrix."""
+    figure = _figure(10, 4.8)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    _draw_lines(left, graph)
+    matrix = np.repeat(graph.matrix(), graph.share, axis=0)
+    right.imshow(matrix, cmap=_white_to("biregular"), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    right.set(xlabel="input channel", ylabel="output channel")
+    density = f"{graph.degree} of {graph.n_in} inputs for each output"
+    right.set_title(f"matrix: {density}" + (f", share {graph.share}" if graph.share > 1 else ""), fontsize=11)
+    figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def draw_spectrum(graph: Graph, title: str = "") -> "Figure":
+    """Histogram of all singular values of the quotient graph, with both bounds and the two largest marked."""
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    _draw_histogram(axes, graph)
+    axes.set_title(title or f"{graph.n_in} inputs, {graph.blocks} blocks, degree {graph.degree}")
+    return figure
+
+
+def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
+    """Growth of the part of all (input, output) pairs that is connected with depth; kinds have their colours."""
+    figure = _figure(7, 4.2)
+    _draw_growth(figure.subplots(), curves)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Figure":
+    """Normalised second singular value of every layer of a model against both bounds and against a group layer."""
+    figure = _figure(min(14, 6 + 0.12 * len(measured)), 4.6)
+    axes = figure.subplots()
+    found = list(measured.values())
+    place = np.arange(len(found))
+    axes.axhline(1, color=COLOUR["group"], linewidth=1.5, label="group convolution")
+    for name, style in (("ramanujan", "--"), ("random_matrix", ":")):
+        line = [getattr(each, name) / each.first for each in found]
+        label = {"ramanujan": "Ramanujan bound", "random_matrix": "random-matrix value"}[name]
+        axes.step(place, line, where="mid", linestyle=style, color=INK, linewidth=1.3, label=label)
+    size = 30 if len(found) < 60 else 12
+    axes.scatter(
+        place, [each.normalised for each in found], size, COLOUR["biregular"], zorder=3, label="layer"
+    )
+    axes.set(ylim=(0, 1.08), ylabel="second / first singular value", xlim=(-0.7, len(found) - 0.3))
+    shown = place[:: max(1, len(found) // 24 + (len(found) > 24))]
+    axes.set_xticks(shown, [list(measured)[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.set_title(title)
+    return figure
+
+
+def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> list[Path]:
+    """Write three pictures of a model's X-layers into `folder` (made if absent) and return their paths.
+
+    `spectrum.png`: every layer against both bounds; `reach.png`: growth of reachability through the longest
+    run; `graph.png`: the layer with the fewest edges, as a drawing and as a matrix.
+
+    Raises: ModelError for a model without X-layers.
+    """
+    drawn = theory.graphs_of(model)
+    if not drawn:
+        raise ModelError(f"{name} has no X-layers to draw; give an X-Net, or expand it first (xzoo.expand)")
+    run = max(theory.runs(model), key=lambda run: len(run.names))
+    span = run.names[0] if len(run.names) == 1 else f"{run.names[0]} ... {run.names[-1]}"
+    state = f"complete after {run.reach.depth}" if run.reach.complete else "not complete"
+    smallest = min(drawn, key=lambda layer: drawn[layer].neighbours.size)
+    pictures = {
+        "spectrum": draw_layers({layer: theory.spectrum(graph) for layer, graph in drawn.items()}, name),
+        "reach": draw_reach(
+            {span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"
+        ),
+        "graph": draw_adjacency(drawn[smallest], f"{name}: {smallest}"),
+    }
+    return _save(pictures, folder)
+
+
+def draw_readme(folder: str | Path) -> list[Path]:
+    """Draw the README's pictures into `folder`: graph.png, spectrum.png, reach.png, mixing.png; half a minute."""
+    pictures = {
+        "graph": _readme_graph(),
+        "spectrum": _readme_spectrum(),
+        "reach": _readme_reach(),
+        "mixing": _readme_mixing(),
+    }
+    return _save(pictures, folder)
+
+
+def _readme_graph() -> "Figure":
+    n, degree, layers = 16, 4, 3
+    return draw_stacks(
+        {
+            "dense": list(theory.stack("biregular", n, n, layers)),
+            "group": list(theory.stack("group", n, degree, layers)),
+            "expander": list(theory.stack("biregular", n, degree, layers)),
+        },
+        output=6,
+    )
+
+
+def _readme_spectrum() -> "Figure":
+    """Left: all values of one graph. Right: the second value against compression, for kinds and shares."""
+    n = 512
+    figure = _figure(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    _draw_histogram(left, Graph.sample("biregular", n, n, 16))
+    left.set_title("One layer, 512 to 512 channels, degree 16", fontsize=12)
+    compressions = [2, 4, 8, 16, 32, 64]
+    lines = [("group", 1, "-"), ("random", 1, ""), ("biregular", 1, "-"), ("biregular", 4, "--")]
+    for kind, share, style in lines:
+        found = [theory.spectrum(Graph.sample(kind, n, n, n // c, share)) for c in compressions]
+        label = LABEL[kind] + (", share 4" if share == 4 else "")
+        label = "group, or group + shuffle" if kind == "group" else label
+        right.plot(
+            compressions,
+            [each.normalised for each in found],
+            style or "none",
+            color=COLOUR[kind],
+            marker=MARKER[kind],
+            markerfacecolor="white" if share == 4 or kind == "random" else COLOUR[kind],
+            markersize=9 if kind == "random" else 6,
+            label=label,
+        )
+    bound = [theory.spectrum(Graph.sample("biregular", n, n, n // c)).bound * c / n for c in compressions]
+    right.plot(compressions, bound, color=INK, linewidth=1, linestyle=":", label="smaller bound, share 1")
+    right.set_xscale("log", base=2)
+    right.set_xticks(compressions, [str(c) for c in compressions])
+    right.set(xlabel="compression, inputs / degree", ylabel="second / first singular value", ylim=(0, 1.05))
+    right.set_title("The smaller, the better a layer mixes (512 channels)", fontsize=12)
+    right.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _readme_reach() -> "Figure":
+    """Left: growth for the kinds. Right: sensitivity depth against width, between the bounds of the tests."""
+    figure = _figure(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    kinds = ("biregular", "shuffle", "random", "group")
+    _draw_growth(left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=12)) for kind in kinds})
+    left.set_title("512 channels, degree 4", fontsize=12)
+    widths = [2**e for e in range(6, 13)]
+    for degree, marker, colour in ((3, "o", "#0072b2"), (4, "s", "#e69f00"), (8, "^", "#009e73")):
+        depths = [theory.sensitivity_depth(theory.stack("biregular", n, degree)) for n in widths]
+        right.plot(
+            widths,
+            [depth or math.nan for depth in depths],
+            marker=marker,
+            color=colour,
+            label=f"degree {degree}",
+        )
+        right.plot(widths, [math.log(n, degree) for n in widths], ":", color=colour, linewidth=1.2)
+    right.plot([], [], ":", color=INK, label="least possible, log n / log degree")
+    right.set_xscale("log", base=2)
+    right.set_xticks(widths, [f"{n:,}" for n in widths])
+    right.set(xlabel="channels", ylabel="layers until all is connected", ylim=(0, None))
+    right.set_title("Expander layers until every output depends on every input", fontsize=12)
+    right.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _readme_mixing() -> "Figure":
+    """Deviation from the expected number of edges for random sets, and for those that mix worst."""
+    n, degree = 512, 16
+    figure = _figure(7, 4.6)
+    axes = figure.subplots()
+    for kind in ("group", "biregular"):
+        graph = Graph.sample(kind, n, n, degree)
+        found = theory.random_mixing(graph, 400) + _adverse_mixing(graph)
+        size = [each.bound / (theory.spectrum(graph).second or 1) for each in found]
+        deviation = [abs(each.edges - each.expected) for each in found]
+        axes.scatter(size, deviation, 9, COLOUR[kind], alpha=0.6, linewidths=0, label=LABEL[kind])
+        second = theory.spectrum(graph).second
+        axes.axline((0, 0), slope=second, color=COLOUR[kind], linewidth=1.4)
+    axes.set(xlim=(0, n), ylim=(0, n * degree / 4), xlabel="sqrt(|S| |T|)", ylabel="|edges - expected|")
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def _adverse_mixing(graph: Graph) -> list[theory.Mixing]:
+    """Sets that the second singular vectors choose: the channels where the entries are largest."""
+    left, _, right = np.linalg.svd(np.repeat(graph.matrix(), graph.share, axis=0))
+    outputs, inputs = np.argsort(-left[:, 1]), np.argsort(-right[1])
+    sizes = range(1, min(graph.n_in, graph.n_out), 8)
+    return [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
+
+
+def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str) -> int:
+    """Draw the stack from left to right; return how many inputs `output` depends on."""
+    from matplotlib.collections import LineCollection
+
+    widths = [stack[0].n_in, *(graph.n_out for graph in stack)]
+    chosen = {output}
+    marked = [chosen]
+    for column, graph in reversed(list(enumerate(stack))):
+        rows = np.repeat(graph.neighbours, graph.share, axis=0)
+        ends = [
+            ((column, _height(i, graph.n_in)), (column + 1, _height(o, graph.n_out)), o in chosen)
+            for o, row in enumerate(rows)
+            for i in row
+        ]
+        pale = [(start, end) for start, end, on_path in ends if not on_path]
+        bright = [(start, end) for start, end, on_path in ends if on_path]
+        axes.add_collection(LineCollection(pale, colors=PALE, linewidths=0.7, zorder=1))
+        axes.add_collection(LineCollection(bright, colors=colour, linewidths=1.1, alpha=0.75, zorder=2))
+        chosen = {int(i) for o in chosen for i in rows[o]}
+        marked.insert(0, chosen)
+    for column, (width, on_path) in enumerate(zip(widths, marked, strict=True)):
+        fill = [colour if channel in on_path else "white" for channel in range(width)]
+        edge = [colour if channel in on_path else "#aaaaaa" for channel in range(width)]
+        heights = [_height(channel, width) for channel in range(width)]
+        axes.scatter([column] * width, heights, 42, fill, edgecolors=edge, linewidths=1.1, zorder=3)
+    axes.set(xlim=(-0.2, len(stack) + 0.2), ylim=(-0.04, 1.04), yticks=[])
+    axes.set_xticks(
+        range(len(widths)), ["input", *(f"layer {i}" for i in range(1, len(widths)))], fontsize=10
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return len(chosen)
+
+
+def _draw_lines(axes: "Axes", graph: Graph, most: int = 32) -> None:
+    """Outputs over inputs; of a wide layer every k-th output is drawn, with all of its edges."""
+    from matplotlib.collections import LineCollection
+
+    outputs = range(0, graph.n_out, -(-graph.n_out // most))
+    rows = [graph.neighbours[o // graph.share] for o in outputs]
+    lines = [
+        ((_height(i, graph.n_in), 0), (_height(o, graph.n_out), 1))
+        for o, row in zip(outputs, rows, strict=True)
+        for i in row
+    ]
+    axes.add_collection(
+        LineCollection(
+            lines, colors=COLOUR["biregular"], linewidths=0.8, alpha=max(0.08, min(0.6, 90 / len(lines)))
+        )
+    )
+    for width, height in ((graph.n_in, 0), (graph.n_out, 1)):
+        axes.scatter(
+            [_height(c, width) for c in range(width)], [height] * width, min(30, 900 / width), INK, zorder=3
+        )
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.06, 1.06), xticks=[])
+    axes.set_yticks([0, 1], [f"{graph.n_in}\ninputs", f"{graph.n_out}\noutputs"])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_histogram(axes: "Axes", graph: Graph) -> None:
+    values, found = theory.all_singular_values(graph), theory.spectrum(graph)
+    axes.hist(
+        values[1:], bins=min(48, len(values)), color=COLOUR["biregular"], alpha=0.8, label="singular values"
+    )
+    axes.axvline(
+        found.ramanujan,
+        color=INK,
+        linestyle="--",
+        linewidth=1.4,
+        label=f"Ramanujan bound {found.ramanujan:.2f}",
+    )
+    label = f"random-matrix value {found.random_matrix:.2f}"
+    axes.axvline(found.random_matrix, color=INK, linestyle=":", linewidth=1.6, label=label)
+    arrow = {"arrowstyle": "-|>", "color": INK}
+    top = axes.get_ylim()[1]
+    marks = (
+        (found.second, f"second {found.second:.2f}", 0.45),
+        (found.first, f"first {found.first:.2f}", 0.3),
+    )
+    for value, text, height in marks:
+        axes.annotate(text, (value, 0), (value, height * top), ha="center", arrowprops=arrow)
+    axes.set(xlabel="singular value", ylabel="number", xlim=(0, found.first * 1.1))
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
+    for name, found in curves.items():
+        growth = [100 * part for part in found.connected]
+        line = {"color": COLOUR.get(name, COLOUR["biregular"]), "marker": MARKER.get(name, "o")}
+        axes.plot(range(1, len(growth) + 1), growth, label=LABEL.get(name, name), **line)
+    axes.set(xlabel="layers", ylabel="connected pairs of input and output, %", ylim=(0, 104))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _height(channel: int, width: int) -> float:
+    """Channels from top (1) to bottom (0); a single one in the middle."""
+    return 1 - channel / (width - 1) if width > 1 else 0.5
+
+
+def _white_to(kind: str) -> "ListedColormap":
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["white", COLOUR[kind]])
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), layout="constrained")
+
+
+def _save(pictures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=144)
+        paths.append(folder / f"{name}.png")
+    return paths
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        "python -m xzoo.drawing", description="Draw the README's pictures, from measurements."
+    )
+    parser.add_argument("folder", type=Path, help="where to write them, for example .github/images")
+    for path in draw_readme(parser.parse_args().folder):
+        print(path)

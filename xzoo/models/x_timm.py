@@ -1,0 +1,60 @@
+"""Any timm model by name, expanded: so that what `xzoo finetune --expand` trains can be saved and built again.
+
+    timm.create_model("x_timm", base="convnext_atto", compression=4, pretrained=True)
+
+builds the dense model with its pretrained weights and expands it (xzoo.expand, its rules and its defaults).
+"""
+
+import dataclasses
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from ..convert import expand
+from ..errors import ModelError
+from ._build import cfg
+
+__all__: list[str] = []
+
+default_cfgs = generate_default_cfgs({"x_timm.untrained": cfg(first_conv="conv1", classifier="fc")})
+
+
+@register_model
+def x_timm(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    base: str = "resnet18",
+    compression: int = 4,
+    share: int = 4,
+    spatial_share: int = 1,
+    graph: str = "biregular",
+    seed: int = 0,
+    **kwargs: Any,
+) -> nn.Module:
+    """The timm model `base`, expanded; pretrained=True takes the dense weights of `base` for what stays connected."""
+    if base.startswith("x_") or not timm.is_model(base):
+        raise ModelError(f"base={base!r} is not the name of a dense timm model; timm.list_models() has them")
+    own_weights = isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.has_weights
+    graph_arguments = {"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed}
+    if not own_weights:
+        base_cfg = timm.get_pretrained_cfg(base) or PretrainedCfg()
+        pretrained_cfg = dataclasses.replace(base_cfg, url=None, file=None, hf_hub_id=None, architecture="x_timm")
+
+    def construct(**arguments: Any) -> nn.Module:
+        model = timm.create_model(base, pretrained=pretrained and not own_weights, **arguments)
+        expand(model, compression, **graph_arguments)
+        model._model_args = {"base": base, "compression": compression, **graph_arguments}
+        return model
+
+    return build_model_with_cfg(
+        construct,
+        "x_timm",
+        pretrained and own_weights,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        feature_cfg={"feature_cls": "getter", "out_indices": 3},  # the last three: every family has them
+        **kwargs,
+    )
