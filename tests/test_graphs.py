@@ -98,9 +98,10 @@ def test_rows_ascend_and_have_the_shape_asked_for(kind, size, seed):
         assert kind == "ramanujan"
         return
     assert neighbours.shape == (n_out // share, degree)
-    assert neighbours.dtype == np.int32 and neighbours.flags.c_contiguous
+    assert neighbours.dtype == np.int32
+    assert neighbours.flags.c_contiguous
     graphs.validate(neighbours, n_in)
-    assert np.isin(matrix_of(neighbours, n_in), (0, 1)).all() and (np.diff(neighbours, axis=1) > 0).all()
+    assert (np.diff(neighbours, axis=1) > 0).all()
     if kind in FREE_KINDS:
         assert_rows_differ(neighbours, n_in)
     if kind in ("biregular", "ramanujan"):
@@ -199,12 +200,15 @@ def test_biregular_is_an_expander_at_every_degree(n, share):
 def test_ramanujan_meets_the_bound_or_refuses(size, seed):
     n_in, n_out, degree, share = size
     room = degree >= 2 and n_out // share * degree >= 2 * n_in
+    if not room:
+        with pytest.raises(GraphError, match="needs 2 edges or more"):
+            graphs.sample("ramanujan", n_in, n_out, degree, share, seed)
+        return
     try:
         neighbours = graphs.sample("ramanujan", n_in, n_out, degree, share, seed)
-    except GraphError as error:
-        assert ("100 draws" in str(error)) == room
-        return
-    assert room and components(neighbours, n_in) == 1
+    except GraphError:
+        return  # after 100 draws: `test_ramanujan_exists_at_real_sizes` holds it to succeed where it must
+    assert components(neighbours, n_in) == 1
     values = np.linalg.svd(matrix_of(neighbours, n_in), compute_uv=False)
     fan = n_out // share * degree / n_in
     assert np.append(values, 0)[1] <= (math.sqrt(fan - 1) + math.sqrt(degree - 1)) * (1 + 1e-6)
@@ -289,7 +293,7 @@ def test_singular_values_of_large_graphs_equal_a_full_svd(kind, n_in, n_out, deg
 
 
 def test_iteration_finds_a_second_value_equal_to_the_first():
-    """Two expanders side by side: the leading value is there twice, which one start vector alone cannot show."""
+    """Two expanders side by side: the leading value is there twice, which one start vector may hide."""
     halves = [graphs.sample("biregular", 600, 600, 16, seed=seed) for seed in (0, 1)]
     first, second = graphs.singular_values(np.vstack([halves[0], halves[1] + 600]), 1200)
     assert (first, second) == pytest.approx((16, 16), rel=1e-6)

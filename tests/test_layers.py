@@ -9,7 +9,6 @@ import io
 import math
 import os
 import pickle
-import re
 
 import pytest
 import torch
@@ -28,6 +27,13 @@ scripting = pytest.mark.filterwarnings(
     "ignore:`torch.jit:FutureWarning",
     "ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning",  # the check of the number of inputs
 )
+
+
+@pytest.fixture(autouse=True)
+def stream_of_the_test():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def conv(seed=0, **options):
@@ -110,9 +116,11 @@ def test_linear_takes_the_arguments_of_torch(options):
 
 def test_lines_of_the_slides_run_as_printed():
     layer = ExpanderConv2d(256, 512, kernel_size=3, padding=1, expandSize=128)
-    assert layer.weight.shape == (512, 128, 3, 3) and layer.neighbours.shape == (512, 128)
+    assert layer.weight.shape == (512, 128, 3, 3)
+    assert layer.neighbours.shape == (512, 128)
     layer = ExpanderLinear(512, 512, expandSize=128)
-    assert layer.weight.shape == (512, 128) and layer.degree == 128
+    assert layer.weight.shape == (512, 128)
+    assert layer.degree == 128
 
 
 def test_full_degree_is_the_dense_layer():
@@ -125,7 +133,8 @@ def test_full_degree_is_the_dense_layer():
 @pytest.mark.parametrize("kind", graphs.KINDS)
 def test_graph_is_that_of_its_arguments(kind):
     layer = ExpanderLinear(16, 32, degree=4, share=2, graph=kind, seed=3)
-    assert layer.neighbours.dtype == torch.int32 and not layer.neighbours.requires_grad
+    assert layer.neighbours.dtype == torch.int32
+    assert not layer.neighbours.requires_grad
     assert torch.equal(layer.neighbours, torch.from_numpy(graphs.sample(kind, 16, 32, 4, 2, 3)))
 
 
@@ -206,10 +215,12 @@ def test_any_batch_and_either_memory_format(batch, backend):
             assert_equals_twin(layer, images(batch))
             layer.to(memory_format=torch.channels_last)
             x = images(batch, memory_format=torch.channels_last).requires_grad_()
-            assert layer(x).is_contiguous(memory_format=torch.channels_last)
+            y = layer(x)
+            assert y.is_contiguous(memory_format=torch.channels_last) or not batch
             assert_equals_twin(layer, x)
-            layer(x).sum().backward()
-            assert x.grad.shape == x.shape and layer.weight.grad.stride() == layer.weight.stride()
+            y.sum().backward()
+            assert x.grad.shape == x.shape
+            assert layer.weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("backend", ops.available())
@@ -222,7 +233,8 @@ def test_casts_change_the_weights_only(dtype, backend):
         got = model.to(dtype)(images(dtype=dtype))
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, atol=2 * torch.finfo(dtype).eps, rtol=2e-2)
-    assert torch.equal(model.float()[0].neighbours, graph) and model[0].neighbours.dtype == torch.int32
+    assert torch.equal(model.float()[0].neighbours, graph)
+    assert model[0].neighbours.dtype == torch.int32
 
 
 @pytest.mark.parametrize("backend", ops.available())
@@ -232,7 +244,7 @@ def test_autocast_casts_as_it_does_for_torchs_layers(backend):
         with ops.backend(backend), torch.autocast("cpu", torch.bfloat16):
             got, want = layer(x), twin(x)
         assert got.dtype == want.dtype == torch.bfloat16
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-2)  # sums in another order, rounded to 8 bits
         got.sum().backward()
         assert layer.weight.grad.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
@@ -240,9 +252,7 @@ def test_autocast_casts_as_it_does_for_torchs_layers(backend):
 
 
 @pytest.mark.parametrize("backend", ops.available())
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiles_in_one_graph(compiler, backend, form):
     model = net().to(memory_format=form)
@@ -286,8 +296,10 @@ def test_fx_records_a_call_of_the_operation():
     model, x = net().eval(), images()
     traced = torch.fx.symbolic_trace(model)
     calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert ops.conv2d in calls and ops.linear in calls
-    assert torch.equal(traced(x), model(x)) and torch.equal(copy.deepcopy(traced)(x), model(x))
+    assert ops.conv2d in calls
+    assert ops.linear in calls
+    assert torch.equal(traced(x), model(x))
+    assert torch.equal(copy.deepcopy(traced)(x), model(x))
     traced(x).square().sum().backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -298,7 +310,8 @@ def test_fx_records_a_call_of_the_operation():
 def test_feature_extractor_gives_the_same_bits():
     model = net().eval()
     features = create_feature_extractor(model, ["0", "2"])(images())
-    assert torch.equal(features["0"], model[0](images())) and torch.equal(features["2"], model[:3](images()))
+    assert torch.equal(features["0"], model[0](images()))
+    assert torch.equal(features["2"], model[:3](images()))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -307,7 +320,8 @@ def test_exports_with_dynamic_sizes(strict):
     model = nn.Sequential(conv(), nn.ReLU(), ExpanderConv2d(32, 8, 2, padding="same", degree=4), nn.Flatten(2)).eval()
     sizes = {"input": {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=5), 3: torch.export.Dim("w", min=5)}}
     program = torch.export.export(model, (images(),), dynamic_shapes=sizes, strict=strict)
-    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    graphs_of_program = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [str(node.target) for graph in graphs_of_program for node in graph.nodes]
     assert targets.count("xzoo.conv2d.default") == 2
     for x in (images(), images(1), images(5, 12, 6)):
         assert torch.equal(program.module()(x), model(x))
@@ -349,7 +363,8 @@ def test_onnx_export(dynamo, tmp_path):
     graph = onnx.load(str(file))
     onnx.checker.check_model(graph)
     kinds = {node.op_type for node in graph.graph.node}
-    assert "Conv" in kinds and not any(node.domain.startswith("xzoo") for node in graph.graph.node)
+    assert "Conv" in kinds
+    assert not any(node.domain.startswith("xzoo") for node in graph.graph.node)
     if not importlib.util.find_spec("onnxruntime"):
         pytest.skip("exported and checked; onnxruntime, which would run it, is not installed")
     import onnxruntime
@@ -363,7 +378,8 @@ def test_copies_and_pickles_compute_the_same():
     model = net().eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(images()), model(images()))
-        assert other[0].weight is not model[0].weight and other[0].neighbours is not model[0].neighbours
+        assert other[0].weight is not model[0].weight
+        assert other[0].neighbours is not model[0].neighbours
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -373,7 +389,9 @@ def test_copies_and_pickles_compute_the_same():
 def test_meta_layer_gets_its_graph_when_it_gets_memory():
     with torch.device("meta"):
         layer = conv(seed=7)
-    assert layer.weight.is_meta and layer.neighbours.is_meta and layer.neighbours.dtype == torch.int32
+    assert layer.weight.is_meta
+    assert layer.neighbours.is_meta
+    assert layer.neighbours.dtype == torch.int32
     assert layer(images(device="meta")).shape == (2, 32, 5, 4)
     layer.to_empty(device="cpu").reset_parameters()
     assert torch.equal(layer.neighbours, conv(seed=7).neighbours)
@@ -499,12 +517,13 @@ def test_graphs_of_any_integer_type_are_stored_as_int32(dtype, assign):
     layer, rows = conv(), conv(seed=1).neighbours
     state = layer.state_dict() | {"neighbours": rows.to(dtype)}
     layer.load_state_dict(state, assign=assign)
-    assert layer.neighbours.dtype == torch.int32 and torch.equal(layer.neighbours, rows)
+    assert layer.neighbours.dtype == torch.int32
+    assert torch.equal(layer.neighbours, rows)
     assert state["neighbours"].dtype == dtype  # the caller's dictionary is left alone
 
 
 def test_what_is_no_tensor_is_torchs_affair():
-    with pytest.raises(RuntimeError, match='named "neighbours", expected torch.Tensor'):
+    with pytest.raises(RuntimeError, match=r'named "neighbours", expected torch\.Tensor'):
         conv().load_state_dict(conv().state_dict() | {"neighbours": conv().neighbours.numpy()})
 
 
@@ -521,7 +540,8 @@ def test_averaging_and_training_leave_the_graph_alone():
         averages[1].update_parameters(model)
     assert not torch.equal(model[0].weight, before)
     for module in (model, *(average.module for average in averages)):
-        assert torch.equal(module[0].neighbours, graph) and module[0].neighbours.dtype == torch.int32
+        assert torch.equal(module[0].neighbours, graph)
+        assert module[0].neighbours.dtype == torch.int32
     assert not torch.equal(averages[0].module[0].weight, model[0].weight)
     assert torch.equal(model.half().float()[0].neighbours, graph)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from xzoo.errors import XzooError
+from .errors import XzooError
 
 # What each command does, and an example of it.
 COMMANDS = {
@@ -105,29 +105,27 @@ def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("filter", nargs="?", default="*", help="a pattern, such as 'x_resnet*'")
 
     def run(args: Namespace) -> None:
-        from rich.console import Console
-        from rich.table import Table
+        import torch
 
-        from xzoo.models import create_model, list_models
-        from xzoo.profile import profile
+        from .models import create_model, list_models
+        from .profile import profile
 
         names = list_models(args.filter)
         if not names:
             raise XzooError(f"no model is called {args.filter}; {_nearest(args.filter, list_models())}")
-        table = Table("model", "pixels", "weights", "MACs", box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        console, table = _console(), _table("model", "pixels", "weights", "MACs")
         for name in names:
-            model = create_model(name)
+            with torch.device("meta"):  # counting needs no weights
+                model = create_model(name)
             counts, size = profile(model), model.pretrained_cfg["input_size"]
             table.add_row(name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M")
-        Console().print(table)
+        console.print(table)
 
     return run
 
 
 def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    from xzoo.train.finetune import finetune
+    from .train.finetune import finetune
 
     what = "folder of images or parquet files, Hub data set (org/name), or digits"
     parser.add_argument("data", nargs="?", default="digits", help=what)
@@ -150,7 +148,7 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
 
     def run(args: Namespace) -> None:
-        from xzoo.train.classify import classify, write_csv
+        from .train.classify import classify, write_csv
 
         if args.top < 1 or args.batch_size < 1:
             raise XzooError(f"top={args.top}, batch_size={args.batch_size}: 1 or more are needed")
@@ -172,4 +170,68 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    raise XzooError("not there yet")
+    parser.add_argument("model", help="name of a model, run folder, or model folder")
+    parser.add_argument("--pictures", type=str | None, default=None, help="draw its graphs into this folder")
+
+    def run(args: Namespace) -> None:
+        from .drawing import draw_model
+        from .models import create_model
+        from .profile import profile
+        from .theory import runs
+        from .train.classify import load_any
+
+        model = load_any(args.model) if Path(args.model).is_dir() else create_model(args.model)
+        counts, console = profile(model), _console()
+        console.print(_layers_table(model, counts))
+        size = " x ".join(map(str, model.pretrained_cfg["input_size"]))
+        console.print(f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}", highlight=False)
+        for stretch in runs(model):
+            first, last, n = stretch.names[0], stretch.names[-1], len(stretch.names)
+            depth = stretch.reach.depth
+            reached = f"sensitivity depth {depth}" if depth else "not every output depends on every input yet"
+            console.print(f"{n} X-layers, {first} to {last}: {reached}", highlight=False, soft_wrap=True)
+        if args.pictures is not None:
+            try:
+                for picture in draw_model(model, args.pictures, args.model):
+                    print(picture)
+            except OSError as error:
+                raise XzooError(f"cannot draw into {args.pictures}: {error.strerror}") from error
+
+    return run
+
+
+def _console() -> Any:
+    """As wide as the terminal; into a file or a pipe no line is folded."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _layers_table(model: Any, counts: Any) -> Any:
+    """A row a layer. Singular values are shares of the first, so that 1 is a group convolution and 0 a dense layer;
+    the two after the second are its bounds. "/ G" stands for a layer of G groups.
+    """
+    from .theory import graphs_of, spectrum
+
+    table = _table("layer", "in", "out", "kernel", "degree", "share", "second", "Ramanujan", "random", "weights", "MACs")
+    drawn = graphs_of(model)
+    for layer in counts.layers:
+        kernel = "x".join(map(str, layer.kernel)) if layer.kernel != (1, 1) else "1"
+        measured = ["dense" if layer.groups == 1 else f"/ {layer.groups}", "", "", "", ""]
+        if layer.name in drawn:
+            found = spectrum(drawn[layer.name])
+            bounds = (found.second, found.ramanujan, found.random_matrix)
+            measured = [str(layer.degree), str(layer.share), *(f"{bound / found.first:.3f}" for bound in bounds)]
+        sizes = [str(layer.n_in), str(layer.n_out), kernel]
+        table.add_row(layer.name, *sizes, *measured, f"{layer.weights:,}", f"{layer.macs:,}")
+    return table

@@ -14,6 +14,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,9 +146,9 @@ def swap(
     keep_weights: bool,
 ) -> dict[str, ExpanderConv2d | ExpanderLinear]:
     """Replace the named dense layers by X-layers of these degrees; all of them, or none if one has no such graph."""
-    for name, value in (("share", share), ("spatial_share", spatial_share)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{name}={value!r}: use an integer from 1 on")
+    for name, value, least in (("share", share, 1), ("spatial_share", spatial_share, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ModelError(f"{name}={value!r}: use an integer from {least} on")
     new = {}
     for name, degree in degrees.items():
         layer = model.get_submodule(name)
@@ -164,7 +165,7 @@ def swap(
 
 
 def degree_for(graph: str, n_in: int, degree: int) -> int:
-    """The degree that a kind of graph can have: for `group` and `shuffle` the largest divisor of n_in up to `degree`."""
+    """What a kind of graph can have: `group` and `shuffle` take the largest divisor of n_in up to `degree`."""
     return graphs.largest_divisor(n_in, degree) if graph in ("group", "shuffle") else degree
 
 
@@ -180,27 +181,29 @@ def _x_layer(
     old: nn.Conv2d | nn.Linear, degree: int, share: int, graph: str, seed: int, keep_weights: bool
 ) -> ExpanderConv2d | ExpanderLinear:
     new: ExpanderConv2d | ExpanderLinear
-    chosen = {"degree": degree, "share": share, "graph": graph, "seed": seed}
-    factory = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    chosen: dict[str, Any] = {"degree": degree, "share": share, "graph": graph, "seed": seed}
+    chosen |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Conv2d):
-        geometry = (old.kernel_size, old.stride, old.padding, old.dilation)
-        new = ExpanderConv2d(
-            old.in_channels, old.out_channels, *geometry, padding_mode=old.padding_mode, **factory, **chosen
-        )
+        new = ExpanderConv2d(old.in_channels, old.out_channels, **_geometry(old), **chosen)
     else:
-        new = ExpanderLinear(old.in_features, old.out_features, **factory, **chosen)
+        new = ExpanderLinear(old.in_features, old.out_features, **chosen)
     if keep_weights:
         with torch.no_grad():
-            kept = old.weight.gather(1, dense_op.index(new.neighbours, new.weight.shape))
+            kept = old.weight.gather(1, dense_op.index(new.neighbours, list(new.weight.shape)))
             new.weight.copy_(kept * _norm_ratio(old.weight, kept))
-            if old.bias is not None:
+            if old.bias is not None and new.bias is not None:
                 new.bias.copy_(old.bias)
     _like(new, old)
     return new
 
 
+def _geometry(layer: nn.Conv2d | ExpanderConv2d) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return {name: getattr(layer, name) for name in names}
+
+
 def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
-    """|all weights of an output| / |those that it keeps|, [out, 1, ...]: for white inputs its variance stays the same."""
+    """|all weights of an output| / |those it keeps|, [out, 1, ...]: for white inputs the variance stays the same."""
     before, after = (w.flatten(1).norm(dim=1) for w in (dense, kept))
     ratio = torch.where(after > 0, before / after, torch.ones_like(after))
     return ratio.reshape(-1, *[1] * (kept.dim() - 1))
@@ -209,16 +212,15 @@ def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
 def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Conv2d | nn.Linear:
     new: nn.Conv2d | nn.Linear
     n_in, n_out = _sizes(x_layer)
-    factory = {"bias": x_layer.bias is not None, "device": x_layer.weight.device, "dtype": x_layer.weight.dtype}
+    weight = x_layer.weight
+    factory: dict[str, Any] = {"bias": x_layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
     if isinstance(x_layer, ExpanderConv2d):
-        geometry = (x_layer.kernel_size, x_layer.stride, x_layer.padding, x_layer.dilation)
-        new = nn.Conv2d(n_in, n_out, *geometry, padding_mode=x_layer.padding_mode, **factory)  # type: ignore[arg-type]
+        new = nn.Conv2d(n_in, n_out, **_geometry(x_layer), **factory)
     else:
-        new = nn.Linear(n_in, n_out, **factory)  # type: ignore[arg-type]
+        new = nn.Linear(n_in, n_out, **factory)
     with torch.no_grad():
-        new.weight.copy_(dense_op.scatter(x_layer.weight, x_layer.neighbours, n_in))
-        if x_layer.bias is not None:
-            assert new.bias is not None
+        new.weight.copy_(dense_op.scatter(weight, x_layer.neighbours, n_in))
+        if x_layer.bias is not None and new.bias is not None:
             new.bias.copy_(x_layer.bias)
     _like(new, x_layer)
     return new
@@ -246,7 +248,7 @@ def _candidates(
     for pattern in (*only, *skip):
         if not fnmatch.filter(layers, pattern):
             raise ModelError(
-                f"pattern {pattern!r} fits no convolution or linear layer; the model has {', '.join([*layers][:3])}, ..."
+                f"pattern {pattern!r} fits no convolution or linear layer, such as {', '.join([*layers][:3])}"
             )
     first = next((name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
     classifier = _classifier(model, layers)
@@ -294,13 +296,13 @@ def _read_elsewhere(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for prefix, module in model.named_modules():
-        for path in _weights_read_by(type(module)):
+        for path in _weights_read_by(type(module)):  # type: ignore[arg-type]
             found[f"{prefix}.{path}".lstrip(".")] = type(module).__name__
     return found
 
 
 @functools.cache
-def _weights_read_by(cls: type) -> frozenset[str]:
+def _weights_read_by(cls: Any) -> frozenset[str]:
     """Paths p for which a method of cls, other than those that build or initialise, uses self.p.weight."""
     paths: set[str] = set()
     for base in cls.__mro__:

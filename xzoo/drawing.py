@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from . import theory
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and most of xzoo 
 INK, PALE = "#333333", "#d9d9d9"
 COLOUR = {
     "biregular": "#0072b2",
+    "expander": "#0072b2",
     "random": "#e69f00",
     "shuffle": "#009e73",
     "group": "#d55e00",
@@ -44,14 +46,18 @@ LABEL = {
 
 
 def draw_stacks(stacks: Mapping[str, Sequence[Graph]], output: int = 0) -> "Figure":
-    """Each stack as columns of channels joined by edges; what `output` of the last layer depends on is coloured.
+    """Columns of channels joined by edges, as on the slides, with all that one output depends on coloured.
 
-    Drawn as on the paper's slides, one panel for each title -> stack; widths up to some 32 channels stay legible.
+    One panel for each title -> stack; up to some 32 channels a layer stay legible.
+
+    Args:
+        stacks: a title that is a kind of graph gives its panel the colour of that kind.
+        output: which output of the last layer is followed back to the inputs.
     """
     figure = _figure(4.2 * len(stacks), 4.6)
     for number, (title, stack) in enumerate(stacks.items()):
         axes = figure.add_subplot(1, len(stacks), number + 1)
-        colour = (INK, COLOUR["group"], COLOUR["biregular"])[number % 3]
+        colour = COLOUR.get(title, INK)
         depends = _draw_columns(axes, stack, output, colour)
         edges = sum(graph.neighbours.size * graph.share for graph in stack)
         axes.set_title(title, fontsize=14, fontweight="bold", color=colour, pad=10)
@@ -61,7 +67,7 @@ def draw_stacks(stacks: Mapping[str, Sequence[Graph]], output: int = 0) -> "Figu
 
 
 def draw_adjacency(graph: Graph, title: str = "") -> "Figure":
-    """One layer as a bipartite drawing (of its first channels, if there are many) beside its whole 0/1 matrix."""
+    """One layer as a bipartite drawing (of some of its outputs, if there are many) beside its 0/1 matrix."""
     figure = _figure(10, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_lines(left, graph)
@@ -84,7 +90,7 @@ def draw_spectrum(graph: Graph, title: str = "") -> "Figure":
 
 
 def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
-    """Growth of the part of all (input, output) pairs that is connected with depth; kinds have their colours."""
+    """Part of all pairs (input, output) that is connected, layer by layer; one curve for each name."""
     figure = _figure(7, 4.2)
     _draw_growth(figure.subplots(), curves)
     figure.suptitle(title)
@@ -92,16 +98,18 @@ def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
 
 
 def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Figure":
-    """Normalised second singular value of every layer of a model against both bounds and against a group layer."""
+    """Normalised second singular value of every layer against both bounds and a group layer's value."""
     figure = _figure(min(14, 6 + 0.12 * len(measured)), 4.6)
     axes = figure.subplots()
     found = list(measured.values())
     place = np.arange(len(found))
     axes.axhline(1, color=COLOUR["group"], linewidth=1.5, label="group convolution")
-    for name, style in (("ramanujan", "--"), ("random_matrix", ":")):
-        line = [getattr(each, name) / each.first for each in found]
-        label = {"ramanujan": "Ramanujan bound", "random_matrix": "random-matrix value"}[name]
-        axes.step(place, line, where="mid", linestyle=style, color=INK, linewidth=1.3, label=label)
+    bounds = (
+        ("Ramanujan bound", INK, [each.ramanujan / each.first for each in found]),
+        ("random-matrix value", "#999999", [each.random_matrix / each.first for each in found]),
+    )
+    for label, colour, heights in bounds:
+        axes.hlines(heights, place - 0.4, place + 0.4, color=colour, linewidth=1.6, label=label)
     size = 30 if len(found) < 60 else 12
     axes.scatter(
         place, [each.normalised for each in found], size, COLOUR["biregular"], zorder=3, label="layer"
@@ -140,7 +148,7 @@ def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> lis
 
 
 def draw_readme(folder: str | Path) -> list[Path]:
-    """Draw the README's pictures into `folder`: graph.png, spectrum.png, reach.png, mixing.png; half a minute."""
+    """Draw graph.png, spectrum.png, reach.png and mixing.png of the README into `folder`; half a minute."""
     pictures = {
         "graph": _readme_graph(),
         "spectrum": _readme_spectrum(),
@@ -170,82 +178,98 @@ def _readme_spectrum() -> "Figure":
     _draw_histogram(left, Graph.sample("biregular", n, n, 16))
     left.set_title("One layer, 512 to 512 channels, degree 16", fontsize=12)
     compressions = [2, 4, 8, 16, 32, 64]
-    lines = [("group", 1, "-"), ("random", 1, ""), ("biregular", 1, "-"), ("biregular", 4, "--")]
-    for kind, share, style in lines:
+    lines = [("group", 1), ("random", 1), ("biregular", 1), ("biregular", 4)]
+    for kind, share in lines:
         found = [theory.spectrum(Graph.sample(kind, n, n, n // c, share)) for c in compressions]
-        label = LABEL[kind] + (", share 4" if share == 4 else "")
-        label = "group, or group + shuffle" if kind == "group" else label
         right.plot(
             compressions,
             [each.normalised for each in found],
-            style or "none",
             color=COLOUR[kind],
+            linestyle={"group": "-", "random": "none", "biregular": "-" if share == 1 else "--"}[kind],
             marker=MARKER[kind],
-            markerfacecolor="white" if share == 4 or kind == "random" else COLOUR[kind],
+            # The random graphs lie under the biregular ones: a larger, hollow marker shows both.
+            markerfacecolor="white" if (kind, share) in (("random", 1), ("biregular", 4)) else COLOUR[kind],
             markersize=9 if kind == "random" else 6,
-            label=label,
+            label="group, group + shuffle"
+            if kind == "group"
+            else LABEL[kind] + (", share 4" if share == 4 else ""),
         )
-    bound = [theory.spectrum(Graph.sample("biregular", n, n, n // c)).bound * c / n for c in compressions]
-    right.plot(compressions, bound, color=INK, linewidth=1, linestyle=":", label="smaller bound, share 1")
+        if kind == "biregular":
+            bound = [each.bound / each.first for each in found]
+            label = "smaller of the two bounds" if share == 1 else None
+            right.plot(compressions, bound, color=INK, linewidth=1.3, linestyle=":", label=label)
     right.set_xscale("log", base=2)
     right.set_xticks(compressions, [str(c) for c in compressions])
     right.set(xlabel="compression, inputs / degree", ylabel="second / first singular value", ylim=(0, 1.05))
-    right.set_title("The smaller, the better a layer mixes (512 channels)", fontsize=12)
-    right.legend(frameon=False, fontsize=9)
+    right.set_title("The smaller, the better one layer mixes (512 channels)", fontsize=12)
+    right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.93))
     return figure
 
 
 def _readme_reach() -> "Figure":
-    """Left: growth for the kinds. Right: sensitivity depth against width, between the bounds of the tests."""
+    """Left: growth for the kinds. Right: sensitivity depth against width, over the least possible."""
     figure = _figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     kinds = ("biregular", "shuffle", "random", "group")
-    _draw_growth(left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=12)) for kind in kinds})
+    _draw_growth(left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=10)) for kind in kinds})
     left.set_title("512 channels, degree 4", fontsize=12)
     widths = [2**e for e in range(6, 13)]
-    for degree, marker, colour in ((3, "o", "#0072b2"), (4, "s", "#e69f00"), (8, "^", "#009e73")):
+    for degree, marker, colour in ((3, "o", "#08306b"), (4, "s", COLOUR["biregular"]), (8, "^", "#6baed6")):
         depths = [theory.sensitivity_depth(theory.stack("biregular", n, degree)) for n in widths]
-        right.plot(
-            widths,
-            [depth or math.nan for depth in depths],
-            marker=marker,
-            color=colour,
-            label=f"degree {degree}",
-        )
-        right.plot(widths, [math.log(n, degree) for n in widths], ":", color=colour, linewidth=1.2)
+        line = [depth or math.nan for depth in depths]
+        right.plot(widths, line, marker=marker, color=colour, label=f"degree {degree}")
+        right.plot(widths, [math.log(n, degree) for n in widths], ":", color=colour, linewidth=1.3)
     right.plot([], [], ":", color=INK, label="least possible, log n / log degree")
     right.set_xscale("log", base=2)
     right.set_xticks(widths, [f"{n:,}" for n in widths])
-    right.set(xlabel="channels", ylabel="layers until all is connected", ylim=(0, None))
-    right.set_title("Expander layers until every output depends on every input", fontsize=12)
+    right.set(xlabel="channels", ylabel="layers", ylim=(0, None))
+    right.set_title("Expander layers until all is connected", fontsize=12)
     right.legend(frameon=False, fontsize=9)
     return figure
 
 
 def _readme_mixing() -> "Figure":
-    """Deviation from the expected number of edges for random sets, and for those that mix worst."""
+    """How far the edges between two sets of k channels are from expected: random sets, and the worst found."""
     n, degree = 512, 16
-    figure = _figure(7, 4.6)
+    figure = _figure(7.5, 4.6)
     axes = figure.subplots()
-    for kind in ("group", "biregular"):
+    draw = np.random.default_rng(0)
+    sizes = np.arange(degree // 2, n, degree // 2)
+    for kind, worst in (("group", "consecutive channels"), ("biregular", "sets by singular vectors")):
         graph = Graph.sample(kind, n, n, degree)
-        found = theory.random_mixing(graph, 400) + _adverse_mixing(graph)
-        size = [each.bound / (theory.spectrum(graph).second or 1) for each in found]
-        deviation = [abs(each.edges - each.expected) for each in found]
-        axes.scatter(size, deviation, 9, COLOUR[kind], alpha=0.6, linewidths=0, label=LABEL[kind])
+        outputs, inputs = _adverse_order(graph) if kind == "biregular" else (np.arange(n), np.arange(n))
+        adverse = [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
+        chance = [
+            theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size]) for size in sizes
+        ]
+        colour, name = COLOUR[kind], LABEL[kind]
+        bound = [each.sharp for each in adverse]
         second = theory.spectrum(graph).second
-        axes.axline((0, 0), slope=second, color=COLOUR[kind], linewidth=1.4)
-    axes.set(xlim=(0, n), ylim=(0, n * degree / 4), xlabel="sqrt(|S| |T|)", ylabel="|edges - expected|")
-    axes.legend(frameon=False, loc="upper left")
+        axes.plot(sizes, bound, color=colour, linewidth=1.4, label=f"{name}: bound, lambda = {second:.1f}")
+        for found, fill, label in ((adverse, colour, worst), (chance, "white", "random sets")):
+            deviation = [abs(each.edges - each.expected) for each in found]
+            axes.scatter(
+                sizes,
+                deviation,
+                14,
+                fill,
+                marker=MARKER[kind],
+                edgecolors=colour,
+                linewidths=0.8,
+                label=label,
+            )
+    axes.set(xlim=(0, n), ylim=(0, None), xlabel="k, channels in each set", ylabel="|edges - expected|")
+    axes.set_title("Edges between k inputs and k outputs, 512 channels, degree 16", fontsize=12)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    )
     return figure
 
 
-def _adverse_mixing(graph: Graph) -> list[theory.Mixing]:
-    """Sets that the second singular vectors choose: the channels where the entries are largest."""
+def _adverse_order(graph: Graph) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Outputs and inputs by their entries in the second singular vectors: the first k of each mix badly."""
     left, _, right = np.linalg.svd(np.repeat(graph.matrix(), graph.share, axis=0))
-    outputs, inputs = np.argsort(-left[:, 1]), np.argsort(-right[1])
-    sizes = range(1, min(graph.n_in, graph.n_out), 8)
-    return [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
+    return np.argsort(-left[:, 1]), np.argsort(-right[1])
 
 
 def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str) -> int:
@@ -264,8 +288,9 @@ def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str
         ]
         pale = [(start, end) for start, end, on_path in ends if not on_path]
         bright = [(start, end) for start, end, on_path in ends if on_path]
+        width = 1.1 if len(bright) < 200 else 0.35  # a dense layer would be a wall of ink
         axes.add_collection(LineCollection(pale, colors=PALE, linewidths=0.7, zorder=1))
-        axes.add_collection(LineCollection(bright, colors=colour, linewidths=1.1, alpha=0.75, zorder=2))
+        axes.add_collection(LineCollection(bright, colors=colour, linewidths=width, alpha=0.7, zorder=2))
         chosen = {int(i) for o in chosen for i in rows[o]}
         marked.insert(0, chosen)
     for column, (width, on_path) in enumerate(zip(widths, marked, strict=True)):
@@ -323,24 +348,45 @@ def _draw_histogram(axes: "Axes", graph: Graph) -> None:
     label = f"random-matrix value {found.random_matrix:.2f}"
     axes.axvline(found.random_matrix, color=INK, linestyle=":", linewidth=1.6, label=label)
     arrow = {"arrowstyle": "-|>", "color": INK}
-    top = axes.get_ylim()[1]
+    right = found.first * 1.2
     marks = (
         (found.second, f"second {found.second:.2f}", 0.45),
         (found.first, f"first {found.first:.2f}", 0.3),
     )
     for value, text, height in marks:
-        axes.annotate(text, (value, 0), (value, height * top), ha="center", arrowprops=arrow)
-    axes.set(xlabel="singular value", ylabel="number", xlim=(0, found.first * 1.1))
+        # Above the axis in fractions of it; the text of the second stands clear of the histogram.
+        place = (min(value + 0.12 * right, 0.88 * right), height)
+        axes.annotate(
+            text,
+            (value, 0),
+            place,
+            xycoords="data",
+            textcoords=axes.get_xaxis_transform(),
+            ha="center",
+            arrowprops=arrow,
+        )
+    axes.set(xlabel="singular value", ylabel="number", xlim=(0, right))
     axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
+    """A curve that is complete goes on at 100 % beside longer ones, since no layer can undo that."""
+    from matplotlib.ticker import MaxNLocator
+
+    longest = max(len(found.connected) for found in curves.values())
     for name, found in curves.items():
         growth = [100 * part for part in found.connected]
-        line = {"color": COLOUR.get(name, COLOUR["biregular"]), "marker": MARKER.get(name, "o")}
-        axes.plot(range(1, len(growth) + 1), growth, label=LABEL.get(name, name), **line)
-    axes.set(xlabel="layers", ylabel="connected pairs of input and output, %", ylim=(0, 104))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        colour, marker = COLOUR.get(name, COLOUR["biregular"]), MARKER.get(name, "o")
+        axes.plot(range(1, len(growth) + 1), growth, color=colour, marker=marker, label=LABEL.get(name, name))
+        if found.complete:
+            axes.plot([len(growth), longest], [100, 100], color=colour, zorder=1)
+    axes.set(
+        xlabel="layers",
+        ylabel="connected pairs of input and output, %",
+        ylim=(0, 104),
+        xlim=(0.7, longest + 0.3),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
 
 

@@ -10,7 +10,7 @@ persistent buffer, is checked whenever it is loaded, and may never be absent bes
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class _Expander(nn.Module):
             raise GraphError(
                 f"degree={degree}, expandSize={alias}: give one of them, the number of inputs that each output reads"
             )
-        self.degree = degree if alias is None else alias
+        self.degree: int = alias if degree is None else degree  # type: ignore[assignment]
         self.share, self.graph, self.seed = share, graph, seed
         graphs.check(graph, n_in, n_out, self.degree, share, seed)
         self._n_in, self._n_out = n_in, n_out
@@ -119,7 +119,7 @@ class ExpanderConv2d(_Expander):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -127,7 +127,7 @@ class ExpanderConv2d(_Expander):
         share: int = 1,
         graph: str = "biregular",
         seed: int = 0,
-        expandSize: int | None = None,  # noqa: N803
+        expandSize: int | None = None,
     ):
         super().__init__()
         if groups != 1:
@@ -141,7 +141,8 @@ class ExpanderConv2d(_Expander):
             in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta"
         )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        geometry: Any = (dense.kernel_size, dense.stride, dense.dilation)  # pairs, for all that their type says
+        self.kernel_size, self.stride, self.dilation = geometry
         self.padding, self.padding_mode = dense.padding, padding_mode
         # Padding that the convolution itself cannot do goes before it.
         left, right, top, bottom = dense._reversed_padding_repeated_twice
@@ -188,7 +189,7 @@ class ExpanderLinear(_Expander):
         share: int = 1,
         graph: str = "biregular",
         seed: int = 0,
-        expandSize: int | None = None,  # noqa: N803
+        expandSize: int | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

@@ -30,7 +30,7 @@ Packed = NDArray[np.uint64]  # sets of channels, one to a row, one channel to a 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """One layer's graph: `neighbours` [blocks, degree] (see graphs.py) and what they do not say themselves."""
+    """One layer's graph: `neighbours` [blocks, degree] (see graphs.py) and what they do not say."""
 
     neighbours: graphs.Neighbours
     n_in: int
@@ -105,7 +105,7 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Reach:
-    """How the outputs of a stack of layers come to depend on its inputs; ends with the layer that completes it."""
+    """How the outputs of a stack come to depend on its inputs; ends with the layer that completes it."""
 
     connected: tuple[float, ...]  # after each layer: the part of all pairs (input, output) that is connected
     least: tuple[float, ...]  # after each layer: the part of the inputs that the least connected output sees
@@ -282,7 +282,7 @@ def _mixes_channels(module: nn.Module) -> bool:
 def _members(side: str, indices: ArrayLike, n: int) -> NDArray[np.bool_]:
     """Indices as a vector [n] of True and False."""
     chosen = np.asarray(indices)
-    if chosen.size and chosen.dtype.kind not in "iu" or chosen.ndim != 1:
+    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
         raise GraphError(f"{side}={indices!r} is not a list of indices; use integers from 0 to {n - 1}")
     if chosen.size and (chosen.min() < 0 or chosen.max() >= n):
         raise GraphError(f"{side} from {chosen.min()} to {chosen.max()}: the layer has {side} 0 to {n - 1}")

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from xzoo.errors import ModelError, XzooError
-from xzoo.models import create_model
+from ..errors import ModelError, XzooError
+from ..models import create_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from ..convert import check_compression, degree_for, fits, swap
+from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
 
 _logger = logging.getLogger(__name__)
@@ -46,22 +47,33 @@ def build(
         check_compression(compression)
 
     def construct(**arguments: Any) -> nn.Module:
-        model = dense(**arguments)
-        degrees = {}
-        for name, layer in model.named_modules():
-            if type(layer) in (nn.Conv2d, nn.Linear) and fits(name, expanded) and not fits(name, dense_too):
-                n_in = layer.weight.shape[1]
-                degree = _degree(name, n_in, compression, graph)
-                if degree < n_in:
-                    degrees[name] = degree
+        model: Any = dense(**arguments)
+        candidates = {
+            name: layer.weight.shape[1]
+            for name, layer in model.named_modules()
+            if type(layer) in (nn.Conv2d, nn.Linear) and fits(name, expanded) and not fits(name, dense_too)
+        }
+        if isinstance(compression, Mapping):
+            _check_table(compression, candidates)
+        wanted = {name: _degree(name, n_in, compression) for name, n_in in candidates.items()}
+        degrees = {name: degree_for(graph, candidates[name], degree) for name, degree in wanted.items()}
+        changed = [name for name in wanted if degrees[name] != wanted[name]]
+        if changed:
+            name = changed[0]
+            _logger.warning(
+                "%s: graph=%r needs degrees that divide the inputs, so %d of %d layers take the next smaller one; "
+                "%s: %d instead of %d of %d inputs",
+                *(variant, graph, len(changed), len(wanted), name, degrees[name], wanted[name], candidates[name]),
+            )
+        degrees = {name: degree for name, degree in degrees.items() if degree < candidates[name]}
         new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=False)
         for x_layer in new.values():
             initialise(x_layer)
         # What timm needs to build it again from a folder; create_model adds its caller's arguments.
-        arguments_of_graph = {"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed}
-        if not isinstance(compression, Mapping):
-            arguments_of_graph["compression"] = compression
-        model._model_args = arguments_of_graph
+        model._model_args = {
+            "compression": dict(compression) if isinstance(compression, Mapping) else compression,
+            **{"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed},
+        }
         return model
 
     return build_model_with_cfg(construct, variant, pretrained, **kwargs)
@@ -99,13 +111,18 @@ def cfg_cifar(**kwargs: Any) -> dict[str, Any]:
     return cfg() | small | kwargs
 
 
-def _degree(name: str, n_in: int, compression: int | Mapping[str, int], graph: str) -> int:
-    if not isinstance(compression, Mapping):
-        degree = max(1, n_in // compression)
-    else:
-        degree = next((min(d, n_in) for pattern, d in compression.items() if fits(name, (pattern,))), n_in)
-    allowed = degree_for(graph, n_in, degree)
-    if allowed != degree:
-        _logger.warning("%s: degree %d of %d inputs becomes %d, which graph=%r needs", name, degree, n_in, allowed, graph)
-    return allowed
+def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:
+    """Raise ModelError unless every row gives a degree to a layer that the architecture expands."""
+    for pattern, degree in table.items():
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise ModelError(f"compression={{{pattern!r}: {degree!r}}}: a table gives degrees, integers from 1 on")
+        if not any(fits(name, (pattern,)) for name in layers):
+            raise ModelError(
+                f"compression={{{pattern!r}: ...}}: fits no layer that is expanded; they are {', '.join(layers)}"
+            )
 
+
+def _degree(name: str, n_in: int, compression: int | Mapping[str, int]) -> int:
+    if not isinstance(compression, Mapping):
+        return max(1, n_in // compression)
+    return next((min(degree, n_in) for pattern, degree in compression.items() if fits(name, (pattern,))), n_in)

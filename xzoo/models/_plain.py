@@ -46,7 +46,7 @@ class PlainNet(nn.Module):
         self.grad_checkpointing = False
         self.features = features
         self.feature_ends = [index for index, _, _ in taps]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": reduction, "module": f"features.{index}"}
             for index, channels, reduction in taps
         ]
@@ -60,7 +60,8 @@ class PlainNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.fc:
                 # The rule of the X-layers, so that the dense twin starts alike.
                 nn.init.normal_(module.weight, std=math.sqrt(2 / module.weight[0].numel()))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -140,8 +141,9 @@ class PlainNet(nn.Module):
         self._has_pool = bool(pool)
         self.global_pool = SelectAdaptivePool2d(output_size=self._pooled, pool_type=pool)
         self.head_hidden_size = self._hidden_size if pool else self.num_features
-        self.fc = nn.Linear(self._hidden_size, self.num_classes, **factory) if self.num_classes else nn.Identity()
+        self.fc: nn.Module = nn.Identity()
         if self.num_classes:
+            self.fc = nn.Linear(self._hidden_size, self.num_classes, **factory)
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
         self.fc.train(self.training)

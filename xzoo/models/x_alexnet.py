@@ -39,8 +39,8 @@ class AlexNet(PlainNet):
         layers: list[nn.Module] = []
         taps = []
         channels, reduction = in_chans, 4
-        for index, (width, *geometry) in enumerate(_CONVS):
-            conv = nn.Conv2d(channels, width, *geometry, **factory)
+        for index, (width, kernel, stride, padding) in enumerate(_CONVS):
+            conv = nn.Conv2d(channels, width, kernel, stride, padding, **factory)
             layers += [conv, nn.BatchNorm2d(width, **factory), nn.ReLU(inplace=True)]
             channels = width
             if index in (0, 1, 4):
@@ -48,7 +48,7 @@ class AlexNet(PlainNet):
                 layers.append(nn.MaxPool2d(3, stride=2))
                 reduction *= 2
         taps.append((len(layers) - 1, channels, reduction))
-        hidden = []
+        hidden: list[nn.Module] = []
         for n_in in (channels * 6 * 6, 4096):
             hidden += [nn.Linear(n_in, 4096, **factory), nn.BatchNorm1d(4096, **factory), nn.ReLU(inplace=True)]
         features = nn.Sequential(*layers)

@@ -21,7 +21,7 @@ _NAMES = ("x_densenet121", "x_densenet161", "x_densenet169", "x_densenet201")
 _NAMES_CIFAR = tuple(f"x_densenetbc_{s}" for s in ("40_24", "40_36", "40_48", "40_60", "58_60", "70_60", "100_12"))
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _CFG for name in _NAMES} | {f"{name}.untrained": _CFG_CIFAR for name in _NAMES_CIFAR}
+    {f"{name}.untrained": row for names, row in ((_NAMES, _CFG), (_NAMES_CIFAR, _CFG_CIFAR)) for name in names}
 )
 
 
@@ -34,7 +34,7 @@ class DenseNetBC(DenseNet):
 
     def __init__(self, depth: int = 40, growth_rate: int = 24, in_chans: int = 3, **kwargs: Any):
         super().__init__(growth_rate, (depth // 6 - (depth % 6 < 4),) * 3, in_chans=in_chans, **kwargs)
-        factory = {name: kwargs.get(name) for name in ("device", "dtype")}
+        factory: Any = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.features.conv0 = nn.Conv2d(in_chans, 2 * growth_rate, 3, padding=1, bias=False, **factory)
         nn.init.kaiming_normal_(self.features.conv0.weight)
         del self.features.norm0, self.features.pool0
@@ -45,83 +45,80 @@ class DenseNetBC(DenseNet):
         self.feature_ends = [names.index(level) for level in levels]
 
 
-def _x_densenet(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    expanded = ("features.denseblock*.conv?",)
-    wrapper = {"flatten_sequential": True}
-    return build(DenseNet, variant, pretrained, expanded=expanded, feature_cfg=wrapper, **kwargs)
+def _x_densenet(variant: str, pretrained: bool, growth_rate: int, blocks: tuple[int, ...], **kwargs: Any) -> nn.Module:
+    facts: dict[str, Any] = {"growth_rate": growth_rate, "block_config": blocks, "compression": 2}
+    facts |= {"expanded": ("features.denseblock*.conv?",), "feature_cfg": {"flatten_sequential": True}}
+    return build(DenseNet, variant, pretrained, **facts | kwargs)
 
 
-def _x_densenetbc(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    expanded = ("features.denseblock*.conv?", "features.transition?.conv")
-    wrapper = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}
-    return build(DenseNetBC, variant, pretrained, expanded=expanded, feature_cfg=wrapper, **kwargs)
+def _x_densenetbc(variant: str, pretrained: bool, depth: int, growth_rate: int, **kwargs: Any) -> nn.Module:
+    facts: dict[str, Any] = {"depth": depth, "growth_rate": growth_rate, "compression": 2}
+    facts["expanded"] = ("features.denseblock*.conv?", "features.transition?.conv")
+    facts["feature_cfg"] = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}
+    return build(DenseNetBC, variant, pretrained, **facts | kwargs)
 
 
 @register_model
 def x_densenet121(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-121, compression 2: the paper's."""
-    facts = {"growth_rate": 32, "block_config": (6, 12, 24, 16), "compression": 2}
-    return _x_densenet("x_densenet121", pretrained, **facts | kwargs)
+    return _x_densenet("x_densenet121", pretrained, 32, (6, 12, 24, 16), **kwargs)
 
 
 @register_model
 def x_densenet161(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-161, compression 2: the paper's."""
-    facts = {"growth_rate": 48, "block_config": (6, 12, 36, 24), "compression": 2}
-    return _x_densenet("x_densenet161", pretrained, **facts | kwargs)
+    return _x_densenet("x_densenet161", pretrained, 48, (6, 12, 36, 24), **kwargs)
 
 
 @register_model
 def x_densenet169(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-169, compression 2: the paper's."""
-    facts = {"growth_rate": 32, "block_config": (6, 12, 32, 32), "compression": 2}
-    return _x_densenet("x_densenet169", pretrained, **facts | kwargs)
+    return _x_densenet("x_densenet169", pretrained, 32, (6, 12, 32, 32), **kwargs)
 
 
 @register_model
 def x_densenet201(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-201, compression 2."""
-    facts = {"growth_rate": 32, "block_config": (6, 12, 48, 32), "compression": 2}
-    return _x_densenet("x_densenet201", pretrained, **facts | kwargs)
+    return _x_densenet("x_densenet201", pretrained, 32, (6, 12, 48, 32), **kwargs)
 
 
 @register_model
 def x_densenetbc_40_24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 40 and growth 24, compression 2: the paper's."""
-    return _x_densenetbc("x_densenetbc_40_24", pretrained, **{"depth": 40, "growth_rate": 24, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_40_24", pretrained, 40, 24, **kwargs)
 
 
 @register_model
 def x_densenetbc_40_36(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 40 and growth 36, compression 2: the paper's."""
-    return _x_densenetbc("x_densenetbc_40_36", pretrained, **{"depth": 40, "growth_rate": 36, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_40_36", pretrained, 40, 36, **kwargs)
 
 
 @register_model
 def x_densenetbc_40_48(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 40 and growth 48, compression 2: the paper's."""
-    return _x_densenetbc("x_densenetbc_40_48", pretrained, **{"depth": 40, "growth_rate": 48, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_40_48", pretrained, 40, 48, **kwargs)
 
 
 @register_model
 def x_densenetbc_40_60(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 40 and growth 60, compression 2: the paper's."""
-    return _x_densenetbc("x_densenetbc_40_60", pretrained, **{"depth": 40, "growth_rate": 60, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_40_60", pretrained, 40, 60, **kwargs)
 
 
 @register_model
 def x_densenetbc_58_60(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 58 and growth 60, compression 2: of the paper's wider/deeper figure."""
-    return _x_densenetbc("x_densenetbc_58_60", pretrained, **{"depth": 58, "growth_rate": 60, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_58_60", pretrained, 58, 60, **kwargs)
 
 
 @register_model
 def x_densenetbc_70_60(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 70 and growth 60, compression 2: of the paper's wider/deeper figure."""
-    return _x_densenetbc("x_densenetbc_70_60", pretrained, **{"depth": 70, "growth_rate": 60, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_70_60", pretrained, 70, 60, **kwargs)
 
 
 @register_model
 def x_densenetbc_100_12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-DenseNet-BC of depth 100 and growth 12, compression 2."""
-    return _x_densenetbc("x_densenetbc_100_12", pretrained, **{"depth": 100, "growth_rate": 12, "compression": 2} | kwargs)
+    return _x_densenetbc("x_densenetbc_100_12", pretrained, 100, 12, **kwargs)

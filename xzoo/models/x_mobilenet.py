@@ -24,7 +24,13 @@ _NAMES = ("x_mobilenet050_c2", "x_mobilenet050_c4", "x_mobilenet050_c8", "x_mobi
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _NAMES})
 
 # Depthwise separable blocks: repeats, kernel, stride, channels at width 1.0.
-_STAGES = [["dsa_r1_k3_s1_c64"], ["dsa_r2_k3_s2_c128"], ["dsa_r2_k3_s2_c256"], ["dsa_r6_k3_s2_c512"], ["dsa_r2_k3_s2_c1024"]]
+_STAGES = [
+    ["dsa_r1_k3_s1_c64"],
+    ["dsa_r2_k3_s2_c128"],
+    ["dsa_r2_k3_s2_c256"],
+    ["dsa_r6_k3_s2_c512"],
+    ["dsa_r2_k3_s2_c1024"],
+]
 
 
 def _x_mobilenet(variant: str, pretrained: bool, width: float, **kwargs: Any) -> nn.Module:
@@ -36,12 +42,12 @@ def _x_mobilenet(variant: str, pretrained: bool, width: float, **kwargs: Any) ->
         "norm_layer": "batchnorm2d",
         "act_layer": "relu6",
     }
-    layers = {"expanded": ("blocks.*.conv_pw",), "dense_too": ("blocks.0.0.conv_pw",)}
+    layers: dict[str, Any] = {"expanded": ("blocks.*.conv_pw",), "dense_too": ("blocks.0.0.conv_pw",)}
     # As in timm, plain features_only has a class of its own, which does without the head.
     if kwargs.get("features_only") and not {"feature_cfg", "feature_cls"} & kwargs.keys():
         kwargs |= {"features_only": False, "pretrained_strict": False}
         kwargs["kwargs_filter"] = ("num_classes", "num_features", "global_pool")
-        model = build(EfficientNetFeatures, variant, pretrained, **layers, **network, **kwargs)
+        model: Any = build(EfficientNetFeatures, variant, pretrained, **layers, **network, **kwargs)
         model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
         return model
     return build(EfficientNet, variant, pretrained, **layers, **network, **kwargs)
@@ -50,28 +56,28 @@ def _x_mobilenet(variant: str, pretrained: bool, width: float, **kwargs: Any) ->
 @register_model
 def x_mobilenet050_c2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-MobileNet at half width, compression 2: the paper's."""
-    return _x_mobilenet("x_mobilenet050_c2", pretrained, **{"width": 0.5, "compression": 2} | kwargs)
+    return _x_mobilenet("x_mobilenet050_c2", pretrained, 0.5, **{"compression": 2} | kwargs)
 
 
 @register_model
 def x_mobilenet050_c4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-MobileNet at half width, compression 4: the paper's."""
-    return _x_mobilenet("x_mobilenet050_c4", pretrained, **{"width": 0.5, "compression": 4} | kwargs)
+    return _x_mobilenet("x_mobilenet050_c4", pretrained, 0.5, **{"compression": 4} | kwargs)
 
 
 @register_model
 def x_mobilenet050_c8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-MobileNet at half width, compression 8: the paper's."""
-    return _x_mobilenet("x_mobilenet050_c8", pretrained, **{"width": 0.5, "compression": 8} | kwargs)
+    return _x_mobilenet("x_mobilenet050_c8", pretrained, 0.5, **{"compression": 8} | kwargs)
 
 
 @register_model
 def x_mobilenet050_c16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-MobileNet at half width, compression 16: the paper's."""
-    return _x_mobilenet("x_mobilenet050_c16", pretrained, **{"width": 0.5, "compression": 16} | kwargs)
+    return _x_mobilenet("x_mobilenet050_c16", pretrained, 0.5, **{"compression": 16} | kwargs)
 
 
 @register_model
 def x_mobilenet100_c4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-MobileNet at full width, compression 4."""
-    return _x_mobilenet("x_mobilenet100_c4", pretrained, **{"width": 1.0, "compression": 4} | kwargs)
+    return _x_mobilenet("x_mobilenet100_c4", pretrained, 1.0, **{"compression": 4} | kwargs)

@@ -20,54 +20,50 @@ _NAMES = ("x_resnet18", "x_resnet34", "x_resnet50", "x_resnet50_c4", "x_resnet50
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _NAMES})
 
 
-def _x_resnet(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build(ResNet, variant, pretrained, expanded=("layer?.*.conv?",), **kwargs)
+def _x_resnet(
+    variant: str, pretrained: bool, block: type[nn.Module], layers: tuple[int, ...], **kwargs: Any
+) -> nn.Module:
+    facts: dict[str, Any] = {"block": block, "layers": layers, "compression": 2, "expanded": ("layer?.*.conv?",)}
+    return build(ResNet, variant, pretrained, **facts | kwargs)
 
 
 @register_model
 def x_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-18, compression 2: 6.2M weights, half the MACs of ResNet-18."""
-    facts = {"block": BasicBlock, "layers": (2, 2, 2, 2), "compression": 2}
-    return _x_resnet("x_resnet18", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet18", pretrained, BasicBlock, (2, 2, 2, 2), **kwargs)
 
 
 @register_model
 def x_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-34, compression 2: the paper's."""
-    facts = {"block": BasicBlock, "layers": (3, 4, 6, 3), "compression": 2}
-    return _x_resnet("x_resnet34", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet34", pretrained, BasicBlock, (3, 4, 6, 3), **kwargs)
 
 
 @register_model
 def x_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-50, compression 2: the paper's."""
-    facts = {"block": Bottleneck, "layers": (3, 4, 6, 3), "compression": 2}
-    return _x_resnet("x_resnet50", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet50", pretrained, Bottleneck, (3, 4, 6, 3), **kwargs)
 
 
 @register_model
 def x_resnet50_c4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-50, compression 4."""
-    facts = {"block": Bottleneck, "layers": (3, 4, 6, 3), "compression": 4}
-    return _x_resnet("x_resnet50_c4", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet50_c4", pretrained, Bottleneck, (3, 4, 6, 3), **{"compression": 4} | kwargs)
 
 
 @register_model
 def x_resnet50_c8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-50, compression 8."""
-    facts = {"block": Bottleneck, "layers": (3, 4, 6, 3), "compression": 8}
-    return _x_resnet("x_resnet50_c8", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet50_c8", pretrained, Bottleneck, (3, 4, 6, 3), **{"compression": 8} | kwargs)
 
 
 @register_model
 def x_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-101, compression 2: the paper's."""
-    facts = {"block": Bottleneck, "layers": (3, 4, 23, 3), "compression": 2}
-    return _x_resnet("x_resnet101", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet101", pretrained, Bottleneck, (3, 4, 23, 3), **kwargs)
 
 
 @register_model
 def x_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-152, compression 2: the paper's."""
-    facts = {"block": Bottleneck, "layers": (3, 8, 36, 3), "compression": 2}
-    return _x_resnet("x_resnet152", pretrained, **facts | kwargs)
+    return _x_resnet("x_resnet152", pretrained, Bottleneck, (3, 8, 36, 3), **kwargs)

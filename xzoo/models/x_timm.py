@@ -35,16 +35,16 @@ def x_timm(
     **kwargs: Any,
 ) -> nn.Module:
     """The timm model `base`, expanded; pretrained=True takes the dense weights of `base` for what stays connected."""
-    if base.startswith("x_") or not timm.is_model(base):
+    if not isinstance(base, str) or base.startswith("x_") or not timm.is_model(base):
         raise ModelError(f"base={base!r} is not the name of a dense timm model; timm.list_models() has them")
     own_weights = isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.has_weights
-    graph_arguments = {"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed}
+    graph_arguments: dict[str, Any] = {"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed}
     if not own_weights:
         base_cfg = timm.get_pretrained_cfg(base) or PretrainedCfg()
         pretrained_cfg = dataclasses.replace(base_cfg, url=None, file=None, hf_hub_id=None, architecture="x_timm")
 
     def construct(**arguments: Any) -> nn.Module:
-        model = timm.create_model(base, pretrained=pretrained and not own_weights, **arguments)
+        model: Any = timm.create_model(base, pretrained=pretrained and not own_weights, **arguments)
         expand(model, compression, **graph_arguments)
         model._model_args = {"base": base, "compression": compression, **graph_arguments}
         return model

@@ -21,8 +21,8 @@ _NAMES = ("x_vgg16", "x_vgg16_1", "x_vgg16_2", "x_vgg16_c4", "x_vgg16_c8", "x_vg
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _NAMES})
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# Where the convolutions 1 to 13 stand in `features`: each is followed by norm and activation, each stage by a pool.
-_CONVS = (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)
+# Convolutions 2 to 13 in `features`, where norm and activation follow each and a pooling each stage; the hidden layer.
+_EXPANDED = (*(f"features.{i}" for i in (3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)), "hidden.0")
 
 
 class VGG(PlainNet):
@@ -55,14 +55,13 @@ class VGG(PlainNet):
 
 
 def _degrees(conv2_4: int, conv5_7: int, conv8_13: int, hidden: int) -> dict[str, int]:
-    degrees = (conv2_4,) * 3 + (conv5_7,) * 3 + (conv8_13,) * 6
-    return {f"features.{index}": degree for index, degree in zip(_CONVS[1:], degrees, strict=True)} | {"hidden.0": hidden}
+    degrees = (conv2_4,) * 3 + (conv5_7,) * 3 + (conv8_13,) * 6 + (hidden,)
+    return dict(zip(_EXPANDED, degrees, strict=True))
 
 
 def _x_vgg(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    expanded = tuple(f"features.{index}" for index in _CONVS[1:]) + ("hidden.0",)
     wrapper = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3, 4, 5)}
-    return build(VGG, variant, pretrained, expanded=expanded, feature_cfg=wrapper, **kwargs)
+    return build(VGG, variant, pretrained, expanded=_EXPANDED, feature_cfg=wrapper, **kwargs)
 
 
 @register_model

@@ -103,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
     Returns: [..., out], contiguous.
     """
     if torch.jit.is_scripting():
-        shape = list(x.shape)[:-1] + [weight.shape[0]]
+        shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
         return dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias).reshape(shape)
     if has_torch_function((x, weight)):
         return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias)

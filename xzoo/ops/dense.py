@@ -47,7 +47,7 @@ def linear_weight_grad(grad, x, weight, neighbours):
 def scatter(weight: Tensor, neighbours: Tensor, n_in: int) -> Tensor:
     """The dense weight [out, n_in, ...] of a compact one [out, degree, ...]: zero where there is no edge."""
     shape = list(weight.shape)
-    dense = torch.zeros([shape[0], n_in] + shape[2:], dtype=weight.dtype, device=weight.device)
+    dense = torch.zeros([shape[0], n_in] + shape[2:], dtype=weight.dtype, device=weight.device)  # noqa: RUF005
     return dense.scatter(1, index(neighbours, shape), weight)
 
 

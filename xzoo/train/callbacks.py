@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from xzoo.errors import ModelError
+from ..errors import ModelError
 
 
 class EMA(WeightAveraging):

@@ -11,12 +11,12 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from xzoo.errors import DataError, ModelError, XzooError
-from xzoo.hub import folder as model_folder
-from xzoo.models import create_model
-from xzoo.train.images import load_rgb
-from xzoo.train.run import atomic
-from xzoo.train.sources import image_files
+from ..errors import DataError, ModelError, XzooError
+from ..hub import folder as model_folder
+from ..models import create_model
+from .images import load_rgb
+from .run import atomic
+from .sources import image_files
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from xzoo.train.order import AUGMENT, EvalOrder, TrainOrder, key
-from xzoo.train.sources import ImageData, Images
+from .order import AUGMENT, EvalOrder, TrainOrder, key
+from .sources import ImageData, Images
 
 Transform = Callable[[Any], Tensor]
 

@@ -33,15 +33,15 @@ from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from xzoo.errors import ModelError, XzooError
-from xzoo.hub import folder as model_folder
-from xzoo.train import pictures
-from xzoo.train.callbacks import EMA, Clock, Report
-from xzoo.train.data import ImageModule
-from xzoo.train.recipe import Options, Plan, plan, start, use_weights
-from xzoo.train.run import AtomicCheckpointIO, MetricsFile, claimed, read_metrics, write_text
-from xzoo.train.sources import ImageData, read
-from xzoo.train.task import Classifier
+from ..errors import ModelError, XzooError
+from ..hub import folder as model_folder
+from . import pictures
+from .callbacks import EMA, Clock, Report
+from .data import ImageModule
+from .recipe import Options, Plan, plan, start, use_weights
+from .run import AtomicCheckpointIO, MetricsFile, claimed, read_metrics, write_text
+from .sources import ImageData, read
+from .task import Classifier
 
 DEFAULT_MODEL = "x_mobilenet050_c4"
 SAVE_EVERY = 180.0  # seconds, beside the end of each epoch

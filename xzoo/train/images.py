@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from xzoo.errors import DataError
+from ..errors import DataError
 
 Pixels = NDArray[np.uint8]
 Source = str | Path | bytes | BinaryIO | Pixels | Image.Image

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from xzoo.errors import DataError
+from ..errors import DataError
 
 ORDER, AUGMENT, STEP = 0, 100, 101  # 1 to 7 belong to the augmentation of images in memory
 _MASK = 0xFFFFFFFF

@@ -13,9 +13,9 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg
 
-from xzoo.errors import ModelError, XzooError
-from xzoo.models import create_model
-from xzoo.train.sources import ImageData
+from ..errors import ModelError, XzooError
+from ..models import create_model
+from .sources import ImageData
 
 # Steps after which the digits and sign-digits gained nothing more (scratch), and BiT's 500 (pretrained).
 STEPS_SCRATCH, STEPS_PRETRAINED = 1200, 500

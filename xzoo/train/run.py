@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from xzoo.errors import XzooError
+from ..errors import XzooError
 
 LOCK = ".lock"
 

@@ -26,8 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from xzoo.errors import DataError
-from xzoo.train.images import Pixels, load_rgb
+from ..errors import DataError
+from .images import Pixels, load_rgb
 
 # What people call images. Files of other kinds (notes, thumbnails' databases) are passed over in silence;
 # one of these that cannot be read is reported. Pillow reads HEIC only with a plug-in: then it is reported.

@@ -15,10 +15,10 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from xzoo.errors import ModelError, XzooError
-from xzoo.models import create_model
-from xzoo.train.callbacks import Clock, refuse_unsafe_averaging
-from xzoo.train.order import STEP, key
+from ..errors import ModelError, XzooError
+from ..models import create_model
+from .callbacks import Clock, refuse_unsafe_averaging
+from .order import STEP, key
 
 
 def rate(progress: float, warmup: float, wait: float = 0.0) -> float:

@@ -1,0 +1,47 @@
+"""What several test files need: real images where they lie, and small folders of drawn ones."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run beside each other; threads that wait for each other on a busy machine take minutes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real image data (sign-digits and others); tests that use it are marked `data`."""
+    place = os.environ.get("XZOO_TEST_DATA")
+    if not place:
+        pytest.skip("XZOO_TEST_DATA does not name a folder with real image data")
+    return Path(place)
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """Draw class folders: noisy images, each class of its own colour, so that a net learns them in a few steps."""
+
+    def make(
+        classes: tuple[str, ...] = ("ant", "bee"), each: int = 12, side: int = 24, where: str = "photos", seed: int = 0
+    ) -> Path:
+        root, draw = tmp_path / where, np.random.default_rng(seed)
+        for number, name in enumerate(classes):
+            (root / name).mkdir(parents=True)
+            color = np.array([(number * 97) % 256, (number * 57 + 120) % 256, 255 - (number * 97) % 256])
+            for i in range(each):
+                noise = draw.integers(-40, 40, (side, side + 4, 3))
+                pixels = np.clip(color + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+        return root
+
+    return make
