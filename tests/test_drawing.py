@@ -19,9 +19,7 @@ def small_model():
 
 
 def texts(figure):
-    return " ".join(
-        text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))
-    )
+    return " ".join(text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
 
 
 def test_a_models_pictures(tmp_path):

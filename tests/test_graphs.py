@@ -120,9 +120,7 @@ def test_small_corners_exhaustively(kind, n_in, degree):
         if kind == "biregular":
             assert_biregular(neighbours, n_in)
         if blocks == rows:
-            assert sorted(map(tuple, neighbours.tolist())) == list(
-                itertools.combinations(range(n_in), degree)
-            )
+            assert sorted(map(tuple, neighbours.tolist())) == list(itertools.combinations(range(n_in), degree))
 
 
 def test_as_many_blocks_as_rows_exist_at_a_real_size():
@@ -138,9 +136,7 @@ def test_biregular_is_regular_on_both_sides_with_rows_apart(n_in, n_out, degree,
     assert_biregular(neighbours, n_in)
     assert_rows_differ(neighbours, n_in)
     rows = matrix_of(neighbours, n_in).astype(bool)
-    assert {row.tobytes() for row in rows}.isdisjoint(row.tobytes() for row in ~rows), (
-        "two rows are complementary"
-    )
+    assert {row.tobytes() for row in rows}.isdisjoint(row.tobytes() for row in ~rows), "two rows are complementary"
 
 
 def test_random_rows_are_uniform():
@@ -191,7 +187,7 @@ def test_biregular_is_an_expander_for_every_seed(n_in, n_out, degree, share, see
 @pytest.mark.parametrize("n", [256, 512])
 @pytest.mark.parametrize("share", [1, 4])
 def test_biregular_is_an_expander_at_every_degree(n, share):
-    for degree in range(2 * share, n // 2 + 1, 3):
+    for degree in range(max(4, 2 * share), n // 2 + 1, 3):  # degree 2 gives cycles, often several
         assert_expander(n, n, degree, share, seed=degree)
 
 
@@ -214,9 +210,7 @@ def test_ramanujan_meets_the_bound_or_refuses(size, seed):
     assert np.append(values, 0)[1] <= (math.sqrt(fan - 1) + math.sqrt(degree - 1)) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)]
-)
+@pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)])
 def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
     for seed in range(5):
         neighbours = graphs.sample("ramanujan", n_in, n_out, degree, share, seed)
@@ -227,9 +221,7 @@ def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
 @pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(8, 8, 1, 1), (64, 16, 4, 1), (64, 64, 4, 4)])
 def test_ramanujan_refuses_before_drawing(n_in, n_out, degree, share, monkeypatch):
     monkeypatch.setattr(graphs._Words, "take", lambda *_: pytest.fail("a graph was drawn"))
-    with pytest.raises(
-        GraphError, match=r"needs 2 edges or more; use a larger degree, a smaller share or graph="
-    ):
+    with pytest.raises(GraphError, match=r"needs 2 edges or more; use a larger degree, a smaller share or graph="):
         graphs.sample("ramanujan", n_in, n_out, degree, share)
 
 
@@ -237,17 +229,13 @@ def test_ramanujan_gives_up_with_the_bound_in_its_message(monkeypatch):
     calls = []
     monkeypatch.setattr(graphs, "singular_values", lambda *a: calls.append(a) or (9.0, 9.0))
     monkeypatch.setattr(graphs, "is_connected", lambda *_: True)
-    with pytest.raises(
-        GraphError, match=r"16 inputs, 16 blocks .* degree 4: none of 100 draws met the bound 3\.4641"
-    ):
+    with pytest.raises(GraphError, match=r"16 inputs, 16 blocks .* degree 4: none of 100 draws met the bound 3\.4641"):
         graphs.sample("ramanujan", 16, 16, 4)
     assert len(calls) == graphs.MAX_DRAWS == 100
 
 
 @pytest.mark.parametrize("kind", ["group", "shuffle"])
-@pytest.mark.parametrize(
-    ("n", "degree", "share"), [(16, 4, 1), (64, 16, 4), (96, 12, 2), (256, 128, 1), (2048, 64, 1)]
-)
+@pytest.mark.parametrize(("n", "degree", "share"), [(16, 4, 1), (64, 16, 4), (96, 12, 2), (256, 128, 1), (2048, 64, 1)])
 def test_group_and_shuffle_do_not_mix_in_one_layer(kind, n, degree, share):
     neighbours = graphs.sample(kind, n, n, degree, share)
     first, second = graphs.singular_values(neighbours, n)
@@ -336,11 +324,7 @@ def test_largest_divisor_is_its_definition(n, limit):
 
 
 def test_layer_seeds_differ_by_model_seed_and_name():
-    seeds = {
-        graphs.layer_seed(seed, name)
-        for seed in range(20)
-        for name in ("conv1", "conv2", "a.conv1", "1/conv1")
-    }
+    seeds = {graphs.layer_seed(seed, name) for seed in range(20) for name in ("conv1", "conv2", "a.conv1", "1/conv1")}
     assert len(seeds) == 80
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -355,9 +339,7 @@ def test_a_fingerprint_tells_shape_type_and_values_but_not_byte_order():
 
 def golden_cases():
     free = [
-        (kind, *size)
-        for kind in FREE_KINDS
-        for size in ((64, 64, 8, 1), (17, 30, 5, 3), (6, 24, 3, 1), (5, 20, 3, 1))
+        (kind, *size) for kind in FREE_KINDS for size in ((64, 64, 8, 1), (17, 30, 5, 3), (6, 24, 3, 1), (5, 20, 3, 1))
     ]
     real = [
         ("biregular", 1024, 1024, 512, 4),
@@ -374,9 +356,7 @@ def golden_cases():
 def golden_now():
     drawn = {" ".join(map(str, case)): graphs.fingerprint(graphs.sample(*case)) for case in golden_cases()}
     named = {
-        f"layer_seed {seed} {name}": graphs.layer_seed(seed, name)
-        for seed in (0, 7)
-        for name in ("fc", "ü.0.conv")
+        f"layer_seed {seed} {name}": graphs.layer_seed(seed, name) for seed in (0, 7) for name in ("fc", "ü.0.conv")
     }
     return drawn | named
 
@@ -407,9 +387,7 @@ def test_drawing_neither_reads_nor_moves_a_global_stream():
 
 
 def test_another_seed_or_kind_is_another_graph():
-    drawn = [
-        graphs.sample(kind, 64, 64, 8, seed=seed) for kind in FREE_KINDS for seed in (0, 1, 2**64, 2**64 + 1)
-    ]
+    drawn = [graphs.sample(kind, 64, 64, 8, seed=seed) for kind in FREE_KINDS for seed in (0, 1, 2**64, 2**64 + 1)]
     assert len({graphs.fingerprint(neighbours) for neighbours in drawn}) == 8
 
 

@@ -277,9 +277,7 @@ def test_reach_draws_no_layer_after_the_last_it_needs():
 
 
 def test_stacks_that_do_not_chain_are_refused():
-    with pytest.raises(
-        GraphError, match=r"graph 2 of the stack has 9 inputs; it needs 16, the outputs of the graph"
-    ):
+    with pytest.raises(GraphError, match=r"graph 2 of the stack has 9 inputs; it needs 16, the outputs of the graph"):
         theory.reach([Graph.sample("random", 8, 16, 2), Graph.sample("random", 9, 8, 2)])
     with pytest.raises(GraphError, match="a stack of no graphs"):
         theory.reach([])
@@ -306,9 +304,7 @@ def assert_gradients_are_dependences(layers, jacobian):
 
 @pytest.mark.parametrize("kind", ["biregular", "random", "group", "shuffle"])
 def test_gradients_of_linear_stacks_are_nonzero_where_inputs_are_reached(kind):
-    layers = [
-        ExpanderLinear(24, 24, degree=3, graph=kind, seed=seed, share=1 + seed % 2) for seed in range(5)
-    ]
+    layers = [ExpanderLinear(24, 24, degree=3, graph=kind, seed=seed, share=1 + seed % 2) for seed in range(5)]
     zero = torch.zeros(24, dtype=torch.float64)
     assert_gradients_are_dependences(layers, lambda net: torch.autograd.functional.jacobian(net, zero))
 
@@ -319,9 +315,7 @@ def test_gradients_of_convolutions_are_nonzero_where_channels_are_reached():
 
     def jacobian(net):
         zero = torch.zeros(1, 12, 4, 4, dtype=torch.float64)
-        return torch.autograd.functional.jacobian(lambda x: net(x).sum(dim=(0, 2, 3)), zero).sum(
-            dim=(1, 3, 4)
-        )
+        return torch.autograd.functional.jacobian(lambda x: net(x).sum(dim=(0, 2, 3)), zero).sum(dim=(1, 3, 4))
 
     assert_gradients_are_dependences(layers, jacobian)
 

@@ -111,9 +111,7 @@ def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Fi
     for label, colour, heights in bounds:
         axes.hlines(heights, place - 0.4, place + 0.4, color=colour, linewidth=1.6, label=label)
     size = 30 if len(found) < 60 else 12
-    axes.scatter(
-        place, [each.normalised for each in found], size, COLOUR["biregular"], zorder=3, label="layer"
-    )
+    axes.scatter(place, [each.normalised for each in found], size, COLOUR["biregular"], zorder=3, label="layer")
     axes.set(ylim=(0, 1.08), ylabel="second / first singular value", xlim=(-0.7, len(found) - 0.3))
     shown = place[:: max(1, len(found) // 24 + (len(found) > 24))]
     axes.set_xticks(shown, [list(measured)[i] for i in shown], rotation=60, ha="right", fontsize=7)
@@ -139,9 +137,7 @@ def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> lis
     smallest = min(drawn, key=lambda layer: drawn[layer].neighbours.size)
     pictures = {
         "spectrum": draw_layers({layer: theory.spectrum(graph) for layer, graph in drawn.items()}, name),
-        "reach": draw_reach(
-            {span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"
-        ),
+        "reach": draw_reach({span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"),
         "graph": draw_adjacency(drawn[smallest], f"{name}: {smallest}"),
     }
     return _save(pictures, folder)
@@ -190,9 +186,7 @@ def _readme_spectrum() -> "Figure":
             # The random graphs lie under the biregular ones: a larger, hollow marker shows both.
             markerfacecolor="white" if (kind, share) in (("random", 1), ("biregular", 4)) else COLOUR[kind],
             markersize=9 if kind == "random" else 6,
-            label="group, group + shuffle"
-            if kind == "group"
-            else LABEL[kind] + (", share 4" if share == 4 else ""),
+            label="group, group + shuffle" if kind == "group" else LABEL[kind] + (", share 4" if share == 4 else ""),
         )
         if kind == "biregular":
             bound = [each.bound / each.first for each in found]
@@ -239,9 +233,7 @@ def _readme_mixing() -> "Figure":
         graph = Graph.sample(kind, n, n, degree)
         outputs, inputs = _adverse_order(graph) if kind == "biregular" else (np.arange(n), np.arange(n))
         adverse = [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
-        chance = [
-            theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size]) for size in sizes
-        ]
+        chance = [theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size]) for size in sizes]
         colour, name = COLOUR[kind], LABEL[kind]
         bound = [each.sharp for each in adverse]
         second = theory.spectrum(graph).second
@@ -260,9 +252,7 @@ def _readme_mixing() -> "Figure":
             )
     axes.set(xlim=(0, n), ylim=(0, None), xlabel="k, channels in each set", ylabel="|edges - expected|")
     axes.set_title("Edges between k inputs and k outputs, 512 channels, degree 16", fontsize=12)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -299,19 +289,18 @@ def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str
         heights = [_height(channel, width) for channel in range(width)]
         axes.scatter([column] * width, heights, 42, fill, edgecolors=edge, linewidths=1.1, zorder=3)
     axes.set(xlim=(-0.2, len(stack) + 0.2), ylim=(-0.04, 1.04), yticks=[])
-    axes.set_xticks(
-        range(len(widths)), ["input", *(f"layer {i}" for i in range(1, len(widths)))], fontsize=10
-    )
+    axes.set_xticks(range(len(widths)), ["input", *(f"layer {i}" for i in range(1, len(widths)))], fontsize=10)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return len(chosen)
 
 
-def _draw_lines(axes: "Axes", graph: Graph, most: int = 32) -> None:
+def _draw_lines(axes: "Axes", graph: Graph) -> None:
     """Outputs over inputs; of a wide layer every k-th output is drawn, with all of its edges."""
     from matplotlib.collections import LineCollection
 
-    outputs = range(0, graph.n_out, -(-graph.n_out // most))
+    drawn = max(4, min(32, 1000 // graph.degree))  # a thousand lines are as many as the eye can tell apart
+    outputs = range(0, graph.n_out, -(-graph.n_out // drawn))
     rows = [graph.neighbours[o // graph.share] for o in outputs]
     lines = [
         ((_height(i, graph.n_in), 0), (_height(o, graph.n_out), 1))
@@ -319,14 +308,10 @@ def _draw_lines(axes: "Axes", graph: Graph, most: int = 32) -> None:
         for i in row
     ]
     axes.add_collection(
-        LineCollection(
-            lines, colors=COLOUR["biregular"], linewidths=0.8, alpha=max(0.08, min(0.6, 90 / len(lines)))
-        )
+        LineCollection(lines, colors=COLOUR["biregular"], linewidths=0.8, alpha=max(0.08, min(0.6, 90 / len(lines))))
     )
     for width, height in ((graph.n_in, 0), (graph.n_out, 1)):
-        axes.scatter(
-            [_height(c, width) for c in range(width)], [height] * width, min(30, 900 / width), INK, zorder=3
-        )
+        axes.scatter([_height(c, width) for c in range(width)], [height] * width, min(30, 900 / width), INK, zorder=3)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.06, 1.06), xticks=[])
     axes.set_yticks([0, 1], [f"{graph.n_in}\ninputs", f"{graph.n_out}\noutputs"])
     axes.tick_params(length=0)
@@ -335,9 +320,7 @@ def _draw_lines(axes: "Axes", graph: Graph, most: int = 32) -> None:
 
 def _draw_histogram(axes: "Axes", graph: Graph) -> None:
     values, found = theory.all_singular_values(graph), theory.spectrum(graph)
-    axes.hist(
-        values[1:], bins=min(48, len(values)), color=COLOUR["biregular"], alpha=0.8, label="singular values"
-    )
+    axes.hist(values[1:], bins=min(48, len(values)), color=COLOUR["biregular"], alpha=0.8, label="singular values")
     axes.axvline(
         found.ramanujan,
         color=INK,
@@ -412,7 +395,7 @@ def _save(pictures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=144)
+        figure.savefig(folder / f"{name}.png", dpi=110, pil_kwargs={"optimize": True})
         paths.append(folder / f"{name}.png")
     return paths
 

@@ -12,7 +12,7 @@ spectra: Hoory, Linial and Wigderson, "Expander graphs and their applications", 
 The random stream is part of the format: only raw 64-bit words of numpy's PCG64 are used, because
 numpy keeps those for ever and the results of `Generator.permutation` and the like only for a while.
 
-Not here: weights (layers.py), measurements and pictures (theory.py), and anything that needs torch.
+Not here: weights (layers.py), measurements (theory.py), pictures (drawing.py), anything that needs torch.
 """
 
 import hashlib

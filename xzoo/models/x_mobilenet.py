@@ -42,15 +42,16 @@ def _x_mobilenet(variant: str, pretrained: bool, width: float, **kwargs: Any) ->
         "norm_layer": "batchnorm2d",
         "act_layer": "relu6",
     }
+    kwargs = network | kwargs
     layers: dict[str, Any] = {"expanded": ("blocks.*.conv_pw",), "dense_too": ("blocks.0.0.conv_pw",)}
     # As in timm, plain features_only has a class of its own, which does without the head.
     if kwargs.get("features_only") and not {"feature_cfg", "feature_cls"} & kwargs.keys():
         kwargs |= {"features_only": False, "pretrained_strict": False}
         kwargs["kwargs_filter"] = ("num_classes", "num_features", "global_pool")
-        model: Any = build(EfficientNetFeatures, variant, pretrained, **layers, **network, **kwargs)
+        model: Any = build(EfficientNetFeatures, variant, pretrained, **layers, **kwargs)
         model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
         return model
-    return build(EfficientNet, variant, pretrained, **layers, **network, **kwargs)
+    return build(EfficientNet, variant, pretrained, **layers, **kwargs)
 
 
 @register_model

@@ -37,9 +37,12 @@ def x_timm(
     """The timm model `base`, expanded; pretrained=True takes the dense weights of `base` for what stays connected."""
     if not isinstance(base, str) or base.startswith("x_") or not timm.is_model(base):
         raise ModelError(f"base={base!r} is not the name of a dense timm model; timm.list_models() has them")
-    own_weights = isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.has_weights
+    # Of a folder timm hands over what its config.json says; a name alone has the configuration of the base.
+    own = vars(pretrained_cfg) if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    sources = (own if isinstance(own, dict) else {}) | (pretrained_cfg_overlay or {})
+    own_weights = any(sources.get(key) for key in ("url", "file", "hf_hub_id", "state_dict"))
     graph_arguments: dict[str, Any] = {"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed}
-    if not own_weights:
+    if not isinstance(own, dict):
         base_cfg = timm.get_pretrained_cfg(base) or PretrainedCfg()
         pretrained_cfg = dataclasses.replace(base_cfg, url=None, file=None, hf_hub_id=None, architecture="x_timm")
 

@@ -10,18 +10,19 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
-    gathered = x.index_select(1, neighbours.flatten())  # [B, blocks * degree, H, W]
-    return F.conv2d(gathered, weight, bias, stride, padding, dilation, groups=len(neighbours))
+    gathered = _columns(x, neighbours)
+    return F.conv2d(gathered, weight.contiguous(), bias, stride, padding, dilation, groups=len(neighbours))
 
 
 def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
     shape = [x.shape[0], neighbours.numel(), *x.shape[2:]]
+    grad, weight = grad.contiguous(), weight.contiguous()
     gathered = conv2d_input(shape, weight, grad, stride, padding, dilation, groups=len(neighbours))
     return grad.new_zeros(x.shape).index_add(1, neighbours.flatten(), gathered)
 
 
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
-    gathered = x.index_select(1, neighbours.flatten())
+    gathered, grad = _columns(x, neighbours), grad.contiguous()
     return conv2d_weight(gathered, weight.shape, grad, stride, padding, dilation, groups=len(neighbours))
 
 
@@ -41,6 +42,13 @@ def linear_input_grad(grad, x, weight, neighbours):
 def linear_weight_grad(grad, x, weight, neighbours):
     blocks = _outputs(grad, neighbours).transpose(1, 2) @ _rows(x, neighbours)  # [blocks, share, degree]
     return blocks.reshape(weight.shape)
+
+
+def _columns(x, neighbours):
+    """The input channels of each block: [B, blocks * degree, H, W], contiguous."""
+    # So are the other operands: torch 2.14's grouped convolution of bfloat16 in channels_last is wrong, or
+    # crashes, where the image is one to three pixels wide (x86 with AVX-512).
+    return x.index_select(1, neighbours.flatten()).contiguous()
 
 
 def _rows(x, neighbours):

@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .order import AUGMENT, EvalOrder, TrainOrder, key
+from .order import AUGMENT, EvalOrder, TrainOrder, key, standing
 from .sources import ImageData, Images
 
 Transform = Callable[[Any], Tensor]
@@ -100,23 +100,18 @@ class ImageModule(pl.LightningDataModule):
             workers = 0 if data.in_memory and not torch.cuda.is_available() else min(8, os.cpu_count() or 1)
         self.workers = workers
 
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
     def batches_per_epoch(self, world: int = 1) -> int:
         """Steps in an epoch, known before any loader exists."""
         return len(TrainOrder(len(self.data.train), self.batch_size, world=world))
 
     def train_dataloader(self) -> DataLoader:
-        rank, world = self._ranks()
-        # Not a public name of Lightning's, and the only place where the position after a resume stands,
-        # also for a checkpoint written on the last batch of an epoch. test_finetune.py holds it.
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        rank, world, done = standing(self.trainer)
         order = TrainOrder(len(self.data.train), self.batch_size, self.seed, rank, world, done)
         return self._loader(Views(self.data.train, self.train_transform, self.seed), order)
 
     def val_dataloader(self) -> DataLoader:
-        order = EvalOrder(len(self.data.val), self.batch_size, *self._ranks())
+        rank, world, _ = standing(self.trainer)
+        order = EvalOrder(len(self.data.val), self.batch_size, rank, world)
         return self._loader(Views(self.data.val, self.eval_transform, None), order)
 
     def _loader(self, views: Views, order: TrainOrder | EvalOrder) -> DataLoader:

@@ -8,7 +8,7 @@ The streams below are part of the format: changing a number changes every result
 """
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 from ..errors import DataError
 
-ORDER, AUGMENT, STEP = 0, 100, 101  # 1 to 7 belong to the augmentation of images in memory
+ORDER, HELD_OUT, AUGMENT, STEP = 0, 10, 100, 101  # 1 to 9, and the table of all, stand in augment.py
 _MASK = 0xFFFFFFFF
 
 
@@ -31,8 +31,11 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def keys(seed: int, epoch: int, stream: int, index: Tensor) -> Tensor:
-    """A uniform 32-bit key for each index (int64, any shape), independent over seeds, epochs and streams."""
+def keys(seed: int, epoch: int, stream: int | Tensor, index: Tensor) -> Tensor:
+    """A uniform 32-bit key for each index (int64, any shape), independent over seeds, epochs and streams.
+
+    Several streams at once: an int64 tensor that broadcasts with `index`.
+    """
     return mix(_place(seed, epoch, stream) + mix(index))
 
 
@@ -41,13 +44,34 @@ def key(seed: int, epoch: int, stream: int, index: int) -> int:
     return mix(_place(seed, epoch, stream) + mix(index))
 
 
-def _place(seed: int, epoch: int, stream: int) -> int:
+def _place(seed: int, epoch: int, stream: Word) -> Word:
     return mix(mix(mix(seed) ^ epoch) ^ stream)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
     """The order of n images in an epoch: int64 [n]."""
     return keys(seed, epoch, ORDER, torch.arange(n)).argsort(stable=True)
+
+
+def held_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Numbers of `count` images held out of training, and of the others, ascending; the same for every seed.
+
+    Each class gives its share of them, within one image.
+
+    Raises: DataError if a class would keep no image.
+    """
+    n, classes = len(labels), len(labels.unique())
+    if not 0 <= count <= n - classes:
+        raise DataError(f"holdout={count} of {n} training images of {classes} classes: use 0 to {n - classes}")
+    order = keys(0, 0, HELD_OUT, torch.arange(n)).argsort(stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by class, and within a class by key
+    sizes = labels.bincount()
+    rank = torch.arange(n) - (sizes.cumsum(0) - sizes)[labels[order]]
+    # The place of an image within its class, as a share of it: the smallest are an equal share of every class.
+    place = (rank.double() + 0.5) / sizes[labels[order]]
+    place[rank == sizes[labels[order]] - 1] = 1.0  # the last one of each class stays
+    order = order[place.argsort(stable=True)]
+    return order[:count].sort().values, order[count:].sort().values
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):
@@ -64,17 +88,32 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         n: number of images.
         batch_size: images in a step, over all ranks.
         done: batches that a resumed run has already seen since its beginning.
+        exact: every batch has batch_size images, the same number on each rank. The last few of each epoch's
+            permutation, other images each time, are left out: a recipe's steps are then all alike.
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, done: int = 0
+        self,
+        n: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        done: int = 0,
+        exact: bool = False,
     ) -> None:
         if batch_size < 2 * world:
             raise DataError(f"batch_size={batch_size}: batch norm needs two images or more on each of {world} devices")
         if n < 2 * world:
             raise DataError(f"{n} training images for {world} devices: two or more are needed on each")
         self.n, self.seed, self.rank, self.world = n, seed, rank, world
-        self.batches = min(-(-n // batch_size), n // (2 * world))
+        if exact and (batch_size % world or batch_size > n):
+            raise DataError(
+                f"batch_size={batch_size} for {n} training images and {world} devices: it is the batch of all devices "
+                f"together; use a multiple of {world} that is {n} or less"
+            )
+        self.batches = n // batch_size if exact else min(-(-n // batch_size), n // (2 * world))
+        self.used = self.batches * batch_size if exact else n
         self.epoch, self.start = divmod(done, self.batches)
 
     def __len__(self) -> int:
@@ -93,9 +132,19 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = permutation(self.seed, self.epoch, self.n).tolist()
         for batch in range(self.start, self.batches):
-            low, high = (self.n * b // self.batches for b in (batch, batch + 1))
+            low, high = (self.used * b // self.batches for b in (batch, batch + 1))
             first, last = (low + (high - low) * r // self.world for r in (self.rank, self.rank + 1))
             yield [(self.epoch, i) for i in order[first:last]]
+
+
+def standing(trainer: Any) -> tuple[int, int, int]:
+    """Rank, number of ranks, and batches seen since the run began, of a Lightning trainer (or None)."""
+    if trainer is None:
+        return 0, 1, 0
+    # Not a public name of Lightning's, and the only place where the position after a resume stands,
+    # also for a checkpoint written on the last batch of an epoch. test_finetune.py holds it.
+    done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    return trainer.global_rank, trainer.world_size, done
 
 
 class EvalOrder(Sampler[list[tuple[int, int]]]):
