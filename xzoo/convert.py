@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import graphs
@@ -129,9 +130,12 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, ExpanderConv2d | ExpanderLinear):
         return _dense_layer(model)
-    for name, layer in list(model.named_modules()):
+    dense: dict[nn.Module, nn.Module] = {}  # a layer that is used in two places stays one layer
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, ExpanderConv2d | ExpanderLinear):
-            model.set_submodule(name, _dense_layer(layer))
+            if layer not in dense:
+                dense[layer] = _dense_layer(layer)
+            model.set_submodule(name, dense[layer])
     return model
 
 
@@ -226,13 +230,21 @@ def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Conv2d | nn.Lin
     return new
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
 def _like(new: nn.Module, old: nn.Module) -> None:
     """Give `new` the mode, the frozen parameters and the hooks of `old`."""
     new.train(old.training)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(old.get_parameter(name).requires_grad)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, hooks).update(getattr(old, hooks))
+    # The very dictionaries, so that the handles of the hooks still remove them.
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
 
 
 def _candidates(
@@ -245,8 +257,11 @@ def _candidates(
             f"expand() got a lone {type(model).__name__}, which cannot be replaced in place; build an "
             "ExpanderConv2d or ExpanderLinear instead, or wrap it in nn.Sequential"
         )
+    for name, layer in layers.items():
+        if isinstance(layer.weight, UninitializedParameter):
+            raise ModelError(f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass first")
     for pattern in (*only, *skip):
-        if not fnmatch.filter(layers, pattern):
+        if not any(fits(name, (pattern,)) for name in layers):
             raise ModelError(
                 f"pattern {pattern!r} fits no convolution or linear layer, such as {', '.join([*layers][:3])}"
             )
@@ -272,7 +287,7 @@ def _candidates(
             reason = f"kept: a grouped convolution ({layer.groups} groups)"
         elif is_parametrized(layer) or "weight" not in layer._parameters:
             reason = "kept: its weight is computed (parametrized)"
-        elif uses[id(layer.weight)] > 1:
+        elif any(uses[id(parameter)] > 1 for parameter in layer.parameters()):
             reason = "kept: its weight is used in two places"
         elif name in read:
             reason = f"kept: {read[name]} reads its weight itself"

@@ -73,8 +73,8 @@ class Augment:
         draws = keys(seed, epoch, torch.arange(RATIO + 1, device=index.device)[:, None], index)  # [streams, B]
         mirrored = self._mirrored(draws[FLIP], index, seed, epoch)
         if self.crop == "resized":
-            box = _boxes(*uniform(draws[[AREA, RATIO, SHIFT_Y, SHIFT_X]]), self.scale, self.ratio)
-            x = resized(normalised(images, colours), *box, mirrored, self.img_size)
+            box = boxes(uniform(draws[[AREA, RATIO, SHIFT_Y, SHIFT_X]]), self.scale, self.ratio)
+            x = resized(normalised(images, colours), box, mirrored, self.img_size)
         else:
             dy, dx = randint(draws[[SHIFT_Y, SHIFT_X]], 2 * self.shift + 1) - self.shift
             x = upscaled(normalised(shifted(images, dy, dx, mirrored), colours), self.img_size)
@@ -151,24 +151,22 @@ def cut_out(x: Tensor, y: Tensor, column: Tensor, side: int) -> Tensor:
     return x.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 
-def _boxes(
-    area: Tensor, ratio: Tensor, y: Tensor, x: Tensor, scale: tuple[float, float], ratios: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height and width of crops, as shares of the side, from uniform draws.
+def boxes(draws: Tensor, scale: tuple[float, float], ratios: tuple[float, float]) -> Tensor:
+    """Top, left, height and width of crops, as shares of the side, from uniform draws: both float [4, B].
 
     As torchvision's RandomResizedCrop: the area uniform in `scale`, width over height log-uniform. A side
     that would be too long is cut to the image's, where torchvision draws again up to ten times.
     """
+    area, ratio, y, x = draws
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = torch.exp(log(ratios[0]) + (log(ratios[1]) - log(ratios[0])) * ratio)
     height, width = (area / aspect).sqrt().clamp(max=1.0), (area * aspect).sqrt().clamp(max=1.0)
-    return y * (1 - height), x * (1 - width), height, width
+    return torch.stack([y * (1 - height), x * (1 - width), height, width])
 
 
-def resized(
-    x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, mirrored: Tensor, size: int
-) -> Tensor:
-    """A box of each image, bilinear, as [B, C, size, size]; the box in shares of the side, each [B]."""
+def resized(x: Tensor, box: Tensor, mirrored: Tensor, size: int) -> Tensor:
+    """The box of each image (of `boxes`) as [B, C, size, size], bilinear, then mirrored."""
+    top, left, height, width = box
     line = (torch.arange(size, device=x.device) + 0.5) / size  # centres of the pixels that are asked for
     rows, columns = (start[:, None] + line * length[:, None] for start, length in ((top, height), (left, width)))
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
@@ -200,7 +198,7 @@ def mixed(
     """
     if min(mixup, cutmix) < 0:
         raise DataError(f"mixup={mixup:g}, cutmix={cutmix:g}: 0 for none, or a positive alpha of Beta(alpha, alpha)")
-    if not mixup and not cutmix or len(images) < 2:
+    if not (mixup or cutmix) or len(images) < 2:
         return images, labels, 1.0
     which, share, y, x = ((key(seed, epoch, MIX, 8 * batch + i) + 0.5) / 2**32 for i in range(4))
     partner = torch.arange(len(images), device=images.device) ^ 1

@@ -68,3 +68,29 @@ def with_bases(arguments: Sequence[str]) -> list[str]:
             result.append(f"--config={base}")
         result.append(f"--config={path}")
     return result
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI over `Classifier` and the data modules; what a run needs beside them is added here.
+
+    `run=False`: it only parses and builds, so that the folder can be claimed before and the run told after.
+    """
+
+    def __init__(self, arguments: Sequence[str]):
+        super().__init__(
+            Classifier,
+            pl.LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            args=with_bases(arguments),
+            run=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ema", type=float | None, default=None, help="decay a step of the averaged weights")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")

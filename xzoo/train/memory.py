@@ -27,8 +27,7 @@ from ..errors import DataError
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
-from .sources import Item, Listing
-from .sources import _list as list_images
+from .sources import Item, Listing, list_images
 
 CHUNK = 256  # images that a thread decodes at a time
 
@@ -38,7 +37,7 @@ class Places(NamedTuple):
 
     part: str
     epoch: int
-    index: Tensor
+    numbers: Tensor
 
 
 class PlaceLoader:
@@ -60,8 +59,8 @@ class PlaceLoader:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.order:
-            epochs, index = zip(*batch, strict=True)
-            places = Places(self.part, epochs[0], torch.tensor(index))
+            epochs, numbers = zip(*batch, strict=True)
+            places = Places(self.part, epochs[0], torch.tensor(numbers))
             yield self.make(places) if self.make else places
 
 
@@ -82,11 +81,15 @@ class InMemory(pl.LightningDataModule):
             for every seed, of each class its share. `test_dataloader` has the own test part in any case.
         img_size: side of the images that the model sees, in pixels; None for the data set's own. Larger: scaled up on
             the device, bilinear. Smaller: reduced once, by the mean of the area.
-        crop: "shift" by up to `shift` pixels of the data, filled by reflection; or "resized": a box of a share of
-            the area in `scale` and a ratio of width to height in `ratio`, straight to img_size.
+        crop: "shift" by a few pixels, filled by reflection; or "resized": a box of any place and size, as torchvision's
+            RandomResizedCrop, straight to img_size.
+        shift: pixels of the data, at most, in each direction.
+        scale: smallest and largest area of the box, as shares of the image's.
+        ratio: smallest and largest width of the box over its height.
         flip: "random"; "alternating": every image mirrored in every other epoch; "none".
         cutout: side of a square of the mean colour, in pixels of img_size; 0 for none.
-        mean, std: of the colours, in 0 to 1; None for those of the data set.
+        mean: of the colours, in 0 to 1; None for that of the data set.
+        std: likewise.
         channels_last: memory format of the images.
     Raises: DataError if the data are missing, broken or of another shape, or an argument does not go with them.
     """
@@ -178,7 +181,9 @@ class InMemory(pl.LightningDataModule):
         if not listing.train or not listing.val:
             raise DataError(f"{self.root}: no test part with images beside a train part; {name} needs both")
         if len(listing.classes) != self.classes:
-            raise DataError(f"{self.root} has {len(listing.classes)} classes, {name} has {self.classes}: another data set?")
+            raise DataError(
+                f"{self.root} has {len(listing.classes)} classes, {name} has {self.classes}: another data set?"
+            )
         return listing
 
     def _where(self) -> str:
@@ -202,7 +207,9 @@ class InMemory(pl.LightningDataModule):
                 pixels = _pixels(item)
                 if pixels.shape[:2] != (side, side):
                     height, width = pixels.shape[:2]
-                    raise DataError(f"{self.root}: {item.name} is {width} x {height} pixels, others are {side} x {side}")
+                    raise DataError(
+                        f"{self.root}: {item.name} is {width} x {height} pixels, others are {side} x {side}"
+                    )
                 images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
 
         starts, console = range(0, len(items), CHUNK), Console(stderr=True)
@@ -254,15 +261,15 @@ class InMemory(pl.LightningDataModule):
     @torch.no_grad()
     def batch(self, places: Places) -> tuple[Tensor, Tensor]:
         """The images and labels of a batch, on the device of its numbers."""
-        images, labels, colours = self._on(places.part, places.index.device)
-        chosen, index = images[places.index], places.index
+        images, labels, colours = self._on(places.part, places.numbers.device)
+        chosen = images[places.numbers]
         if places.part == "train":
-            x = self._augment(chosen, index, self.seed, places.epoch, colours)
+            x = self._augment(chosen, places.numbers, self.seed, places.epoch, colours)
         else:
             x = upscaled(normalised(chosen, colours), self.img_size)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return x, labels[index]
+        return x, labels[places.numbers]
 
     def _on(self, part: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and colours on a device, moved there once."""
@@ -289,7 +296,10 @@ class CIFAR100(InMemory):
 
 
 class TinyImageNet(InMemory):
-    """Tiny-ImageNet-200: 100,000 training and 10,000 validation images, 64 x 64 pixels (or a 32 x 32 copy), 200 classes."""
+    """Tiny-ImageNet-200: 100,000 training and 10,000 validation images, 64 x 64 pixels, 200 classes.
+
+    Its copies at 32 x 32 pixels are read too; img_size=32 shows them as they are.
+    """
 
     hub, classes, sides = "zh-plus/tiny-imagenet", 200, (64, 32)
     colours = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -44,7 +44,7 @@ def key(seed: int, epoch: int, stream: int, index: int) -> int:
     return mix(_place(seed, epoch, stream) + mix(index))
 
 
-def _place(seed: int, epoch: int, stream: Word) -> Word:
+def _place(seed: int, epoch: int, stream: Any) -> Any:
     return mix(mix(mix(seed) ^ epoch) ^ stream)
 
 

@@ -116,7 +116,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     Raises: DataError if it does not exist, is empty, has one class, holds too many broken images or none
         that can be read, or trains and validates on different classes.
     """
-    listing = _list(str(data))
+    listing = list_images(str(data))
     items = listing.train + (listing.val or [])
     if not items:
         raise DataError(f"{data}: no images in it; put those of each class into a sub-folder")
@@ -156,7 +156,8 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _list(data: str) -> Listing:
+def list_images(data: str) -> Listing:
+    """What DATA holds, in any of the forms above; no image is decoded. Raises: DataError if it has none of them."""
     path = Path(data).expanduser()
     if data == "digits" and not path.exists():
         return _digits()
@@ -210,12 +211,12 @@ def _folder(root: Path) -> Listing:
         if not val_classes:
             remarks.append(f"{by_name[name].name}/ is not used: it has no class folders with images")
             continue
-        _check_same(str(root), listing.classes, [c.name for c in val_classes])
+        check_same_classes(str(root), listing.classes, [c.name for c in val_classes])
         listing.val = _labelled(root, val_classes)
         break
     others = [p.name for p in parts if p.name.lower() not in ("train", *VAL_NAMES)]
     if others:
-        remarks.append(f"beside train/, these folders are not used: {_few(others)}")
+        remarks.append(f"beside train/, these folders are not used: {few(others)}")
     listing.remarks = remarks
     return listing
 
@@ -252,7 +253,7 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
     classes: list[str] | None = None
     folders: dict[str, Path] = {}
     for file in files:
-        split = _split_of(file)
+        split = split_of(file)
         if folders.setdefault(split, file.parent) != file.parent:
             raise DataError(f"{root}: {split} is in {folders[split]} and in {file.parent}; give one of them")
         try:
@@ -266,7 +267,8 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
     return _from_rows(str(root), parts, classes)
 
 
-def _split_of(file: Path) -> str:
+def split_of(file: Path) -> str:
+    """The part of the data that the name of a file, or else of its folder, begins with."""
     for name in (file.stem, file.parent.name):
         found = re.match(r"(train|val|validation|valid|test)(?![a-z])", name.lower())
         if found:
@@ -310,7 +312,7 @@ def _columns(where: str, kinds: dict[str, str]) -> tuple[str, str]:
         there = [name for name, its in kinds.items() if its == kind]
         pick = next((name for name in usual if name in there), there[0] if len(there) == 1 else None)
         if pick is None:
-            raise DataError(f"{where}: no {kind} column among {_few(list(kinds))}; expected {' or '.join(usual)}")
+            raise DataError(f"{where}: no {kind} column among {few(list(kinds))}; expected {' or '.join(usual)}")
         chosen.append(pick)
     return chosen[0], chosen[1]
 
@@ -362,7 +364,7 @@ def _from_rows(data: str, parts: dict[str, list[tuple[str, Any, Any]]], classes:
     remarks = []
     if "train" not in parts:
         if len(parts) > 1:
-            raise DataError(f"{data}: no train part among {_few(sorted(parts))}")
+            raise DataError(f"{data}: no train part among {few(sorted(parts))}")
         parts = {"train": next(iter(parts.values()))}
     # -1 marks an image whose label is kept secret, as in the test parts of contests.
     parts = {split: [r for r in rows if r[2] not in (None, -1)] for split, rows in parts.items()}
@@ -374,7 +376,7 @@ def _from_rows(data: str, parts: dict[str, list[tuple[str, Any, Any]]], classes:
         index = {i: i for i in range(len(classes))} | {c: i for i, c in enumerate(classes)}
     wrong = sorted(str(label) for label in labels if label not in index)
     if wrong:
-        raise DataError(f"{data}: labels {_few(wrong)} are outside its {len(classes)} class names")
+        raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
     val = next((split for split in VAL_NAMES if items.get(split)), None)
@@ -453,19 +455,19 @@ def _check_classes(data: str, classes: Sequence[str], train: Sequence[Item], val
         raise DataError(f"{data}: one class only ({only}); two or more are needed, a sub-folder each")
     unknown = sorted({item.label for item in val} - counts.keys())
     if unknown:
-        raise DataError(f"{data}: no training image that can be read of {_few([classes[i] for i in unknown])}")
+        raise DataError(f"{data}: no training image that can be read of {few([classes[i] for i in unknown])}")
     if not val:
         raise DataError(f"{data}: one image in each class; two or more are needed, one of them to validate")
 
 
-def _check_same(data: str, train: Sequence[str], val: Sequence[str]) -> None:
+def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
     if set(train) != set(val):
         missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
         raise DataError(
             f"{data}: train and val must have the same classes; "
-            f"only in train: {_few(missing) or 'none'}; only in val: {_few(extra) or 'none'}"
+            f"only in train: {few(missing) or 'none'}; only in val: {few(extra) or 'none'}"
         )
 
 
-def _few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

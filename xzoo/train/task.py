@@ -4,10 +4,10 @@ What a step does depends on where it stands (step, share of the run) and on noth
 lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step, rank).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import cos, pi
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,17 +21,31 @@ from .callbacks import Clock, refuse_unsafe_averaging
 from .order import STEP, key
 
 
-def rate(progress: float, warmup: float, wait: float = 0.0) -> float:
-    """Share of the peak rate at `progress` of the run: nothing, a linear rise, then a cosine to zero.
+def rate(
+    progress: float,
+    warmup: float,
+    wait: float = 0.0,
+    schedule: str = "cosine",
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+    floor: float = 0.0,
+) -> float:
+    """Share of the peak rate at `progress` of the run: nothing, a linear rise, then down by the schedule.
 
     Args:
         progress, warmup, wait: shares of the run, 0 to 1: where it is, how long it rises, how long it waits.
+        schedule: "cosine" or "linear", to zero at the end; "step", times gamma at each of the milestones
+            (shares of the run), and never below floor (a share of the peak).
     """
     if progress < wait:
         return 0.0
     if progress < wait + warmup:
         return (progress - wait) / warmup
-    return 0.5 + 0.5 * cos(pi * min(1.0, (progress - wait - warmup) / max(1e-9, 1 - wait - warmup)))
+    if schedule == "step":
+        # A hair of tolerance: a milestone is a step, and steps / steps is not always the decimal that was meant.
+        return max(floor, gamma ** sum(progress >= milestone - 1e-9 for milestone in milestones))
+    fallen = min(1.0, (progress - wait - warmup) / max(1e-9, 1 - wait - warmup))
+    return 1 - fallen if schedule == "linear" else 0.5 + 0.5 * cos(pi * fallen)
 
 
 class Classifier(pl.LightningModule):
@@ -42,7 +56,12 @@ class Classifier(pl.LightningModule):
     Args:
         model: a name that `xzoo.create_model` knows, built with `model_kwargs` (builtins only: they are in
             the checkpoint, which has to load with weights_only=True).
-        optimizer: any name of `timm.optim`; lr is its peak rate.
+        compression, share, spatial_share, graph, graph_seed: of an X-Net, where they are not those of its name:
+            compression=1 is the dense twin, graph="group" a rival.
+        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain one); lr is its
+            peak rate.
+        decay_all: decay norms and biases too, as the authors did; else, as timm does, weights alone.
+        schedule, milestones, gamma, floor: how the rate falls; see `rate`.
         warmup: share of the run in which the rate rises.
         body_lr: rate of everything but the head, as a multiple of lr.
         head_first: share of the run in which only the head moves.
@@ -58,10 +77,20 @@ class Classifier(pl.LightningModule):
         num_classes: int,
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
+        compression: int | None = None,
+        share: int | None = None,
+        spatial_share: int | None = None,
+        graph: str | None = None,
+        graph_seed: int | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
+        decay_all: bool = False,
         label_smoothing: float = 0.1,
+        schedule: Literal["cosine", "linear", "step"] = "cosine",
+        milestones: list[float] | None = None,
+        gamma: float = 0.1,
+        floor: float = 0.0,
         warmup: float = 0.1,
         body_lr: float = 1.0,
         head_first: float = 0.0,
@@ -73,9 +102,12 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         # The weights are a function of the seed too, and of nothing drawn before.
+        drawn = {"compression": compression, "share": share, "spatial_share": spatial_share, "graph": graph}
+        drawn |= {"seed": graph_seed}
+        arguments = (model_kwargs or {}) | {name: value for name, value in drawn.items() if value is not None}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
-            self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {}))
+            self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **arguments)
         self.head = self.net.get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(f"{model} has no single classifier layer to train; choose another model")
@@ -130,12 +162,16 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _rate_of(self, wait: float) -> Callable[[int], float]:
-        return lambda step: rate(self.progress(step), self.hparams["warmup"], wait)
+        hp = self.hparams
+        fall = {"schedule": hp["schedule"], "milestones": hp["milestones"] or (), "gamma": hp["gamma"]}
+        return lambda step: rate(self.progress(step), hp["warmup"], wait, floor=hp["floor"], **fall)
 
     def _groups(self, model: nn.Module, weight_decay: float = 0.0, **_: Any) -> list[dict[str, Any]]:
         """timm's groups (no decay for vectors), each with its own rate, and the head apart from the body."""
         hp = self.hparams
-        if hp["layer_decay"] is None:
+        if hp["decay_all"]:
+            groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+        elif hp["layer_decay"] is None:
             groups = param_groups_weight_decay(model, weight_decay)
         else:
             groups = param_groups_layer_decay(model, weight_decay, layer_decay=hp["layer_decay"])

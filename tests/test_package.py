@@ -1,0 +1,117 @@
+"""The package as a whole: imports run down the stair, and importing does nothing but define."""
+
+import ast
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xzoo
+
+ROOT = Path(xzoo.__file__).parent
+
+# A module imports from its own step and from those below, and no step twice.
+STAIR = (
+    {"__main__"},
+    {"cli"},
+    {"bench"},
+    {"train"},
+    {"hub"},
+    {"models"},
+    {"convert", "theory", "drawing", "profile", "deploy", "weights"},
+    {"layers"},
+    {"ops", "graphs"},
+    {"errors"},
+)
+# Of the modules of one step, which may import which.
+BESIDE = {("drawing", "theory"), ("deploy", "convert"), ("deploy", "profile"), ("drawing", "profile")}
+
+
+def step(part):
+    found = [i for i, names in enumerate(STAIR) if part in names]
+    assert found, f"xzoo.{part} has no place on the stair; give it one here"
+    return found[0]
+
+
+@functools.cache
+def imports():
+    """(file, line, importing part, imported part) of all of xzoo's imports of itself, inside functions too."""
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        place = path.relative_to(ROOT.parent).with_suffix("").parts  # ("xzoo", "models", "x_vgg")
+        package = place[:-1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets = [tuple(alias.name.split(".")) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                above = package[: len(package) + 1 - node.level] if node.level else ()
+                base = (*above, *(node.module or "").split(".")) if node.module else above
+                targets = [(*base, alias.name) for alias in node.names]
+            else:
+                continue
+            inside = [target for target in targets if target[0] == "xzoo"]
+            found += [(str(path.relative_to(ROOT)), node.lineno, place[1], target[1]) for target in inside]
+    return found
+
+
+def test_imports_run_down_the_stair():
+    assert len(imports()) > 30
+    up = []
+    for file, line, part, target in imports():
+        if part == "__init__" or part == target:
+            continue
+        if not ((ROOT / target).is_dir() or (ROOT / f"{target}.py").is_file()):
+            up.append(f"{file}:{line} imports {target} from the package itself, which is above everything")
+        elif step(target) < step(part) or (step(target) == step(part) and (part, target) not in BESIDE):
+            up.append(f"{file}:{line} imports {target}, which does not stand below {part}")
+    assert not up, "\n".join(up)
+
+
+def test_every_module_has_a_place():
+    parts = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    for part in parts - {"__init__"}:
+        step(part)
+
+
+def test_public_names_are_these():
+    assert set(xzoo.__all__) == {
+        *("create_model", "list_models", "profile", "expand", "to_dense"),
+        *("ExpanderConv2d", "ExpanderLinear"),
+        *("graphs", "ops"),
+        *("XzooError", "GraphError", "ModelError", "DataError"),
+    }
+    assert xzoo.__all__ == sorted(xzoo.__all__)
+    assert all(hasattr(xzoo, name) for name in xzoo.__all__)
+
+
+@pytest.mark.parametrize("name", ["GraphError", "ModelError", "DataError"])
+def test_errors_are_one_family(name):
+    assert issubclass(getattr(xzoo, name), xzoo.XzooError)
+    assert issubclass(xzoo.XzooError, ValueError)
+
+
+def test_import_only_defines():
+    """In a process of its own: no heavy library, no thread, no file, no word, no random draw, no CUDA."""
+    code = """
+import json, os, random, sys, threading
+import numpy, torch, timm, torchvision
+before, state, drawn = set(sys.modules), torch.get_rng_state(), (random.getstate(), str(numpy.random.get_state()))
+threads, environment, cwd = threading.active_count(), dict(os.environ), sorted(os.listdir())
+import xzoo
+assert torch.equal(state, torch.get_rng_state())
+assert drawn == (random.getstate(), str(numpy.random.get_state()))
+assert (threads, environment, cwd) == (threading.active_count(), dict(os.environ), sorted(os.listdir()))
+assert not torch.cuda.is_initialized()
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    new = json.loads(run.stdout)
+    roots = {name.partition(".")[0] for name in new}
+    heavy = {"matplotlib", "pytorch_lightning", "lightning", "sklearn", "scipy", "pyarrow", "datasets", "torchmetrics"}
+    assert not roots & (heavy | {"jsonargparse", "rich", "transformers", "onnx", "pandas"})
+    assert not [name for name in new if name.startswith(("xzoo.train", "xzoo.cli", "xzoo.hub"))]
+    assert len([name for name in new if not name.startswith("xzoo")]) < 100
