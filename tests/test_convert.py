@@ -442,7 +442,12 @@ def test_expanding_the_dense_form_again_gives_the_model_back():
 
 # Families of timm besides the paper's.
 
-READERS = {"eva": "EvaAttention", "beit": "Attention", "swinv2": "WindowAttention", "mobilevitv2": "LinearSelfAttention"}
+READERS = {
+    "eva": "EvaAttention",
+    "beit": "Attention",
+    "swinv2": "WindowAttention",
+    "mobilevitv2": "LinearSelfAttention",
+}
 TINY = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64}
 FAMILIES = {
     "test_vit": {},
@@ -474,9 +479,7 @@ FAMILIES = {
 FAST = ("test_vit", "test_convnext", "eva02_tiny_patch14_224", "beit_base_patch16_224", "swinv2_tiny_window8_256")
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_family_can_be_expanded(family):
     """Forward, backward, counts, a state dict into another seed, and back to dense."""
 

@@ -210,6 +210,20 @@ def test_ramanujan_meets_the_bound_or_refuses(size, seed):
     assert np.append(values, 0)[1] <= (math.sqrt(fan - 1) + math.sqrt(degree - 1)) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(("n", "degree"), [(12, 2), (16, 3), (64, 4)])
+def test_ramanujan_redraws_what_is_disconnected_or_misses_the_bound(n, degree):
+    """At degree 2 (cycles) every draw meets the bound and many are disconnected; at 3 and 4 some miss the bound."""
+    bound = 2 * math.sqrt(degree - 1) * (1 + 1e-6)
+
+    def is_good(neighbours):
+        second = np.linalg.svd(matrix_of(neighbours, n), compute_uv=False)[1]
+        return components(neighbours, n) == 1 and second <= bound
+
+    seeds = range(60)
+    assert not all(is_good(graphs.sample("biregular", n, n, degree, seed=seed)) for seed in seeds)
+    assert all(is_good(graphs.sample("ramanujan", n, n, degree, seed=seed)) for seed in seeds)
+
+
 @pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)])
 def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
     for seed in range(5):

@@ -204,7 +204,9 @@ def test_dense_twin_of_a_table_of_degrees_has_the_independent_counts(name):
         assert (found.weights, found.params, found.macs) == (row["weights"], row["params"] + norms, row["macs"])
 
 
-@pytest.mark.parametrize(("name", "inputs"), [("x_vgg16_c8", 512), ("x_densenetbc_40_24", 264), ("x_densenetbc_100_12", 342)])
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("x_vgg16_c8", 512), ("x_densenetbc_40_24", 264), ("x_densenetbc_100_12", 342)]
+)
 def test_ninety_more_classes_cost_ninety_rows_of_the_classifier(name, inputs):
     ten, hundred = (xzoo.profile(on_meta(name, num_classes=n)) for n in (10, 100))
     assert hundred.weights - ten.weights == hundred.macs - ten.macs == 90 * inputs
@@ -354,7 +356,9 @@ def test_dense_twin_has_the_same_other_keys(name, skeleton):
     expanded = x_layers(skeleton)
     for prefix, layer in expanded.items():
         own = [f"{prefix}.{n}" for n in layer.state_dict()]
-        assert own == [f"{prefix}.{n}" for n in ("weight", "bias", "neighbours") if n != "bias" or layer.bias is not None]
+        assert own == [
+            f"{prefix}.{n}" for n in ("weight", "bias", "neighbours") if n != "bias" or layer.bias is not None
+        ]
     ours = [key for key in skeleton.state_dict() if not key.endswith(".neighbours")]
     assert ours == list(twin.state_dict())
 
@@ -472,7 +476,10 @@ def test_forward_is_finite_and_the_same_with_checkpointing(name, model):
 
 def test_every_parameter_gets_a_gradient(name, model):
     x = images(name, batch=2)
-    for network in (model, create_feature_extractor(copy.deepcopy(model).train(), ["fc" if hasattr(model, "fc") else "classifier"])):
+    for network in (
+        model,
+        create_feature_extractor(copy.deepcopy(model).train(), ["fc" if hasattr(model, "fc") else "classifier"]),
+    ):
         y = network.train()(x)
         (y if isinstance(y, torch.Tensor) else next(iter(y.values()))).mean().backward()
         parameters = list(network.parameters())
@@ -648,7 +655,9 @@ def test_checkpoint_of_lightning_loads_with_a_filter(name, built, tmp_path):
     state = {f"net.{key}": value for key, value in built.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}, "epoch": 3}, path)
     other = timm.create_model(name, num_classes=10, seed=1).eval()
-    load_checkpoint(other, str(path), filter_fn=lambda state, model: {k.removeprefix("net."): v for k, v in state.items()})
+    load_checkpoint(
+        other, str(path), filter_fn=lambda state, model: {k.removeprefix("net."): v for k, v in state.items()}
+    )
     assert_same_output(built, other, images(name))
 
 
@@ -723,9 +732,7 @@ def test_transformers_loads_the_folder(tmp_path):
 def test_hooks_of_mobilenet_survive_the_expansion(location):
     options = {"features_only": True, "feature_location": location}
     x = torch.zeros(1, 3, 64, 64)
-    ours, dense = (
-        timm.create_model("x_mobilenet050_c16", compression=c, **options).eval()(x) for c in (16, 1)
-    )
+    ours, dense = (timm.create_model("x_mobilenet050_c16", compression=c, **options).eval()(x) for c in (16, 1))
     assert [y.shape for y in ours] == [y.shape for y in dense]
     assert len(ours) == 5
 
@@ -765,7 +772,9 @@ def test_expanded_base_takes_the_trained_weights_of_what_stays_connected(tmp_pat
     assert torch.equal(model.bn1.weight, state["bn1.weight"])
     name, layer = next(iter(x_layers(model).items()))
     trained = state[f"{name}.weight"]
-    kept = trained.gather(1, layer.neighbours.long().repeat_interleave(layer.share, 0)[..., None, None].expand_as(layer.weight))
+    kept = trained.gather(
+        1, layer.neighbours.long().repeat_interleave(layer.share, 0)[..., None, None].expand_as(layer.weight)
+    )
     ratio = layer.weight / kept
     torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
 
@@ -812,7 +821,11 @@ def test_base_must_be_a_dense_model(base):
         ("x_resnet18", {"spatial_share": 1.5}, "spatial_share=1.5: use an integer from 1 on"),
         ("x_resnet18", {"seed": -1}, "seed=-1: use an integer from 0 on"),
         ("x_resnet18", {"seed": "a"}, "seed='a': use an integer from 0 on"),
-        ("x_vgg16", {"compression": {"features.3": 0}}, r"\{'features.3': 0\}: a table gives degrees, integers from 1 on"),
+        (
+            "x_vgg16",
+            {"compression": {"features.3": 0}},
+            r"\{'features.3': 0\}: a table gives degrees, integers from 1 on",
+        ),
         ("x_vgg16", {"compression": {"fc": 8}}, r"\{'fc': ...\}: fits no layer that is expanded; they are features.3,"),
     ],
 )

@@ -165,7 +165,9 @@ def write_parquet(
     fields = [("path", pa.string()), ("bytes", binary)] if large else [("bytes", binary), ("path", pa.string())]
     kind = binary if plain else pa.struct(fields)
     label_type = pa.string() if isinstance(labels[0], str) else pa.int64()
-    table = pa.table({label: pa.array(labels, label_type), image: pa.array(rows, kind), "extra": pa.array([1.5] * len(rows))})
+    table = pa.table(
+        {label: pa.array(labels, label_type), image: pa.array(rows, kind), "extra": pa.array([1.5] * len(rows))}
+    )
     if classes:
         features = {label: {"names": list(classes), "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"xzoo: interrupted{resumes}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output had enough, as `head` does
-        sys.stdout = None  # type: ignore[assignment]  # or the interpreter complains when it flushes
+        sys.stdout = None  # or the interpreter complains when it flushes
         return 0
     except SystemExit as stop:  # --help, SIGTERM
         return int(stop.code or 0)
@@ -116,7 +116,7 @@ def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
         console, table = _console(), _table("model", "pixels", "weights", "MACs")
         for name in names:
             with torch.device("meta"):  # counting needs no weights
-                model = create_model(name)
+                model: Any = create_model(name)
             counts, size = profile(model), model.pretrained_cfg["input_size"]
             table.add_row(name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M")
         console.print(table)
@@ -180,7 +180,7 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
         from .theory import runs
         from .train.classify import load_any
 
-        model = load_any(args.model) if Path(args.model).is_dir() else create_model(args.model)
+        model: Any = load_any(args.model) if Path(args.model).is_dir() else create_model(args.model)
         counts, console = profile(model), _console()
         console.print(_layers_table(model, counts))
         size = " x ".join(map(str, model.pretrained_cfg["input_size"]))
@@ -223,7 +223,9 @@ def _layers_table(model: Any, counts: Any) -> Any:
     """
     from .theory import graphs_of, spectrum
 
-    table = _table("layer", "in", "out", "kernel", "degree", "share", "second", "Ramanujan", "random", "weights", "MACs")
+    table = _table(
+        "layer", "in", "out", "kernel", "degree", "share", "second", "Ramanujan", "random", "weights", "MACs"
+    )
     drawn = graphs_of(model)
     for layer in counts.layers:
         kernel = "x".join(map(str, layer.kernel)) if layer.kernel != (1, 1) else "1"

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -41,11 +41,12 @@ def save(
         block: what else to remember; JSON values.
     Raises: ModelError if there is not one name for each class; XzooError if it cannot be written.
     """
-    folder = Path(folder)
-    if len(label_names) != model.num_classes:
-        raise ModelError(f"{len(label_names)} label names for a model of {model.num_classes} classes")
+    folder, net = Path(folder), cast(Any, model)
+    if len(label_names) != net.num_classes:
+        raise ModelError(f"{len(label_names)} label names for a model of {net.num_classes} classes")
     # How X-layers are drawn: whatever of it is in the arguments that rebuild the model.
-    drawn = {k: v for k, v in model._model_args.items() if k in ("graph", "share", "spatial_share", "seed", "compression")}
+    names = ("graph", "share", "spatial_share", "seed", "compression")
+    drawn = {name: value for name, value in net._model_args.items() if name in names}
     config = {"label_names": list(label_names), "xzoo": drawn | dict(block or {})}
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
@@ -77,7 +78,7 @@ def load(folder: Path | str) -> nn.Module:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         architecture = config["architecture"]
-        model = create_model(f"local-dir:{folder}", pretrained=False)
+        model: Any = create_model(f"local-dir:{folder}", pretrained=False)
         weights = load_file(folder / WEIGHTS)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, XzooError):
@@ -98,7 +99,8 @@ def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) 
             raise ModelError(f"{what}: {sorted(missing)[0]} is {there} ({len(missing)} such keys)")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
-            raise ModelError(f"{what}: {name} is {list(weights[name].shape)} there and {list(tensor.shape)} in the model")
+            sizes = f"{list(weights[name].shape)} there and {list(tensor.shape)} in the model"
+            raise ModelError(f"{what}: {name} is {sizes}")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # a graph that is none, found by the layers

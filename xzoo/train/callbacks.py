@@ -51,9 +51,11 @@ def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> Non
 
     By class and arguments, not by trial: at some decays (0.99, 0.999) the arithmetic happens to be exact.
     """
-    indices = [n for n, b in module.named_buffers() if not b.is_floating_point() and not n.endswith("num_batches_tracked")]
+    counters = "num_batches_tracked"
+    indices = [n for n, b in module.named_buffers() if not (b.is_floating_point() or n.endswith(counters))]
     for callback in getattr(trainer, "callbacks", []):
-        if indices and isinstance(callback, WeightAveraging) and callback._use_buffers and not isinstance(callback, EMA):
+        unsafe = isinstance(callback, WeightAveraging) and not isinstance(callback, EMA)
+        if indices and unsafe and callback._use_buffers:
             raise ModelError(
                 f"{type(callback).__name__} with use_buffers=True would average the indices in {indices[0]}; "
                 "use xzoo.train.EMA, or use_buffers=False"
@@ -124,7 +126,7 @@ class Report(Callback):
                 TextColumn("{task.description}"), *columns, TimeRemainingColumn(), console=self.console, transient=True
             )
             self._bar.start()
-            self._bar.add_task("training", total=1.0, completed=self._at)
+            self._bar.update(self._bar.add_task("training", total=1.0), completed=self._at)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         progress = pl_module.progress(trainer.global_step)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -97,17 +98,17 @@ def load_any(model: str) -> nn.Module:
 
 def label_names(model: nn.Module) -> list[str]:
     """A name for each output: those saved with the model, ImageNet's where it has 1,000 classes, else numbers."""
-    config = model.pretrained_cfg
+    config, count = cast(Any, model).pretrained_cfg, cast(Any, model).num_classes
     names, described = config.get("label_names"), config.get("label_descriptions") or {}
     if isinstance(names, dict):  # where ids have gaps
-        names = [names.get(str(i), names.get(i, str(i))) for i in range(model.num_classes)]
+        names = [names.get(str(i), names.get(i, str(i))) for i in range(count)]
     if names is not None:
         return [str(described.get(name, name)) for name in names]
     subset = infer_imagenet_subset(model)
     if subset is not None:
         info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(model.num_classes)]
-    return [str(i) for i in range(model.num_classes)]
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5) -> None:

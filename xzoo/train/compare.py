@@ -400,7 +400,7 @@ def _mark(
         bar = [[point.top1 - point.low], [point.high - point.top1]]
         axes.errorbar([x], [point.top1], bar, fmt="none", ecolor=colour, elinewidth=1.3, capsize=3, zorder=3)
     fill = "none" if not point.ours else "full" if _exact(point.dataset) == point.dataset else "bottom"
-    style = {"markerfacecoloralt": "white", "markeredgewidth": 1.2, "markersize": size, "zorder": 4}
+    style: dict[str, Any] = {"markerfacecoloralt": "white", "markeredgewidth": 1.2, "markersize": size, "zorder": 4}
     if fill == "none":  # white inside, so that lines do not run through it
         style |= {"markerfacecolor": "white"}
         fill = "full"
@@ -459,7 +459,7 @@ def _explain(figure: "Figure", points: Sequence[Point], handles: list[Any]) -> N
     from matplotlib.lines import Line2D
 
     # Same text for same meaning: whose, on what, how many runs.
-    fills = {}
+    fills: dict[str, tuple[Any, str]] = {}
     for point in points:
         half = point.dataset != _exact(point.dataset)
         where = f" on {DATASETS[point.dataset].title}" if len({p.dataset for p in points}) > 1 or half else ""

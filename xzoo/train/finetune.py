@@ -181,7 +181,11 @@ class _Job:
                 "val": len(self.images.val),
                 "classes": self.images.classes,
             },
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "timm": timm.__version__,
+            },
         }
         head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
         write_text(self.run / "config.yaml", head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -192,7 +196,7 @@ class _Job:
     def train(self, console: Console) -> None:
         steps = self.module.batches_per_epoch()
         folder = str(self.last.parent)
-        checkpoint = {"dirpath": folder, "enable_version_counter": False}
+        checkpoint: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
         trainer = self._trainer(
             # Only epochs: a run with max_steps or max_time as well does not resume where it was.
             max_epochs=self.recipe.epochs or -1,
@@ -215,7 +219,8 @@ class _Job:
             _say(console, f"going on after {self.done} steps, from {self.last}")
         before = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(self.task, datamodule=self.module, ckpt_path=str(self.last) if self.done else None, weights_only=True)
+            last = str(self.last) if self.done else None
+            trainer.fit(self.task, datamodule=self.module, ckpt_path=last, weights_only=True)
         except SIGTERMException:
             raise SystemExit(143) from None  # Lightning would exit with 0, as if the run were finished
         except SystemExit:
@@ -393,7 +398,8 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        for message in ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty"):
+        expected = ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty")
+        for message in expected:
             warnings.filterwarnings("ignore", message=f"(?s).*{message}")
         try:
             for logger in loggers:

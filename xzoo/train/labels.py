@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import cos, pi, sin
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, fl
     assert figure is not None
     if not labels:
         return
-    figure.draw_without_rendering()  # type: ignore[union-attr]  # now the layout is final
+    figure.draw_without_rendering()  # now the layout is final
     renderer = FigureCanvasAgg(figure).get_renderer()
     pixel = figure.dpi / 72
     spots = axes.transData.transform(np.asarray(marks, dtype=float).reshape(-1, 2))
@@ -99,7 +100,7 @@ def _boxes_along(axes: "Axes", pixel: float) -> NDArray[np.float64]:
     spots = [np.empty((0, 2))]
     for line in axes.lines:
         points = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
-        for start, end in zip(points[:-1], points[1:], strict=True):
+        for start, end in pairwise(points):
             steps = max(2, int(np.hypot(*(end - start)) / (5 * pixel))) if np.isfinite([start, end]).all() else 0
             spots.append(np.linspace(start, end, steps) if steps else np.empty((0, 2)))
     along = np.concatenate(spots)

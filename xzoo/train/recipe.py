@@ -121,9 +121,7 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
     # Small sets need steps more than they need smooth gradients.
     batch_size = options.batch_size or max(8, min(64, 1 << (n // 16).bit_length() - 1 if n >= 16 else 8))
     steps = -(-n // batch_size)
-    wanted, (least, most) = (
-        (STEPS_PRETRAINED, EPOCHS_PRETRAINED) if pretrained else (STEPS_SCRATCH, EPOCHS_SCRATCH)
-    )
+    wanted, (least, most) = (STEPS_PRETRAINED, EPOCHS_PRETRAINED) if pretrained else (STEPS_SCRATCH, EPOCHS_SCRATCH)
     epochs = options.epochs
     if epochs is None and options.minutes is None:
         epochs = min(most, max(least, -(-wanted // steps)))

@@ -36,7 +36,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
             os.replace(draft, path)
         # torch's writer turns a full disk into a RuntimeError.
         except (OSError, RuntimeError) as error:
-            raise XzooError(f"cannot write {path}: {str(error).splitlines()[0]}; what it held before is kept") from error
+            reason = str(error).splitlines()[0]
+            raise XzooError(f"cannot write {path}: {reason}; what it held before is kept") from error
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -57,9 +58,10 @@ def claimed(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a", encoding="utf-8")
+        lock = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  (closed below, after the folder's checks)
     except OSError as error:
-        raise XzooError(f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out") from None
+        reason = f"cannot write to the run folder {folder}: {error.strerror}"
+        raise XzooError(f"{reason}; choose another with --out") from None
     with lock:
         _lock(lock.fileno(), folder)
         try:

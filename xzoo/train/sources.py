@@ -31,9 +31,7 @@ from .images import Pixels, load_rgb
 
 # What people call images. Files of other kinds (notes, thumbnails' databases) are passed over in silence;
 # one of these that cannot be read is reported. Pillow reads HEIC only with a plug-in: then it is reported.
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .avif .heic .heif".split()
-)
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .avif .heic .heif".split())
 VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there is used
 HELD_OUT = 0.2
 # Decoded pixels are kept up to here: 21,000 images of 128 x 128, or a thousand reduced photographs.
@@ -424,7 +422,9 @@ def _decode(
 
 def _watched(results: Iterator[Any], total: int) -> Iterable[Any]:
     console = Console(stderr=True)
-    return track(results, "looking at the images", total, console=console, transient=True, disable=not console.is_terminal)
+    return track(
+        results, "looking at the images", total, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 def _check_broken(

@@ -7,7 +7,7 @@ lose: the rate is a pure function of progress, and each batch reseeds torch from
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import cos, pi
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -102,13 +102,18 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         # The weights are a function of the seed too, and of nothing drawn before.
-        drawn = {"compression": compression, "share": share, "spatial_share": spatial_share, "graph": graph}
+        drawn: dict[str, Any] = {
+            "compression": compression,
+            "share": share,
+            "spatial_share": spatial_share,
+            "graph": graph,
+        }
         drawn |= {"seed": graph_seed}
         arguments = (model_kwargs or {}) | {name: value for name, value in drawn.items() if value is not None}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
             self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **arguments)
-        self.head = self.net.get_classifier()
+        self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(f"{model} has no single classifier layer to train; choose another model")
         if freeze:
@@ -151,7 +156,7 @@ class Classifier(pl.LightningModule):
         steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
         return min(1.0, max(step / steps, by_clock))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         hp = self.hparams
         optimizer = create_optimizer_v2(
             self.net, hp["optimizer"], lr=hp["lr"], weight_decay=hp["weight_decay"], param_group_fn=self._groups
@@ -163,14 +168,14 @@ class Classifier(pl.LightningModule):
 
     def _rate_of(self, wait: float) -> Callable[[int], float]:
         hp = self.hparams
-        fall = {"schedule": hp["schedule"], "milestones": hp["milestones"] or (), "gamma": hp["gamma"]}
+        fall: dict[str, Any] = {"schedule": hp["schedule"], "milestones": hp["milestones"] or (), "gamma": hp["gamma"]}
         return lambda step: rate(self.progress(step), hp["warmup"], wait, floor=hp["floor"], **fall)
 
     def _groups(self, model: nn.Module, weight_decay: float = 0.0, **_: Any) -> list[dict[str, Any]]:
         """timm's groups (no decay for vectors), each with its own rate, and the head apart from the body."""
         hp = self.hparams
         if hp["decay_all"]:
-            groups = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+            groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
         elif hp["layer_decay"] is None:
             groups = param_groups_weight_decay(model, weight_decay)
         else:

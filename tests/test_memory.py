@@ -1,0 +1,307 @@
+"""The data sets in memory: what is read, in which order, by whom, and that Lightning trains on it."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import nn
+
+from xzoo.errors import DataError
+from xzoo.train.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
+from xzoo.train.order import held_out
+
+Write = Callable[..., Path]
+
+
+class Small(InMemory):
+    """Four classes of 12-pixel images."""
+
+    hub, classes, sides = "nobody/small", 4, (12,)
+    colours: ClassVar = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Parquet in the Hub's layout; image i of a part has the value i in its first pixel."""
+
+    def make(
+        train: int = 41, test: int = 13, classes: int = 4, side: int = 12, label: str = "label", **odd: Any
+    ) -> Path:
+        root, draw = tmp_path / f"set{len(list(tmp_path.iterdir()))}", np.random.default_rng(0)
+        root.mkdir()
+        for split, n in (("train", train), ("test", test)):
+            labels = [i % classes for i in range(n)]
+            images = []
+            for i in range(n):
+                pixels = draw.integers(0, 256, (side, side, 3)).astype(np.uint8)
+                pixels[0, 0] = i % 256
+                images.append({"bytes": odd.get(f"{split}{i}", png(pixels)), "path": None})
+            table = pa.table({"image": images, label: labels})
+            names = {"info": {"features": {label: {"names": [f"class {i}" for i in range(classes)]}}}}
+            pq.write_table(
+                table.replace_schema_metadata({"huggingface": json.dumps(names)}), root / f"{split}-0.parquet"
+            )
+        return root
+
+    return make
+
+
+PLAIN: dict[str, Any] = {"shift": 0, "flip": "none", "mean": (0, 0, 0), "std": (1 / 255,) * 3}  # the pixels as they are
+
+
+class Rank:
+    """What `standing` reads of a trainer."""
+
+    def __init__(self, rank: int, world: int, done: int = 0) -> None:
+        total = type("P", (), {"processed": done})
+        progress = type("B", (), {"total": total})
+        epoch_loop = type("E", (), {"batch_progress": progress})
+        self.fit_loop = type("F", (), {"epoch_loop": epoch_loop})
+        self.global_rank, self.world_size = rank, world
+
+
+def seen(data: InMemory, loader: Any) -> list[list[int]]:
+    """First pixels of the images of each batch: their numbers."""
+    return [[round(v) for v in data.batch(places)[0][:, 0, 0, 0].tolist()] for places in loader]
+
+
+def at(data: InMemory, rank: int, world: int, done: int = 0) -> InMemory:
+    data.trainer = Rank(rank, world, done)  # type: ignore[assignment]
+    return data
+
+
+def test_without_a_trainer_the_loaders_give_images(write: Write) -> None:
+    data = Small(str(write()), batch_size=8, img_size=20, channels_last=True)
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.train_dataloader()) == data.batches_per_epoch() == 5
+    for images, labels in batches:
+        assert images.shape == (8, *data.input_size) == (8, 3, 20, 20)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert labels.dtype == torch.int64
+        assert -2 <= float(images.min()) and float(images.max()) <= 2
+    assert data.num_classes == 4
+    assert data.class_names == [f"class {i}" for i in range(4)]
+
+
+def test_every_step_of_an_epoch_has_the_batch_and_no_image_comes_twice(write: Write) -> None:
+    data = Small(str(write()), batch_size=8, **PLAIN)
+    loader = at(data, 0, 1).train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(seen(data, loader))
+    for batches in epochs:
+        assert [len(b) for b in batches] == [8] * 5
+        assert len(set(sum(batches, []))) == 40
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_each_step_of_one_process(write: Write, world: int) -> None:
+    data = Small(str(write()), batch_size=8, **PLAIN)
+    alone = seen(data, at(data, 0, 1).train_dataloader())
+    parts = [seen(data, at(data, rank, world).train_dataloader()) for rank in range(world)]
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == alone
+    assert data.batches_per_epoch(world) == len(alone)
+    validated = [sum(seen(data, at(data, rank, world).val_dataloader()), []) for rank in range(world)]
+    assert sorted(sum(validated, [])) == list(range(13)), "each image once"
+
+
+def test_augmentation_does_not_depend_on_ranks_or_batches(write: Write) -> None:
+    root = str(write())
+    data = Small(root, batch_size=8, cutout=4, crop="resized")
+    images, labels = zip(*(data.batch(p) for p in at(data, 0, 1).train_dataloader()), strict=True)
+    halves = [[data.batch(p) for p in at(data, rank, 2).train_dataloader()] for rank in range(2)]
+    assert torch.equal(torch.cat(images), torch.cat([x for step in zip(*halves, strict=True) for x, _ in step]))
+    other = Small(root, batch_size=4, cutout=4, crop="resized")
+    fours, their_labels = zip(*other.train_dataloader(), strict=True)
+    assert torch.equal(torch.cat(images), torch.cat(fours))
+    assert torch.equal(torch.cat(labels), torch.cat(their_labels))
+
+
+@pytest.mark.parametrize("done", [0, 3, 5, 13])
+def test_a_resumed_run_goes_on_where_it_was(write: Write, done: int) -> None:
+    data = Small(str(write()), batch_size=8, **PLAIN)
+    loader = at(data, 0, 1).train_dataloader()
+    whole = []
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        whole += seen(data, loader)
+    resumed = at(data, 0, 1, done).train_dataloader()
+    rest = seen(data, resumed)  # before Lightning calls set_epoch
+    for epoch in range(done // 5 + 1, 4):
+        resumed.sampler.set_epoch(epoch)
+        rest += seen(data, resumed)
+    assert rest == whole[done:]
+
+
+def test_held_out_images_are_a_share_of_every_class() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 31 + [2] * 19)
+    for count in (0, 1, 10, 60, 97):
+        held, kept = held_out(labels, count)
+        assert sorted([*held.tolist(), *kept.tolist()]) == list(range(100))
+        assert len(held) == count
+        for c, size in enumerate((50, 31, 19)):
+            got = int((labels[held] == c).sum())
+            assert abs(got - count * size / 100) <= 1.5, f"class {c}: {got} of {count}"
+            assert got < size
+    with pytest.raises(DataError, match="holdout=98 of 100 training images of 3 classes: use 0 to 97"):
+        held_out(labels, 98)
+
+
+def test_holdout_is_taken_from_training_and_is_the_same_for_every_seed(write: Write) -> None:
+    root = str(write())
+    sets = [Small(root, batch_size=33, holdout=8, seed=seed, **PLAIN) for seed in (0, 1)]
+    held = [sum(seen(data, at(data, 0, 1).val_dataloader()), []) for data in sets]
+    trained = [sum(seen(data, at(data, 0, 1).train_dataloader()), []) for data in sets]
+    assert held[0] == held[1]
+    for numbers in trained:
+        assert sorted(numbers + held[0]) == list(range(41))
+    assert len(held[0]) == 8
+    assert sum(seen(sets[0], sets[0].test_dataloader()), []) == list(range(13))
+
+
+def test_smaller_images_are_means_of_areas(write: Write) -> None:
+    root = str(write())
+    full, half = Small(root, **PLAIN), Small(root, img_size=6, **PLAIN)
+    (x, _), (y, _) = next(iter(full.val_dataloader())), next(iter(half.val_dataloader()))
+    torch.testing.assert_close(y, nn.functional.avg_pool2d(x, 2), rtol=0, atol=0.5 + 1e-4)  # rounded to uint8
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "message"),
+    [
+        ({"classes": 5}, {}, "has 5 classes, Small has 4: another data set"),
+        ({"side": 16}, {}, r"train-0.parquet:0 has 16 pixels a side, Small has 12: another"),
+        (
+            {"train7": png(np.zeros((12, 13, 3), np.uint8))},
+            {},
+            "train-0.parquet:7 is 13 x 12 pixels, others are 12 x 12",
+        ),
+        ({"train7": b"no image"}, {}, r"train-0.parquet:7 cannot be read \(.*\); mend the data"),
+        ({"test": 0}, {}, "no test part with images beside a train part; Small needs both"),
+        ({"label": "sentiment_score_x"}, {"batch_size": 64}, "batch_size=64 for 41 training images and 1 devices"),
+        ({}, {"holdout": 38}, "holdout=38 of 41 training images of 4 classes: use 0 to 37"),
+        ({}, {"batch_size": 1}, "batch_size=1: batch norm needs two"),
+    ],
+)
+def test_data_that_are_not_the_data_set_are_refused(write: Write, made: dict, asked: dict, message: str) -> None:
+    data = Small(str(write(**made)), **asked)
+    with pytest.raises(DataError, match=message) as caught:
+        data.train_dataloader()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(write: Write) -> None:
+    data = Small(str(write()), batch_size=9)
+    with pytest.raises(DataError, match="batch_size=9 for 41 training images and 2 devices.* use a multiple of 2"):
+        at(data, 1, 2).train_dataloader()
+
+
+def test_columns_that_are_not_images_and_labels_are_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / f"{split}.parquet")
+    with pytest.raises(DataError, match="no image column among text, label; expected image or img"):
+        CIFAR10(str(tmp_path)).setup()
+
+
+def test_missing_data_say_where_there_are_some(tmp_path: Path) -> None:
+    for kind, hub in (
+        (CIFAR10, "uoft-cs/cifar10"),
+        (CIFAR100, "uoft-cs/cifar100"),
+        (TinyImageNet, "zh-plus/tiny-imagenet"),
+    ):
+        with pytest.raises(
+            DataError, match=f"does not exist.*{kind.__name__} is {hub} on the Hub.*CIFAR-100 is the rarest"
+        ):
+            kind(str(tmp_path / "no" / "such")).setup()
+
+
+def test_wrong_knobs_are_refused_before_any_image_is_read() -> None:
+    with pytest.raises(DataError, match="cutout=40 of images of 32 pixels"):
+        CIFAR10("nowhere/at_all", cutout=40)
+    with pytest.raises(DataError, match="eval_batch_size=0"):
+        CIFAR10("nowhere/at_all", eval_batch_size=0)
+
+
+class Probe(pl.LightningModule):
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shown = nn.Linear(3, 4), []  # type: ignore[var-annotated]
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        images, labels = batch
+        self.shown.append(images)
+        return nn.functional.cross_entropy(self.layer(images.mean((2, 3))), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("n", float(len(batch[1])), reduce_fx="sum", batch_size=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(folder: Path, epochs: int, **arguments: Any) -> pl.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", default_root_dir=str(folder), num_sanity_val_steps=0, **quiet, **arguments
+    )
+
+
+def test_lightning_sees_the_batches_of_the_loaders_and_a_resume_goes_on(write: Write, tmp_path: Path) -> None:
+    root = str(write())
+    alone = Probe()
+    fit = trainer(tmp_path, 2, enable_checkpointing=False)
+    fit.fit(alone, datamodule=Small(root, batch_size=8))
+    assert float(fit.callback_metrics["n"]) == 13
+    data = Small(root, batch_size=8)
+    loader = data.train_dataloader()
+    expected = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        expected += [x for x, _ in loader]
+    assert len(alone.shown) == 10
+    assert all(torch.equal(a, b) for a, b in zip(alone.shown, expected, strict=True))
+
+    # Stopped within the second epoch, and gone on by another process.
+    save = pl.callbacks.ModelCheckpoint(str(tmp_path), filename="last", every_n_train_steps=7, save_top_k=1)
+    trainer(tmp_path, 2, callbacks=[save]).fit(Probe(), datamodule=Small(root, batch_size=8))
+    rest = Probe()
+    trainer(tmp_path, 2, enable_checkpointing=False).fit(
+        rest, datamodule=Small(root, batch_size=8), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
+    )
+    assert len(rest.shown) == 3
+    assert all(torch.equal(a, b) for a, b in zip(rest.shown, expected[7:], strict=True))
+
+
+@pytest.mark.data
+def test_cifar10_is_what_it_is(real_data: Path) -> None:
+    data = CIFAR10(str(real_data / "cifar10"), batch_size=100, holdout=1000)
+    data.setup()
+    assert data.class_names[:3] == ["airplane", "automobile", "bird"]
+    val = torch.cat([labels for _, labels in data.val_dataloader()])
+    assert val.bincount().tolist() == [100] * 10
+    assert data.batches_per_epoch() == 490
+    images, labels = data._parts["test"]
+    assert (images.shape, len(labels)) == ((10_000, 3, 32, 32), 10_000)
+    # The mean of the training images is the authors' to the rounding of JPEG.
+    mean = data._parts["train"][0].float().mean((0, 2, 3)) / 255
+    assert torch.allclose(mean, torch.tensor(data.mean), atol=2e-3), mean
