@@ -410,7 +410,7 @@ def test_dense_again_gives_the_same_bits():
 
 def test_dense_layer_of_a_lone_layer_is_returned():
     conv = ExpanderConv2d(16, 8, 3, 2, 1, 2, padding_mode="circular", degree=4)
-    same = ExpanderConv2d(16, 8, (2, 3), padding="same", degree=4)
+    same = ExpanderConv2d(16, 8, (1, 3), padding="same", degree=4)
     linear = ExpanderLinear(16, 8, degree=4, share=2)
     for layer, x in ((conv, torch.randn(1, 16, 9, 9)), (same, torch.randn(1, 16, 9, 9)), (linear, torch.randn(3, 16))):
         dense = xzoo.to_dense(layer)

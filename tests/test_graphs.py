@@ -210,9 +210,9 @@ def test_ramanujan_meets_the_bound_or_refuses(size, seed):
     assert np.append(values, 0)[1] <= (math.sqrt(fan - 1) + math.sqrt(degree - 1)) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("n", "degree"), [(12, 2), (16, 3), (64, 4)])
+@pytest.mark.parametrize(("n", "degree"), [(12, 2), (16, 3)])
 def test_ramanujan_redraws_what_is_disconnected_or_misses_the_bound(n, degree):
-    """At degree 2 (cycles) every draw meets the bound and many are disconnected; at 3 and 4 some miss the bound."""
+    """At degree 2 (cycles) every draw meets the bound and many are disconnected; at 3 some miss the bound."""
     bound = 2 * math.sqrt(degree - 1) * (1 + 1e-6)
 
     def is_good(neighbours):

@@ -60,7 +60,7 @@ def test_the_split_is_the_same_everywhere_and_keeps_one_for_training(make_folder
     shutil.copytree(root, tmp_path / "copy")
     assert names(read(tmp_path / "copy").val) == first
     # Pinned: a resumed run, and a comparison over machines, rely on it.
-    assert first == ["ant/01.png", "ant/02.png", "bee/03.png", "bee/08.png"]
+    assert first == ["ant/05.png", "ant/09.png", "bee/01.png", "bee/06.png"]
     for n, held in ((1, 0), (2, 1), (3, 1), (10, 2), (99, 20)):
         train, val = hold_out([Item(f"{i}", 0, b"") for i in range(n)])
         assert (len(train), len(val)) == (n - held, held)
@@ -129,7 +129,7 @@ def test_data_that_cannot_be_used_says_why(make_folder, tmp_path):
     lost = make_folder(("ant", "bee", "cow"), each=3, where="lost")
     for file in (lost / "cow").iterdir():
         file.write_bytes(b"x")
-    told(lost, "a class|no training image that can be read of cow|one image")
+    told(lost, "no training image that can be read of cow")
 
     make_folder(("ant", "bee"), where="parts/train")
     make_folder(("bee", "cow"), where="parts/val")
@@ -224,9 +224,10 @@ def test_parquet_that_cannot_be_used_says_why(tmp_path):
     write_parquet(tmp_path / "q" / "train.parquet", as_rows(4), [0, 1, 2, 0])
     with pytest.raises(DataError, match="labels 2 are outside its 2 class names"):
         read(tmp_path / "q")
-    pq.write_table(pa.table({"text": ["a"], "words": ["b"]}), tmp_path / "r.parquet")
+    (tmp_path / "r").mkdir()
+    pq.write_table(pa.table({"text": ["a"], "words": ["b"]}), tmp_path / "r" / "train.parquet")
     with pytest.raises(DataError, match="no image column among text, words"):
-        read(tmp_path / "q" / "..")
+        read(tmp_path / "r")
 
 
 @pytest.mark.data

@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .order import AUGMENT, EvalOrder, TrainOrder, key, standing
+from .order import AUGMENT, EvalOrder, Resumable, TrainOrder, key, standing
 from .sources import ImageData, Images
 
 Transform = Callable[[Any], Tensor]
@@ -64,6 +64,29 @@ class Views(Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
 
 
+class Loader(DataLoader[tuple[Tensor, int]]):
+    """A DataLoader whose order already stands where a resumed run is; Lightning takes one without state for lost."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see `TrainOrder`."""
+
+
+class OrderedLoader(Resumable, DataLoader[Any]):
+    """A DataLoader over `Views` whose order (its batch sampler) knows where the run stands."""
+
+    def __init__(self, views: Dataset[Any], order: TrainOrder | EvalOrder, workers: int) -> None:
+        super().__init__(
+            views,
+            batch_sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
 class ImageModule(pl.LightningDataModule):
     """Batches (images float32 [B, 3, H, W], labels int64 [B]) of an `ImageData`.
 
@@ -104,21 +127,12 @@ class ImageModule(pl.LightningDataModule):
         """Steps in an epoch, known before any loader exists."""
         return len(TrainOrder(len(self.data.train), self.batch_size, world=world))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         rank, world, done = standing(self.trainer)
         order = TrainOrder(len(self.data.train), self.batch_size, self.seed, rank, world, done)
-        return self._loader(Views(self.data.train, self.train_transform, self.seed), order)
+        return OrderedLoader(Views(self.data.train, self.train_transform, self.seed), order, self.workers)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Loader:
         rank, world, _ = standing(self.trainer)
         order = EvalOrder(len(self.data.val), self.batch_size, rank, world)
-        return self._loader(Views(self.data.val, self.eval_transform, None), order)
-
-    def _loader(self, views: Views, order: TrainOrder | EvalOrder) -> DataLoader:
-        return DataLoader(
-            views,
-            batch_sampler=order,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return OrderedLoader(Views(self.data.val, self.eval_transform, None), order, self.workers)

@@ -32,11 +32,11 @@ from rich.progress import track
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..errors import DataError, XzooError
 from .augment import colours_of, normalised
-from .data import Views
+from .data import OrderedLoader, Views
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .run import atomic
@@ -248,7 +248,8 @@ def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
     state = [(shard.relative_to(root).as_posix(), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     digest = hashlib.sha256(repr((str(root.resolve()), state)).encode()).hexdigest()[:24]
     cached = _home() / "shards" / f"{digest}.npz"
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(cached) as kept:
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), open(cached, "rb") as file:
+        kept = np.load(file)
         return _stored(Table(root, kept["names"], kept["labels"], kept["spans"]))
     names: list[bytes] = []
     labels: list[int] = []
@@ -262,8 +263,8 @@ def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
     table = Table(root, np.array(names, np.bytes_), np.array(labels, np.int64), places)
     with suppress(OSError, XzooError):  # a cache that cannot be written costs the time again, no more
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(cached) as draft, open(draft, "wb") as file:
-            np.savez(file, names=table.names, labels=table.labels, spans=places)
+        with atomic(cached) as draft, open(draft, "wb") as new:
+            np.savez(new, names=table.names, labels=table.labels, spans=places)
     return _stored(table)
 
 
@@ -456,35 +457,29 @@ class ImageNet(pl.LightningDataModule):
         n = len(self._found().train[0]) - self.holdout
         return TrainOrder(n, self.batch_size, self.seed, rank, world, done, exact=True)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> OrderedLoader:
         images, _ = self._found().train
         views = Views(images, self._transform(training=True), self.seed)
         return self._loader(views, self._kept, self._train_order(*standing(self.trainer)))
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> OrderedLoader:
         images, _ = self._found().train if self.holdout else self._found().val
         return self._eval_loader(images, self._held)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> OrderedLoader:
         return self._eval_loader(self._found().val[0], None)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> OrderedLoader:
         return self.test_dataloader()
 
-    def _eval_loader(self, images: Stored, numbers: Tensor | None) -> DataLoader[Any]:
+    def _eval_loader(self, images: Stored, numbers: Tensor | None) -> OrderedLoader:
         rank, world, _ = standing(self.trainer)
         views = Views(images, self._transform(training=False), None)
         n = len(views) if numbers is None else len(numbers)
         return self._loader(views, numbers, EvalOrder(n, self.eval_batch_size, rank, world))
 
-    def _loader(self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder) -> DataLoader[Any]:
-        return DataLoader(
-            views if numbers is None else Chosen(views, numbers),
-            batch_sampler=order,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loader(self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder) -> OrderedLoader:
+        return OrderedLoader(views if numbers is None else Chosen(views, numbers), order, self.workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch

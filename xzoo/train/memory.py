@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..errors import DataError
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
-from .order import EvalOrder, TrainOrder, held_out, standing
+from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
 from .sources import Item, Listing, list_images
 
 CHUNK = 256  # images that a thread decodes at a time
@@ -40,7 +40,7 @@ class Places(NamedTuple):
     numbers: Tensor
 
 
-class PlaceLoader:
+class PlaceLoader(Resumable):
     """Yields the batches of an order, as `Places` or as what `make` makes of them.
 
     Not a DataLoader: Lightning leaves it as it is, and it is free.
@@ -48,14 +48,11 @@ class PlaceLoader:
 
     def __init__(self, part: str, order: TrainOrder | EvalOrder, make: Callable[[Places], Any] | None = None) -> None:
         self.part, self.order, self.make = part, order, make
+        # Where Lightning looks for `set_epoch`.
+        self.sampler, self.batch_sampler = order, None
 
     def __len__(self) -> int:
         return len(self.order)
-
-    @property
-    def sampler(self) -> TrainOrder | EvalOrder:
-        """Lightning looks here for `set_epoch`."""
-        return self.order
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.order:

@@ -147,6 +147,19 @@ def standing(trainer: Any) -> tuple[int, int, int]:
     return trainer.global_rank, trainer.world_size, done
 
 
+class Resumable:
+    """Tells Lightning that a loader starts where the restored run stands; else it warns of what does not happen.
+
+    There is nothing to store: the place is the number of batches, which `standing` reads.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: see above."""
+
+
 class EvalOrder(Sampler[list[tuple[int, int]]]):
     """Batches of (0, index) in order, each image on exactly one rank: nothing is padded or counted twice."""
 

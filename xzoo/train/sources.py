@@ -125,7 +125,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     train, val = ([item for item in part if item is not None] for part in (train, val))
     if listing.val is None:
         train, val = hold_out(train)
-    _check_classes(str(data), listing.classes, train, val)
+    _check_classes(str(data), listing, train, val)
     return ImageData(
         classes=listing.classes,
         train=Images(train, at_least),
@@ -448,14 +448,14 @@ def _check_broken(
         )
 
 
-def _check_classes(data: str, classes: Sequence[str], train: Sequence[Item], val: Sequence[Item]) -> None:
-    counts = Counter(item.label for item in train)
+def _check_classes(data: str, listing: Listing, train: list[Item], val: list[Item]) -> None:
+    classes, counts = listing.classes, Counter(item.label for item in train)
+    lost = sorted({item.label for item in listing.train + val} - counts.keys())
+    if lost:
+        raise DataError(f"{data}: no training image that can be read of {few([classes[i] for i in lost])}")
     if len(classes) < 2 or len(counts) < 2:
         only = classes[next(iter(counts))] if counts else classes[0]
         raise DataError(f"{data}: one class only ({only}); two or more are needed, a sub-folder each")
-    unknown = sorted({item.label for item in val} - counts.keys())
-    if unknown:
-        raise DataError(f"{data}: no training image that can be read of {few([classes[i] for i in unknown])}")
     if not val:
         raise DataError(f"{data}: one image in each class; two or more are needed, one of them to validate")
 

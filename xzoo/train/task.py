@@ -213,7 +213,7 @@ class Classifier(pl.LightningModule):
             finite = bool(torch.isfinite(loss))
             if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
                 raise XzooError(
-                    f"the loss is {float(loss)} at step {self.global_step}: training has diverged; "
+                    f"the loss is {float(loss.detach())} at step {self.global_step}: training has diverged; "
                     f"use a lower rate than lr={self.hparams['lr']:g} (and another --out)"
                 )
         self.log("train/loss", loss, batch_size=len(labels))

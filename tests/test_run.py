@@ -1,0 +1,91 @@
+"""The run folder's files: never half-written, never two processes at work, metrics that go on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xzoo.errors import XzooError
+from xzoo.train.run import MetricsFile, atomic, claimed, read_metrics, write_text
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "file"
+    write_text(target, "old")
+    with pytest.raises(KeyError), atomic(target) as draft:
+        draft.write_text("half")
+        raise KeyError
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(XzooError, match=r"cannot write .*file: .*what it held before is kept"), atomic(target) as draft:
+        draft.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    write_text(target, "new")
+    assert target.read_text() == "new"
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    import torch
+
+    from xzoo.train.run import AtomicCheckpointIO
+
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    # A file that grows beyond its limit fails as on a full disk; in a child, because the limit is a process's.
+    code = (
+        "import resource, signal, torch\n"
+        "from xzoo.train.run import AtomicCheckpointIO\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(1_000_000)}, %r)\n"
+        "except ValueError as error: print(type(error).__name__, error)" % str(path)
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.stdout.startswith("XzooError cannot write"), told.stderr
+    assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    with claimed(tmp_path / "run"), pytest.raises(XzooError, match="another process is at work"), claimed(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_nothing_was_written_to_is_unmade(tmp_path):
+    with pytest.raises(KeyError), claimed(tmp_path / "runs" / "one"):
+        raise KeyError
+    assert not (tmp_path / "runs").exists()
+    with claimed(tmp_path / "runs" / "one"):
+        (tmp_path / "runs" / "one" / "config.yaml").write_text("x")
+    assert (tmp_path / "runs" / "one" / "config.yaml").exists()
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(XzooError, match="cannot write to the run folder .*choose another with --out"), claimed(
+        tmp_path / "file" / "run"
+    ):
+        pass
+    if os.geteuid() == 0:
+        return  # root may write anywhere
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(XzooError, match="Permission denied"), claimed(tmp_path / "locked" / "run"):
+        pass
+
+
+def test_metrics_go_on_after_a_resume(tmp_path: Path):
+    path = tmp_path / "metrics.csv"
+    first = MetricsFile(path)
+    for step in range(6):
+        first.log_metrics({"epoch": step // 3, "train/loss": 1.0 - step / 10}, step)
+    first.log_metrics({"epoch": 1, "val/acc1": 0.5}, 5)
+    first.finalize("failed")
+    resumed = MetricsFile(path, done=3)  # the checkpoint is older than the last rows
+    resumed.log_metrics({"epoch": 1, "train/loss": 0.25}, 3)
+    resumed.save()
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[3] == {"step": 3, "epoch": 1, "train/loss": 0.25}
+    assert rows[2] == {"step": 2, "epoch": 0, "train/loss": pytest.approx(0.8)}

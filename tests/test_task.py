@@ -1,0 +1,189 @@
+"""The classifier on Lightning's Trainer: its schedule, its average of weights, and what must not go on in silence."""
+
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+
+from xzoo import ExpanderConv2d
+from xzoo.errors import ModelError, XzooError
+from xzoo.train.callbacks import EMA, Clock, Report
+from xzoo.train.data import ImageModule
+from xzoo.train.run import AtomicCheckpointIO
+from xzoo.train.sources import read
+from xzoo.train.task import Classifier, rate
+
+CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+TINY = {"model": "x_mobilenet050_c4", "num_classes": 2, "warmup": 0.1}
+
+
+@pytest.fixture
+def module(make_folder):
+    return ImageModule(read(make_folder(each=12)), CONFIG, batch_size=8, workers=0)
+
+
+def trainer(**arguments) -> pl.Trainer:
+    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return pl.Trainer(accelerator="cpu", devices=1, use_distributed_sampler=False, **(defaults | quiet | arguments))
+
+
+def test_rate_is_a_rise_and_a_cosine():
+    assert [rate(p, 0.2) for p in (0.0, 0.1, 0.2, 1.0)] == pytest.approx([0, 0.5, 1, 0])
+    assert rate(0.6, 0.2) == pytest.approx(0.5)
+    assert rate(0.05, 0.1, wait=0.1) == 0 and rate(0.15, 0.1, wait=0.1) == pytest.approx(0.5)
+    falling = [rate(0.2 + 0.008 * i, 0.2) for i in range(101)]
+    assert all(a > b for a, b in zip(falling, falling[1:], strict=False)) and falling[-1] == pytest.approx(0)
+
+
+class Rates(pl.Callback):
+    def __init__(self):
+        self.seen: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+def test_head_and_body_have_rates_of_their_own(module):
+    task = Classifier(**TINY, lr=0.01, body_lr=0.1, head_first=0.5)
+    rates = Rates()
+    trainer(callbacks=[rates]).fit(task, module)
+    groups = task.trainer.optimizers[0].param_groups
+    head = {id(p) for p in task.head.parameters()}
+    of_head = [all(id(p) in head for p in group["params"]) for group in groups]
+    assert sum(of_head) == 2 and sum(len(g["params"]) for g in groups) == len(list(task.net.parameters()))
+    for group in groups:  # decayed are the matrices, X-layers' compact ones among them, and nothing else
+        assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    steps = len(rates.seen)
+    assert steps == 2 * module.batches_per_epoch()
+    for step, seen in enumerate(rates.seen):  # Lightning steps the schedule before the callback
+        for rate_, in_head in zip(seen, of_head, strict=True):
+            progress = (step + 1) / steps
+            assert rate_ == pytest.approx(0.01 * (rate(progress, 0.1) if in_head else 0.1 * rate(progress, 0.1, 0.5)))
+
+
+def test_layer_decay_lowers_the_rate_from_the_head_down(module):
+    task = Classifier(**TINY, lr=0.01, layer_decay=0.5)
+    trainer(max_epochs=1).fit(task, module)
+    first = {id(p): group["initial_lr"] for group in task.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert first[id(task.net.conv_stem.weight)] < 1e-4 < first[id(task.head.weight)] == pytest.approx(0.01)
+
+
+def test_freeze_trains_the_head_alone(module):
+    task = Classifier(**TINY, freeze=True)
+    before = {k: v.clone() for k, v in task.net.state_dict().items()}
+    trainer(callbacks=[EMA()]).fit(task, module)
+    changed = {k for k, v in task.net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_freeze_norm_keeps_the_statistics(module):
+    task = Classifier(**TINY, freeze_norm=True)
+    trainer(max_epochs=1).fit(task, module)
+    norms = [m for m in task.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(int(m.num_batches_tracked) == 0 for m in norms)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_ema_averages_weights_and_copies_indices(module, decay):
+    task = Classifier(**TINY)
+    layer = next(m for m in task.modules() if isinstance(m, ExpanderConv2d))
+    neighbours = layer.neighbours.clone()
+    trajectory: list[torch.Tensor] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            trajectory.append(layer.weight.detach().clone())
+
+    trainer(callbacks=[EMA(decay), Watch()]).fit(task, module)
+    assert torch.equal(layer.neighbours, neighbours) and layer.neighbours.dtype == torch.int32
+    wanted = trajectory[0]
+    for t, weight in enumerate(trajectory[1:], start=1):
+        wanted = wanted.lerp(weight, 1 - min(decay, (1 + t) / (10 + t)))
+    torch.testing.assert_close(layer.weight.detach(), wanted)  # fit leaves the average in the module
+    assert int(task.net.bn1.num_batches_tracked) == len(trajectory)
+
+
+def test_an_average_that_would_ruin_the_graph_is_refused(module):
+    for callback in (EMAWeightAveraging(), WeightAveraging(use_buffers=True)):
+        with pytest.raises(ModelError, match=r"would average the indices in net\.blocks.*use xzoo\.train\.EMA"):
+            trainer(callbacks=[callback]).fit(Classifier(**TINY), module)
+    trainer(max_epochs=1, callbacks=[EMAWeightAveraging(use_buffers=False)]).fit(Classifier(**TINY), module)
+    # A dense model has no indices: it keeps every choice.
+    trainer(max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(Classifier(**TINY, model_kwargs={"compression": 1}), module)
+
+
+def test_interrupted_in_validation_ema_hands_back_the_raw_weights(module):
+    task, ema = Classifier(**TINY), EMA()
+    raw = {}
+
+    class Stop(pl.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            raw.update({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+        def on_validation_batch_end(self, *args):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(callbacks=[Stop(), ema]).fit(task, module)
+    assert all(torch.equal(v, raw[k]) for k, v in task.state_dict().items())
+    assert any(not torch.equal(v, raw[k[7:]]) for k, v in ema._average_model.state_dict().items() if k[:7] == "module.")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(module):
+    task = Classifier(**TINY, lr=0.1)
+    with torch.no_grad():
+        task.head.weight.fill_(float("nan"))
+    with pytest.raises(XzooError, match=r"the loss is nan at step 0: .* lower rate than lr=0\.1"):
+        trainer().fit(task, module)
+
+
+def test_a_step_is_a_function_of_seed_and_step(module):
+    losses = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        task = Classifier(**TINY, seed=3, model_kwargs={"drop_rate": 0.5})
+        torch.manual_seed(noise + 10)
+        fit = trainer(max_epochs=1)
+        fit.fit(task, module)
+        losses.append([float(fit.callback_metrics["train/loss"]), *task.head.weight.flatten().tolist()])
+    assert losses[0] == losses[1]
+
+
+def test_checkpoints_load_with_weights_only(module, tmp_path):
+    place = tmp_path / "checkpoints"
+    saver = ModelCheckpoint(place, filename="last", enable_version_counter=False)
+    task = Classifier(**TINY)
+    run = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()], "callbacks": [EMA(), Clock(), saver]}
+    trainer(max_epochs=1, **run).fit(task, module)
+    assert [file.name for file in place.iterdir()] == ["last.ckpt"]
+    content = torch.load(place / "last.ckpt", weights_only=True)
+    assert content["callbacks"]["Clock"]["seconds"] > 0
+    loaded = Classifier.load_from_checkpoint(place / "last.ckpt", weights_only=True)
+    assert all(torch.equal(v, task.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_the_clock_ends_a_run_and_is_kept(module):
+    clock = Clock(minutes=1e-6)
+    fit = trainer(max_epochs=-1, callbacks=[clock])
+    fit.fit(Classifier(**TINY), module)
+    assert fit.global_step <= 1 and clock.share == 1
+    assert "val/acc1" in fit.callback_metrics or fit.global_step == 0
+    later = Clock(minutes=1)
+    later.load_state_dict(clock.state_dict())
+    assert later.seconds == clock.seconds and later.share == pytest.approx(clock.seconds / 60)
+
+
+def test_the_report_is_lines_where_there_is_no_terminal(module, capsys):
+    trainer(callbacks=[Report()]).fit(Classifier(**TINY), module)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/2  train loss ") and "val accuracy" in lines[0] and "left" in lines[0]
+
+
+def test_without_a_data_module_the_schedule_says_what_it_needs(module):
+    with warnings.catch_warnings(), pytest.raises(XzooError, match="pass trainer.fit a data module"):
+        warnings.simplefilter("ignore")  # Lightning's remarks on plain loaders
+        trainer().fit(Classifier(**TINY), module.train_dataloader())
