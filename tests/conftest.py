@@ -1,13 +1,15 @@
 """What several test files need: real images where they lie, and small folders of drawn ones."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import xzoo
 
 MakeFolder = Callable[..., Path]
 
@@ -16,6 +18,14 @@ MakeFolder = Callable[..., Path]
 def one_thread() -> None:
     """Tests run beside each other; threads that wait for each other on a busy machine take minutes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_xzoo_in_children() -> Iterator[None]:
+    """Processes that tests start import the package under test, from whatever folder they run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(xzoo.__file__).parents[1]), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture

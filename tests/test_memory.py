@@ -19,6 +19,7 @@ from torch import nn
 from xzoo.errors import DataError
 from xzoo.train.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
 from xzoo.train.order import held_out
+from xzoo.train.task import Classifier
 
 Write = Callable[..., Path]
 
@@ -306,6 +307,15 @@ def test_lightning_sees_the_batches_of_the_loaders_and_a_resume_goes_on(write: W
     )
     assert len(rest.shown) == 3
     assert all(torch.equal(a, b) for a, b in zip(rest.shown, expected[7:], strict=True))
+
+
+def test_a_classifier_trains_on_it(write: Write, tmp_path: Path) -> None:
+    task = Classifier("x_mobilenet050_c4", 4, mixup=0.2, cutmix=1.0, channels_last=True)
+    data = Small(str(write(train=17)), batch_size=8, img_size=32, crop="resized", channels_last=True)
+    fit = trainer(tmp_path, 1, enable_checkpointing=False, log_every_n_steps=1)
+    fit.fit(task, datamodule=data)
+    assert fit.global_step == 2
+    assert 0 <= float(fit.callback_metrics["val/acc1"]) <= 1
 
 
 @pytest.mark.data

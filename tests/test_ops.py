@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from xzoo import graphs, ops
@@ -140,12 +141,12 @@ def linear_cases(draw):
 
 
 @st.composite
-def conv_cases(draw):
+def conv_cases(draw, least=1, layouts=("contiguous", "channels_last", "transposed", "sliced")):
     neighbours, n_in, n_out = draw(graph())
     pairs = {
         name: (draw(values), draw(values))
         for name, values in {
-            "size": st.integers(1, 9),
+            "size": st.integers(least, 9),
             "kernel": st.sampled_from([1, 2, 3, 5]),
             "stride": st.integers(1, 3),
             "padding": st.integers(0, 3),
@@ -167,11 +168,14 @@ def conv_cases(draw):
         bias=positive(generator, n_out) if draw(st.booleans()) else None,
         grad=positive(generator, batch, n_out, *out),
         geometry=tuple(pairs.values()),
-        layout=draw(st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"])),
+        layout=draw(st.sampled_from(layouts)),
     )
 
 
 CASES = st.one_of(conv_cases(), linear_cases())
+# Without what plain torch 2.14 gets wrong in bfloat16 on a CPU with AVX-512: F.conv2d of images of 1 to 3
+# pixels, and of channels_last ones, at times reads or writes out of bounds (garbage, segmentation faults).
+HALF_CASES = st.one_of(conv_cases(least=4, layouts=("contiguous",)), linear_cases())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -194,7 +198,7 @@ def test_backend_equals_the_dense_oracle(backend, dtype, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @BACKENDS
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(case=CASES)
+@given(case=HALF_CASES)
 def test_half_precision_is_as_exact_as_plain_torch(backend, dtype, case):
     # Small integers and halves: exact in both types, so that the oracle sees the same data.
     exact = {n: (getattr(case, n) * 4).round() / 4 for n in ("x", "weight", "grad")}
@@ -206,6 +210,16 @@ def test_half_precision_is_as_exact_as_plain_torch(backend, dtype, case):
         error = (got.double() - want).norm()
         allowed = 2 * (plain.double() - want).norm() + torch.finfo(dtype).eps / 2 * want.norm()
         assert error <= allowed, f"{name} off by {error:.1e}, allowed {allowed:.1e}"
+
+
+@BACKENDS
+def test_half_gradient_of_an_input_with_many_readers_is_rounded_once(backend):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.from_numpy(graphs.sample("biregular", 4, 512, 1, seed=0))
+    x, weight, grad = (positive(generator, *shape).bfloat16() for shape in [(8, 4), (512, 1), (8, 512)])
+    case = Case(x, weight, rows, None, grad)
+    got, want = (case.run(*how)[1].double() for how in ((backend, torch.bfloat16), (None, torch.float64)))
+    assert (got - want).norm() <= torch.finfo(torch.bfloat16).eps / 2 * want.norm()
 
 
 @pytest.mark.parametrize(
@@ -411,15 +425,15 @@ def test_unknown_backend_in_the_environment_is_refused_at_the_first_call(monkeyp
         small_call()
 
 
-def chosen(row, device="cpu", dtype=torch.float32):
-    """What `auto` takes for a row of the table; no tensor here has memory of its own."""
+def chosen(row, device="cpu", dtype=torch.float32, form=torch.contiguous_format):
+    """What `auto` takes for a row of the table."""
     kernel, n_in, n_out, size, degree, share, batch = (int(row[name]) for name in COLUMNS[:7])
-    one = torch.zeros((), device=device, dtype=dtype)
-    weight, x, operation = one.expand(n_out, degree), one.expand(batch, n_in), "linear"
-    if kernel:
-        operation = "conv2d"
-        weight, x = one.expand(n_out, degree, kernel, kernel), one.expand(batch, n_in, size, size)
-    return choose(operation, x, weight, torch.zeros((), dtype=torch.int32).expand(n_out // share, degree))
+    taps, pixels = ([kernel, kernel], [size, size]) if kernel else ([], [])
+    with FakeTensorMode():  # no memory
+        x = torch.empty([batch, n_in, *pixels], device=device, dtype=dtype).to(memory_format=form)
+        weight = torch.empty([n_out, degree, *taps], device=device, dtype=dtype)
+        neighbours = torch.empty([n_out // share, degree], device=device, dtype=torch.int32)
+        return choose("conv2d" if kernel else "linear", x, weight, neighbours)
 
 
 def test_auto_never_takes_what_was_measured_slower():
@@ -439,7 +453,7 @@ def test_auto_takes_dense_where_nothing_was_measured():
         chosen(row, device="meta") == chosen(row, dtype=torch.float64) == chosen(row, dtype=torch.bfloat16) == "dense"
     )
     assert chosen(row | {"share": 1}) == chosen(row | {"share": 4, "degree": 256}) == "dense"
-    assert chosen(row | {"kernel": 1}) == "dense"
+    assert chosen(row | {"kernel": 1}) == chosen(row, form=torch.channels_last) == "dense"
 
 
 # The table of `auto`: how many times slower `dense` is than `gather`, forward alone and with both gradients.

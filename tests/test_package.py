@@ -107,11 +107,22 @@ assert (threads, environment, cwd) == (threading.active_count(), dict(os.environ
 assert not torch.cuda.is_initialized()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True
+    )
     assert (run.returncode, run.stderr) == (0, "")
     new = json.loads(run.stdout)
     roots = {name.partition(".")[0] for name in new}
-    heavy = {"matplotlib", "pytorch_lightning", "lightning", "sklearn", "scipy", "pyarrow", "datasets", "torchmetrics"}
+    heavy = {
+        "matplotlib",
+        "pytorch_lightning",
+        "lightning",
+        "sklearn",
+        "scipy",
+        "pyarrow",
+        "datasets",
+        "torchmetrics",
+    }
     assert not roots & (heavy | {"jsonargparse", "rich", "transformers", "onnx", "pandas"})
     assert not [name for name in new if name.startswith(("xzoo.train", "xzoo.cli", "xzoo.hub"))]
     assert len([name for name in new if not name.startswith("xzoo")]) < 100

@@ -11,16 +11,20 @@ from xzoo.errors import XzooError
 from xzoo.train.run import MetricsFile, atomic, claimed, read_metrics, write_text
 
 
+def _fail_writing(target: Path, error: Exception) -> None:
+    with atomic(target) as draft:
+        draft.write_text("half")
+        raise error
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "file"
     write_text(target, "old")
-    with pytest.raises(KeyError), atomic(target) as draft:
-        draft.write_text("half")
-        raise KeyError
+    with pytest.raises(KeyError):
+        _fail_writing(target, KeyError())
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    with pytest.raises(XzooError, match=r"cannot write .*file: .*what it held before is kept"), atomic(target) as draft:
-        draft.write_text("half")
-        raise OSError(28, "No space left on device")
+    with pytest.raises(XzooError, match=r"cannot write .*file: .*what it held before is kept"):
+        _fail_writing(target, OSError(28, "No space left on device"))
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     write_text(target, "new")
     assert target.read_text() == "new"
@@ -35,21 +39,25 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
     # A file that grows beyond its limit fails as on a full disk; in a child, because the limit is a process's.
     code = (
-        "import resource, signal, torch\n"
+        "import resource, signal, sys, torch\n"
         "from xzoo.train.run import AtomicCheckpointIO\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(1_000_000)}, %r)\n"
-        "except ValueError as error: print(type(error).__name__, error)" % str(path)
+        "try: AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(1_000_000)}, sys.argv[1])\n"
+        "except ValueError as error: print(type(error).__name__, error)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    told = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert told.stdout.startswith("XzooError cannot write"), told.stderr
     assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_one_process_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
-    with claimed(tmp_path / "run"), pytest.raises(XzooError, match="another process is at work"), claimed(tmp_path / "run"):
+    with (
+        claimed(tmp_path / "run"),
+        pytest.raises(XzooError, match="another process is at work"),
+        claimed(tmp_path / "run"),
+    ):
         pass
 
 
@@ -64,8 +72,9 @@ def test_a_folder_that_nothing_was_written_to_is_unmade(tmp_path):
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(XzooError, match="cannot write to the run folder .*choose another with --out"), claimed(
-        tmp_path / "file" / "run"
+    with (
+        pytest.raises(XzooError, match="cannot write to the run folder .*choose another with --out"),
+        claimed(tmp_path / "file" / "run"),
     ):
         pass
     if os.geteuid() == 0:

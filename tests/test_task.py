@@ -9,13 +9,21 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, Wei
 
 from xzoo import ExpanderConv2d
 from xzoo.errors import ModelError, XzooError
+from xzoo.hub import folder as model_folder
+from xzoo.train.augment import mixed
 from xzoo.train.callbacks import EMA, Clock, Report
 from xzoo.train.data import ImageModule
 from xzoo.train.run import AtomicCheckpointIO
 from xzoo.train.sources import read
 from xzoo.train.task import Classifier, rate
 
-CONFIG = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+}
 TINY = {"model": "x_mobilenet050_c4", "num_classes": 2, "warmup": 0.1}
 
 
@@ -112,7 +120,9 @@ def test_an_average_that_would_ruin_the_graph_is_refused(module):
             trainer(callbacks=[callback]).fit(Classifier(**TINY), module)
     trainer(max_epochs=1, callbacks=[EMAWeightAveraging(use_buffers=False)]).fit(Classifier(**TINY), module)
     # A dense model has no indices: it keeps every choice.
-    trainer(max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(Classifier(**TINY, model_kwargs={"compression": 1}), module)
+    trainer(max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(
+        Classifier(**TINY, model_kwargs={"compression": 1}), module
+    )
 
 
 def test_interrupted_in_validation_ema_hands_back_the_raw_weights(module):
@@ -184,6 +194,78 @@ def test_the_report_is_lines_where_there_is_no_terminal(module, capsys):
 
 
 def test_without_a_data_module_the_schedule_says_what_it_needs(module):
-    with warnings.catch_warnings(), pytest.raises(XzooError, match="pass trainer.fit a data module"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's remarks on plain loaders
-        trainer().fit(Classifier(**TINY), module.train_dataloader())
+        with pytest.raises(XzooError, match="pass trainer.fit a data module"):
+            trainer().fit(Classifier(**TINY), module.train_dataloader())
+
+
+# ---- what the loss may be made of
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_a_mixed_batch_is_learnt_with_mixed_targets(mixup, cutmix):
+    task = Classifier(**TINY, mixup=mixup, cutmix=cutmix, label_smoothing=0.1, seed=3).eval()
+    images, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 1, 0, 1])
+    for number in range(4):
+        x, partners, share = mixed(images, labels, mixup, cutmix, 3, 0, number)
+        one, other = (torch.nn.functional.one_hot(y, 2) * 0.9 + 0.05 for y in (labels, partners))
+        wanted = torch.nn.functional.cross_entropy(task(x), share * one + (1 - share) * other)
+        torch.testing.assert_close(task._loss(images, labels, number), wanted)
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A model folder; its weights are drawn, which is knowledge enough."""
+    net = Classifier(**TINY, seed=11).net
+    model_folder.save(net, tmp_path / "teacher", ["ant", "bee"], CONFIG)
+    return f"local-dir:{tmp_path / 'teacher'}", net.eval()
+
+
+def test_a_teacher_is_learnt_from_and_stays_outside(module, teacher, tmp_path):
+    name, net = teacher
+    task = Classifier(**TINY, teacher=name, teacher_weight=0.25, temperature=3.0)
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            images, labels = batch
+            pl_module.eval()
+            with torch.no_grad():
+                logits, wanted = pl_module(images), (net(images) / 3).softmax(1)
+                apart = (wanted * (wanted.log() - (logits / 3).log_softmax(1))).sum(1).mean() * 9
+                expected = 0.75 * pl_module.loss(logits, labels) + 0.25 * apart
+                torch.testing.assert_close(pl_module._loss(images, labels, batch_idx), expected)
+            pl_module.train()
+
+    copies = EMA()
+    trainer(max_epochs=1, callbacks=[Look(), copies]).fit(task, module)
+    task.trainer.save_checkpoint(tmp_path / "t.ckpt")
+    names = set(torch.load(tmp_path / "t.ckpt", weights_only=True)["state_dict"])
+    assert names == set(Classifier(**TINY).state_dict())
+    assert task._teacher == () and copies._average_model.module._teacher == ()
+
+
+def test_a_teacher_that_cannot_teach_is_refused(module, teacher):
+    name, _ = teacher
+    with pytest.raises(ModelError, match="knows 2 classes, the data have 3; use one that was trained on them"):
+        trainer().fit(Classifier("x_mobilenet050_c4", 3, teacher=name), module)
+    with pytest.raises(ModelError, match="x_mobilenet050_c4 has no trained weights"):
+        trainer().fit(Classifier(**TINY, teacher="x_mobilenet050_c4"), module)
+    with pytest.raises(ModelError, match="local-dir:/no/such: Config file not found"):
+        trainer().fit(Classifier(**TINY, teacher="local-dir:/no/such"), module)
+    with pytest.raises(ModelError, match=r"teacher_weight=1.5, temperature=2: a share of the loss"):
+        Classifier(**TINY, teacher=name, teacher_weight=1.5)
+
+
+def test_compiled_and_channels_last_is_the_same_network_under_the_same_names(module, monkeypatch):
+    # The compiler itself takes a minute; what is ours is that it is asked, in place.
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(self))
+    plain = Classifier(**TINY)
+    task = Classifier(**TINY, compile=True, channels_last=True)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(task.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
+    assert task.net.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
+    trainer(max_epochs=1).fit(task.train(), module)
+    assert asked == [task.net]
+    assert set(task.state_dict()) == set(plain.state_dict())

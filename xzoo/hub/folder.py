@@ -5,6 +5,7 @@ once it is uploaded. What timm has no place for (how the graph was drawn, what i
 block "xzoo" beside timm's own keys, which timm passes over.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
@@ -48,12 +49,12 @@ def save(
     names = ("graph", "share", "spatial_share", "seed", "compression")
     drawn = {name: value for name, value in net._model_args.items() if name in names}
     config = {"label_names": list(label_names), "xzoo": drawn | dict(block or {})}
+    # safetensors refuses what is not contiguous, as everything is in a channels_last model.
+    plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         shutil.rmtree(draft, ignore_errors=True)
-        save_for_hf(model, str(draft), model_config=config, safe_serialization=True, data_config=_plain(data_config))
-        # Written again, because a model in channels_last has tensors that safetensors refuses or reorders.
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, draft / WEIGHTS)
+        save_for_hf(plain, str(draft), model_config=config, safe_serialization=True, data_config=_plain(data_config))
         written = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
         # transformers' wrapper passes num_classes itself, and Python refuses it twice; timm reads the top level.
         written.get("model_args", {}).pop("num_classes", None)

@@ -45,11 +45,13 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ModelError(f"{argument}={value!r}: use an integer from {least} on")
     given = {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys()
-    if pretrained and ":" not in name and not given:
-        # x_timm has the weights of the model that it expands.
-        of = str(kwargs.get("base", "resnet18")) if name.split(".")[0] == "x_timm" else name
-        if timm.is_model(of.split(".")[0]) and not timm.is_model_pretrained(of):
-            raise ModelError(f"{of} has no trained weights yet; use pretrained=False")
+    trained = name
+    if name.partition(".")[0] == "x_timm":  # whose weights are those of the model that it expands
+        trained = kwargs.get("base", x_timm.BASE)
+        x_timm.check_base(trained)
+        _check_name(trained)
+    if pretrained and ":" not in name and not given and not timm.is_model_pretrained(trained):
+        raise ModelError(f"{trained} has no trained weights yet; use pretrained=False")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:

@@ -20,13 +20,15 @@ __all__: list[str] = []
 
 default_cfgs = generate_default_cfgs({"x_timm.untrained": cfg(first_conv="conv1", classifier="fc")})
 
+BASE = "resnet18"
+
 
 @register_model
 def x_timm(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    base: str = "resnet18",
+    base: str = BASE,
     compression: int = 4,
     share: int = 4,
     spatial_share: int = 1,
@@ -35,8 +37,7 @@ def x_timm(
     **kwargs: Any,
 ) -> nn.Module:
     """The timm model `base`, expanded; pretrained=True takes the dense weights of `base` for what stays connected."""
-    if not isinstance(base, str) or base.startswith("x_") or not timm.is_model(base):
-        raise ModelError(f"base={base!r} is not the name of a dense timm model; timm.list_models() has them")
+    check_base(base)
     # Of a folder timm hands over what its config.json says; a name alone has the configuration of the base.
     own = vars(pretrained_cfg) if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     sources = (own if isinstance(own, dict) else {}) | (pretrained_cfg_overlay or {})
@@ -61,3 +62,9 @@ def x_timm(
         feature_cfg={"feature_cls": "getter", "out_indices": 3},  # the last three: every family has them
         **kwargs,
     )
+
+
+def check_base(base: Any) -> None:
+    """Raise ModelError unless `base` names a dense model of timm."""
+    if not isinstance(base, str) or base.startswith("x_") or not timm.is_model(base):
+        raise ModelError(f"base={base!r} is not the name of a dense timm model; timm.list_models() has them")

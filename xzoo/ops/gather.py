@@ -5,24 +5,24 @@ outputs that are connected to it. The input gradient adds into channels in order
 `index_add` adds in any order unless torch.use_deterministic_algorithms is on.
 """
 
+import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
-    gathered = _columns(x, neighbours)
-    return F.conv2d(gathered, weight.contiguous(), bias, stride, padding, dilation, groups=len(neighbours))
+    gathered = x.index_select(1, neighbours.flatten())  # [B, blocks * degree, H, W]
+    return F.conv2d(gathered, weight, bias, stride, padding, dilation, groups=len(neighbours))
 
 
 def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
     shape = [x.shape[0], neighbours.numel(), *x.shape[2:]]
-    grad, weight = grad.contiguous(), weight.contiguous()
     gathered = conv2d_input(shape, weight, grad, stride, padding, dilation, groups=len(neighbours))
-    return grad.new_zeros(x.shape).index_add(1, neighbours.flatten(), gathered)
+    return _add(gathered, x, neighbours)
 
 
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
-    gathered, grad = _columns(x, neighbours), grad.contiguous()
+    gathered = x.index_select(1, neighbours.flatten())
     return conv2d_weight(gathered, weight.shape, grad, stride, padding, dilation, groups=len(neighbours))
 
 
@@ -36,19 +36,12 @@ def linear(x, weight, neighbours, bias):
 def linear_input_grad(grad, x, weight, neighbours):
     rows = _outputs(grad, neighbours) @ _blocks(weight, neighbours)  # [blocks, B, degree]
     columns = rows.transpose(0, 1).reshape(len(grad), neighbours.numel())
-    return grad.new_zeros(x.shape).index_add(1, neighbours.flatten(), columns)
+    return _add(columns, x, neighbours)
 
 
 def linear_weight_grad(grad, x, weight, neighbours):
     blocks = _outputs(grad, neighbours).transpose(1, 2) @ _rows(x, neighbours)  # [blocks, share, degree]
     return blocks.reshape(weight.shape)
-
-
-def _columns(x, neighbours):
-    """The input channels of each block: [B, blocks * degree, H, W], contiguous."""
-    # So are the other operands: torch 2.14's grouped convolution of bfloat16 in channels_last is wrong, or
-    # crashes, where the image is one to three pixels wide (x86 with AVX-512).
-    return x.index_select(1, neighbours.flatten()).contiguous()
 
 
 def _rows(x, neighbours):
@@ -64,3 +57,11 @@ def _outputs(grad, neighbours):
 def _blocks(weight, neighbours):
     """The weights of each block: [blocks, share, degree]."""
     return weight.unflatten(0, (len(neighbours), len(weight) // len(neighbours)))
+
+
+def _add(columns, x, neighbours):
+    """The sum of the columns [B, blocks * degree, ...] of each input, of x's shape."""
+    # Half types add in float32: one rounding for each reader would cost more digits than plain torch loses.
+    dtype = torch.promote_types(columns.dtype, torch.float32)
+    zeros = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    return zeros.index_add(1, neighbours.flatten(), columns.to(dtype)).to(columns.dtype)

@@ -45,7 +45,7 @@ def classify(
     """
     files = _files(images)
     net = load_any(model)
-    where = _device(device)
+    where = device_named(device)
     net = net.to(where).eval()
     names = label_names(net)
     config = resolve_model_data_config(net)
@@ -141,9 +141,12 @@ def _files(images: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """A device by name, "auto" being the first there is of cuda, mps and cpu. Raises: XzooError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise XzooError(f"device={name}: give auto, cpu, cuda or mps")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

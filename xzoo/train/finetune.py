@@ -26,7 +26,6 @@ import pytorch_lightning as pl
 import timm
 import torch
 import yaml
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -37,13 +36,14 @@ from ..errors import ModelError, XzooError
 from ..hub import folder as model_folder
 from . import pictures
 from .callbacks import EMA, Clock, Report
+from .classify import device_named
 from .data import ImageModule
 from .recipe import Options, Plan, plan, start, use_weights
 from .run import AtomicCheckpointIO, MetricsFile, claimed, read_metrics, write_text
 from .sources import ImageData, read
 from .task import Classifier
 
-DEFAULT_MODEL = "x_mobilenet050_c4"
+DEFAULT_MODEL = "x_resnet18"
 SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
 
 
@@ -88,7 +88,7 @@ def finetune(
         data: a folder with one sub-folder a class (or train/ and val/ of such), a folder of parquet files, a
             data set on the Hugging Face Hub (org/name), or digits.
         model: a name of `xzoo list` or of timm, or local-dir:FOLDER.
-        epochs: how often each image is seen; by default enough for some 1200 steps (500 if pretrained).
+        epochs: how often each image is seen; by default 20 times (10 if pretrained), or 500 steps.
         minutes: training time; with epochs as well, whichever is used up first.
         freeze: train the last layer alone; the rest, statistics of batch norm included, stays as it is.
         expand: make an X-Net of a dense model first: every expanded layer keeps 1/expand of its weights.
@@ -122,6 +122,7 @@ def finetune(
     options.check()
     built = start(options)
     use_weights(options, built.has_weights)
+    where = device_named(device)
     run = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
 
     _check_same(run, asdict(options), "options")
@@ -134,7 +135,7 @@ def finetune(
         _check_same(run, {"images": images.fingerprint()}, "data")
         recipe = plan(options, built, images)
         _tell(console, options, images, recipe, run)
-        job = _Job(run, options, images, recipe, workers, device)
+        job = _Job(run, options, images, recipe, workers, where)
         job.train(console)
         result = job.finish()
         _say(console, str(result))
@@ -145,7 +146,7 @@ class _Job:
     """One start of a run: what has been built for it, from data to trainer."""
 
     def __init__(
-        self, run: Path, options: Options, images: ImageData, recipe: Plan, workers: int | None, device: str
+        self, run: Path, options: Options, images: ImageData, recipe: Plan, workers: int | None, device: torch.device
     ) -> None:
         self.run, self.images, self.recipe = run, images, recipe
         self.last = run / "checkpoints" / "last.ckpt"
@@ -168,7 +169,7 @@ class _Job:
             workers=workers,
         )
         self.clock = Clock(recipe.minutes)
-        self.accelerator = {"cuda": "gpu"}.get(device, device)
+        self.device = device
         self.done = _steps_of(self.last) if resumes else 0
         if not resumes:
             self._describe(options)
@@ -201,7 +202,14 @@ class _Job:
         steps = self.module.batches_per_epoch()
         folder = str(self.last.parent)
         checkpoint: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
-        trainer = self._trainer(
+        on_gpu = self.device.type == "cuda"
+        trainer = pl.Trainer(
+            accelerator="gpu" if on_gpu else self.device.type,
+            devices=1,
+            precision="bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true",
+            default_root_dir=str(self.run),
+            enable_progress_bar=False,
+            enable_model_summary=False,
             # Only epochs: a run with max_steps or max_time as well does not resume where it was.
             max_epochs=self.recipe.epochs or -1,
             callbacks=[
@@ -233,20 +241,6 @@ class _Job:
             signal.signal(signal.SIGINT, before)  # Lightning turns it off and exits
             raise KeyboardInterrupt from None
 
-    def _trainer(self, **arguments: Any) -> pl.Trainer:
-        try:
-            return pl.Trainer(
-                accelerator=self.accelerator,
-                devices=1,
-                precision="bf16-mixed" if self.accelerator != "cpu" and _has_bf16() else "32-true",
-                default_root_dir=str(self.run),
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                **arguments,
-            )
-        except (MisconfigurationException, ValueError) as error:
-            raise XzooError(f"device={self.accelerator}: {str(error).splitlines()[0]}; try --device cpu") from error
-
     def finish(self) -> Result:
         """Save the model, read it back, judge it, draw the pictures; result.json comes last and ends the run."""
         checkpoint = torch.load(self.last, map_location="cpu", weights_only=True)
@@ -254,8 +248,7 @@ class _Job:
         made = {"run": self.run.name, "train_images": len(self.images.train), "seed": self.task.hparams["seed"]}
         folder = self.run / "model"
         model_folder.save(self.task.net, folder, self.images.classes, self.data_config, {"finetune": made})
-        device = self.task.device
-        logits, labels = predict(model_folder.load(folder).to(device), self.module, device)
+        logits, labels = predict(model_folder.load(folder).to(self.device), self.module, self.device)
         result = Result(
             run=str(self.run),
             model=str(folder),
@@ -348,10 +341,6 @@ def _steps_of(checkpoint: Path) -> int:
         return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
     except Exception as error:  # torch.load raises a dozen of classes for a broken file
         raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
-
-
-def _has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def _run_name(data: str, model: str, expand: int | None) -> str:

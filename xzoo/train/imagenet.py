@@ -32,11 +32,11 @@ from rich.progress import track
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError, XzooError
 from .augment import colours_of, normalised
-from .data import OrderedLoader, Views
+from .data import Loader, Views
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .run import atomic
@@ -328,6 +328,15 @@ class Chosen(Dataset[Any]):
         return self.views[epoch, int(self.numbers[index])]
 
 
+def stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """A batch of images as they lie in memory, pixel by pixel: putting the colours apart is left to the device.
+
+    In a worker it would take 87 of some 2,500 us for an image of 224 pixels (EPYC, 2026-11, torch 2.14).
+    """
+    images, labels = default_collate([(x.permute(1, 2, 0), y) for x, y in samples])
+    return images.permute(0, 3, 1, 2), labels
+
+
 class ImageNet(pl.LightningDataModule):
     """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of ImageNet or a set in one of its forms.
 
@@ -457,35 +466,34 @@ class ImageNet(pl.LightningDataModule):
         n = len(self._found().train[0]) - self.holdout
         return TrainOrder(n, self.batch_size, self.seed, rank, world, done, exact=True)
 
-    def train_dataloader(self) -> OrderedLoader:
+    def train_dataloader(self) -> Loader:
         images, _ = self._found().train
         views = Views(images, self._transform(training=True), self.seed)
         return self._loader(views, self._kept, self._train_order(*standing(self.trainer)))
 
-    def val_dataloader(self) -> OrderedLoader:
+    def val_dataloader(self) -> Loader:
         images, _ = self._found().train if self.holdout else self._found().val
         return self._eval_loader(images, self._held)
 
-    def test_dataloader(self) -> OrderedLoader:
+    def test_dataloader(self) -> Loader:
         return self._eval_loader(self._found().val[0], None)
 
-    def predict_dataloader(self) -> OrderedLoader:
+    def predict_dataloader(self) -> Loader:
         return self.test_dataloader()
 
-    def _eval_loader(self, images: Stored, numbers: Tensor | None) -> OrderedLoader:
+    def _eval_loader(self, images: Stored, numbers: Tensor | None) -> Loader:
         rank, world, _ = standing(self.trainer)
         views = Views(images, self._transform(training=False), None)
         n = len(views) if numbers is None else len(numbers)
         return self._loader(views, numbers, EvalOrder(n, self.eval_batch_size, rank, world))
 
-    def _loader(self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder) -> OrderedLoader:
-        return OrderedLoader(views if numbers is None else Chosen(views, numbers), order, self.workers)
+    def _loader(self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder) -> Loader:
+        return Loader(views if numbers is None else Chosen(views, numbers), order, self.workers, stacked)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
         if images.dtype == torch.uint8:
             self._colours = self._colours.to(images.device)
             images = normalised(images, self._colours)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=layout), labels

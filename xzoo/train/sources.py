@@ -36,6 +36,7 @@ VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there is
 HELD_OUT = 0.2
 # Decoded pixels are kept up to here: 21,000 images of 128 x 128, or a thousand reduced photographs.
 MEMORY = 1 << 30
+Row = tuple[str, Any, Any]  # of a table: name, image, label
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     kept, skipped, sides = _decode(items, at_least, memory)
     _check_broken(str(data), items, kept, skipped)
 
-    train, val = kept[: len(listing.train)], kept[len(listing.train) :]
-    train, val = ([item for item in part if item is not None] for part in (train, val))
+    train = [item for item in kept[: len(listing.train)] if item is not None]
+    val = [item for item in kept[len(listing.train) :] if item is not None]
     if listing.val is None:
         train, val = hold_out(train)
     _check_classes(str(data), listing, train, val)
@@ -247,7 +248,7 @@ def _is_image(file: Path) -> bool:
 def _tables(root: Path, files: Sequence[Path]) -> Listing:
     import pyarrow as pa
 
-    parts: dict[str, list[Item]] = {}
+    parts: dict[str, list[Row]] = {}
     classes: list[str] | None = None
     folders: dict[str, Path] = {}
     for file in files:
@@ -274,7 +275,7 @@ def split_of(file: Path) -> str:
     return "train"
 
 
-def _table(file: Path) -> tuple[list[tuple[str, Any, Any]], list[str] | None]:
+def _table(file: Path) -> tuple[list[Row], list[str] | None]:
     """The rows (name, image, label) of one parquet file, and its class names where it has them."""
     import pyarrow.parquet as pq
 
@@ -282,7 +283,7 @@ def _table(file: Path) -> tuple[list[tuple[str, Any, Any]], list[str] | None]:
         schema = table.schema_arrow
         image, label = _columns(file.name, {f.name: _kind(f.type) for f in schema})
         names = _class_names(schema.metadata, label)
-        rows: list[tuple[str, Any, Any]] = []
+        rows: list[Row] = []
         # A file may be one row group of gigabytes: read it in pieces.
         for batch in table.iter_batches(256, columns=[image, label]):
             pairs = zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True)
@@ -342,7 +343,7 @@ def _hub(name: str) -> Listing:
         splits = datasets.load_dataset(name)
     except Exception as error:  # network, permission, script and format errors of many libraries
         raise DataError(f"{name}: no folder here, and the Hub gave: {str(error).splitlines()[0]}") from error
-    parts: dict[str, list[Item]] = {}
+    parts: dict[str, list[Row]] = {}
     classes: list[str] | None = None
     for split, rows in splits.items():
         kinds = {}
@@ -357,7 +358,7 @@ def _hub(name: str) -> Listing:
     return _from_rows(name, parts, classes)
 
 
-def _from_rows(data: str, parts: dict[str, list[tuple[str, Any, Any]]], classes: list[str] | None) -> Listing:
+def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None) -> Listing:
     """Rows with labels as numbers, or as text where the table has no class names."""
     remarks = []
     if "train" not in parts:

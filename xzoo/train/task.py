@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import ModelError, XzooError
 from ..models import create_model
+from .augment import mixed
 from .callbacks import Clock, refuse_unsafe_averaging
 from .order import STEP, key
 
@@ -48,6 +49,25 @@ def rate(
     return 1 - fallen if schedule == "linear" else 0.5 + 0.5 * cos(pi * fallen)
 
 
+def distilled(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """How far the student's logits are from the teacher's, both [B, classes] (Hinton et al. 2015).
+
+    Returns: mean over images of T^2 * KL(teacher / T, student / T); the factor keeps gradients of one size over T.
+    """
+    student, teacher = ((x.float() / temperature).log_softmax(1) for x in (logits, wanted))
+    return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _teacher(name: str, num_classes: int) -> nn.Module:
+    teacher = create_model(name, pretrained=True)
+    if cast(Any, teacher).num_classes != num_classes:
+        found = cast(Any, teacher).num_classes
+        raise ModelError(
+            f"teacher={name} knows {found} classes, the data have {num_classes}; use one that was trained on them"
+        )
+    return teacher.eval().requires_grad_(False)
+
+
 class Classifier(pl.LightningModule):
     """A timm or xzoo model, its loss, optimizer and schedule.
 
@@ -66,6 +86,13 @@ class Classifier(pl.LightningModule):
         body_lr: rate of everything but the head, as a multiple of lr.
         head_first: share of the run in which only the head moves.
         layer_decay: factor on the rate from each layer to the one before it (timm's grouping of layers).
+        mixup, cutmix: alpha of each, 0 for none; see `augment.mixed`.
+        teacher: a trained model of the same classes, by timm's name (local-dir:FOLDER and hf-hub:NAME too), whose
+            logits are learnt from as well. It sees what the student sees, normalised alike.
+        teacher_weight: share of that in the loss.
+        temperature: by which both logits are divided for it.
+        compile: torch.compile the network for the fit, in place, so that no name changes.
+        channels_last: memory format of the network and its images.
         freeze: train the head alone; the rest stays as it is, batch norm's statistics included.
         freeze_norm: batch norm keeps its statistics; for batches too small to estimate them.
     Raises: ModelError for a model that cannot be built; XzooError when the loss is no longer a number.
@@ -87,6 +114,11 @@ class Classifier(pl.LightningModule):
         weight_decay: float = 0.05,
         decay_all: bool = False,
         label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
         schedule: Literal["cosine", "linear", "step"] = "cosine",
         milestones: list[float] | None = None,
         gamma: float = 0.1,
@@ -97,10 +129,16 @@ class Classifier(pl.LightningModule):
         layer_decay: float | None = None,
         freeze: bool = False,
         freeze_norm: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if not 0 <= teacher_weight <= 1 or temperature <= 0:
+            raise ModelError(
+                f"teacher_weight={teacher_weight:g}, temperature={temperature:g}: a share of the loss, and above 0"
+            )
         # The weights are a function of the seed too, and of nothing drawn before.
         drawn: dict[str, Any] = {
             "compression": compression,
@@ -119,12 +157,17 @@ class Classifier(pl.LightningModule):
         if freeze:
             self.net.requires_grad_(False)
             self.head.requires_grad_(True)
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        self._teacher: tuple[nn.Module, ...] = ()  # a tuple, so that it is no part of this module
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         # torchmetrics' default average, "macro", is not top-1 accuracy.
         accuracy = partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
         self.acc1, self.acc5 = accuracy(top_k=1), accuracy(top_k=min(5, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.hparams["channels_last"]:
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -171,15 +214,17 @@ class Classifier(pl.LightningModule):
         fall: dict[str, Any] = {"schedule": hp["schedule"], "milestones": hp["milestones"] or (), "gamma": hp["gamma"]}
         return lambda step: rate(self.progress(step), hp["warmup"], wait, floor=hp["floor"], **fall)
 
-    def _groups(self, model: nn.Module, weight_decay: float = 0.0, **_: Any) -> list[dict[str, Any]]:
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """timm's groups (no decay for vectors), each with its own rate, and the head apart from the body."""
-        hp = self.hparams
+        hp, weight_decay = self.hparams, self.hparams["weight_decay"]
+        # timm asks for these itself only where it makes the groups: position embeddings and the like.
+        spared: set[str] = getattr(model, "no_weight_decay", set)()
         if hp["decay_all"]:
             groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
         elif hp["layer_decay"] is None:
-            groups = param_groups_weight_decay(model, weight_decay)
+            groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
         else:
-            groups = param_groups_layer_decay(model, weight_decay, layer_decay=hp["layer_decay"])
+            groups = param_groups_layer_decay(model, weight_decay, spared, layer_decay=hp["layer_decay"])
         head = {id(p) for p in self.head.parameters()}
         split = []
         for group in groups:
@@ -195,7 +240,21 @@ class Classifier(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            refuse_unsafe_averaging(self.trainer, self)  # type: ignore[arg-type]
+            refuse_unsafe_averaging(self.trainer, self)
+
+    def on_fit_start(self) -> None:
+        # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and compiled code.
+        if self.hparams["teacher"] and self.hparams["teacher_weight"]:
+            self._teacher = (_teacher(self.hparams["teacher"], self.hparams["num_classes"]).to(self.device),)
+        if self.hparams["compile"]:
+            self.net.compile()
+
+    def on_fit_end(self) -> None:
+        self._teacher = ()
+
+    def on_train_start(self) -> None:
+        # Lightning leaves modes as it finds them, and a module is born in train mode without a call of train().
+        self.train()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Lightning saves no random state, and gives every rank the same one. The epoch hooks are not called
@@ -207,7 +266,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = self.loss(self(images), labels)
+        loss = self._loss(images, labels, batch_idx)
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Reading the loss waits for the device: only where it is logged. All ranks stop, or the others hang.
             finite = bool(torch.isfinite(loss))
@@ -218,6 +277,20 @@ class Classifier(pl.LightningModule):
                 )
         self.log("train/loss", loss, batch_size=len(labels))
         self.log("lr", self.hparams["lr"] * self._rate_of(0.0)(self.global_step), batch_size=len(labels))
+        return loss
+
+    def _loss(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
+        hp = self.hparams
+        place = hp["seed"], self.current_epoch, batch_idx
+        images, partners, share = mixed(images, labels, hp["mixup"], hp["cutmix"], *place)
+        logits = self(images)
+        loss = self.loss(logits, labels)
+        if share < 1:
+            loss = share * loss + (1 - share) * self.loss(logits, partners)
+        for teacher in self._teacher:
+            with torch.no_grad():
+                wanted = teacher(images)
+            loss = loss.lerp(distilled(logits, wanted, hp["temperature"]), hp["teacher_weight"])
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -1,0 +1,132 @@
+"""The command line: what it prints, and what it exits with. In this process, but for one run of the real thing."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from xzoo.cli import COMMANDS, main
+from xzoo.hub import save
+from xzoo.models import create_model
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("saved") / "model"
+    save(create_model("x_mobilenet050_c4", num_classes=3), place, ["ant", "bee", "cow"], {"input_size": (3, 32, 32)})
+    return place
+
+
+def test_help_of_all_and_of_each(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(f"  {name} " in out for name in COMMANDS) and run(capsys)[1] == out
+    for name, (_, example) in COMMANDS.items():
+        code, out, _ = run(capsys, name, "--help")
+        assert code == 0 and f"usage: xzoo {name}" in out and example in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fintune"], "unknown command 'fintune'; did you mean finetune?"),
+        (["finetune", "--modle", "x"], "unknown option --modle; did you mean --model"),
+        (["finetune", "--epochs", "many"], "epochs=many: expected int"),
+        (["finetune", "--epochs"], "expected one argument"),
+        (["finetune", "a", "b"], "unknown option b"),
+        (["finetune", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["finetune", "--model", "x_resnet5"], "unknown model 'x_resnet5'; did you mean x_resnet50"),
+        (["list", "y_*"], "no model is called y_*"),
+        (["inspect", "x_resnet5"], "unknown model"),
+        (["classify", "/nowhere", "x.png"], "does not exist"),
+        (["classify", "x_resnet18"], "images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exits_with_2(capsys, arguments, told):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("xzoo: error: ") and err.count("\n") == 1 and told in err
+
+
+def test_a_mistake_of_ours_exits_with_1_and_its_traceback(capsys, monkeypatch):
+    monkeypatch.setattr("xzoo.models.list_models", lambda pattern: 1 / 0)
+    code, _, err = run(capsys, "list")
+    assert code == 1 and "ZeroDivisionError" in err and "please report it" in err
+
+
+def test_ctrl_c_exits_with_130(capsys, monkeypatch):
+    def interrupted(parser):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xzoo.cli._finetune", interrupted)
+    code, _, err = run(capsys, "finetune")
+    assert code == 130 and err == "xzoo: interrupted; the same command resumes\n"
+
+
+def test_list_and_inspect(capsys, tmp_path):
+    code, out, _ = run(capsys, "list", "x_mobilenet050*")
+    lines = out.strip().splitlines()
+    assert code == 0 and len(lines) == 5 and lines[2].split()[:4] == ["x_mobilenet050_c4", "224", "0.73", "M"]
+    code, out, _ = run(capsys, "inspect", "x_mobilenet050_c4", "--pictures", tmp_path / "pictures")
+    assert code == 0 and "731,360 weights" in out and "sensitivity depth" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("blocks.4.1.conv_pw"))
+    assert row[1:6] == ["512", "512", "1", "128", "4"]  # in, out, kernel, degree, share
+    assert 0 < float(row[6]) <= 1.05 * float(row[8]) < float(row[7]) < 1
+    assert {"spectrum.png", "reach.png"} <= {file.name for file in (tmp_path / "pictures").iterdir()}
+
+
+def test_classify_folders_files_and_broken_ones(capsys, folder, make_folder, tmp_path):
+    photos = make_folder(each=3)
+    (photos / "ant" / "broken.png").write_bytes(b"x")
+    code, out, err = run(capsys, "classify", folder, photos, photos / "ant" / "00.png", "--batch-size", 2)
+    lines = out.strip().splitlines()
+    assert code == 0 and len(lines) == 7 and lines[0].startswith(f"{photos}/ant/00.png: ")
+    assert lines[0].split(": ")[1] == lines[6].split(": ")[1]  # whatever batch it was in
+    assert all(name in lines[0] for name in ("ant", "bee", "cow")) and lines[0].count("%") == 3
+    assert err.count("\n") == 1 and "not read" in err and "broken.png" in err
+
+    table = tmp_path / "found.csv"
+    code, out, _ = run(capsys, "classify", folder, photos, "--csv", table, "--top", 2)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert code == 0 and len(rows) == 7 and list(rows[0]) == ["image", "class1", "p1", "class2", "p2", "error"]
+    assert float(rows[0]["p1"]) >= float(rows[0]["p2"]) and rows[0]["class1"] in ("ant", "bee", "cow")
+    assert [Path(row["image"]).name for row in rows if row["error"]] == ["broken.png"]
+
+
+def test_classify_what_cannot_be(capsys, folder, tmp_path):
+    def told(*arguments: object) -> str:
+        code, _, err = run(capsys, "classify", *arguments)
+        assert code == 2
+        return err
+
+    (tmp_path / "x.png").write_bytes(b"x")
+    assert "none of the 1 images can be read" in told(folder, tmp_path / "x.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "y.png")
+    (tmp_path / "void").mkdir()
+    assert "holds no image" in told(folder, tmp_path / "void")
+    assert "does not exist" in told(folder, tmp_path / "z.png")
+    assert "neither a run nor a model folder" in told(tmp_path, tmp_path / "y.png")
+    (tmp_path / "config.yaml").write_text("")
+    assert "is a run that is not finished" in told(tmp_path, tmp_path / "y.png")
+    assert "has no trained weights" in told("x_resnet18", tmp_path / "y.png")
+    assert "give auto, cpu, cuda or mps" in told(folder, tmp_path / "y.png", "--device", "warp")
+
+
+def test_the_real_command_finetunes(make_folder, tmp_path):
+    data = make_folder(each=6)
+    options = ["--epochs", "1", "--img-size", "32", "--batch-size", "4", "--device", "cpu", "--freeze"]
+    model = ["finetune", str(data), "--model", "x_mobilenet050_c4"]
+    command = [sys.executable, "-m", "xzoo", *model, *options]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.endswith("runs/photos-x_mobilenet050_c4\n")
+    assert "Traceback" not in told.stderr and "random features" in told.stderr
+    assert (tmp_path / "runs" / "photos-x_mobilenet050_c4" / "model" / "model.safetensors").exists()

@@ -1,0 +1,290 @@
+"""`finetune` from images to a model folder: that it learns, resumes to the same bits, and refuses in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.data import create_transform, resolve_model_data_config
+
+from xzoo.errors import DataError, ModelError, XzooError
+from xzoo.train.finetune import finetune
+from xzoo.train.recipe import Options, plan, start
+from xzoo.train.run import read_metrics
+from xzoo.train.sources import read
+
+# timm's smallest ResNet, expanded: it learns the drawn images in some 40 steps.
+TINY = {
+    "model": "test_resnet",
+    "expand": 4,
+    "pretrained": False,
+    "img_size": 32,
+    "batch_size": 8,
+    "device": "cpu",
+    "workers": 0,
+}
+FILES = {
+    "config.yaml",
+    "metrics.csv",
+    "curves.png",
+    "confusion.png",
+    "samples.png",
+    "result.json",
+    "checkpoints",
+    "model",
+}
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def timm_accuracy(run: Path, data: str) -> float:
+    """What a user without xzoo's own code measures: timm's model, timm's transform."""
+    model = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    val = read(data).val
+    with torch.no_grad():
+        logits = torch.cat([model(transform(val.image(i))[None]) for i in range(len(val))])
+    names = model.pretrained_cfg["label_names"]
+    return sum(names[p] == read(data).classes[i] for p, i in zip(logits.argmax(1), val.labels, strict=True)) / len(val)
+
+
+def test_a_run_learns_and_leaves_all_that_a_user_needs(make_folder, tmp_path, capsys):
+    data, run = make_folder(("ant", "bee", "cow"), each=16), tmp_path / "run"
+    (data / "ant" / "broken.jpg").write_bytes(b"x")
+    result = finetune(str(data), epochs=8, out=str(run), **TINY)
+    assert {file.name for file in run.iterdir()} - {".lock"} == FILES | {"skipped.txt"}
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert result.accuracy >= 0.8 and result.images == 9 and result.epochs == 8
+    assert timm_accuracy(run, str(data)) == result.accuracy
+    assert "ant/broken.jpg" in (run / "skipped.txt").read_text()
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["options"]["epochs"] == 8 and config["data"]["classes"] == ["ant", "bee", "cow"]
+    rows = read_metrics(run / "metrics.csv")
+    accuracies = [row["val/acc1"] for row in rows if "val/acc1" in row]
+    assert len(accuracies) == 8 and accuracies[-1] == pytest.approx(result.accuracy)
+    told = capsys.readouterr().err
+    assert "as asked, training from scratch" in told and "ant/broken.jpg" in told
+    assert told.count("val accuracy") == 8
+    # The same call again: finished, at once; another one: refused, naming what differs.
+    before = time.monotonic()
+    assert finetune(str(data), epochs=8, out=str(run), **TINY) == result
+    assert time.monotonic() - before < 1 and "is finished" in capsys.readouterr().err
+    with pytest.raises(XzooError, match="holds another run: epochs is 8 there and 9 here; .*--out"):
+        finetune(str(data), epochs=9, out=str(run), **TINY)
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+import xzoo.train
+module = sys.modules["xzoo.train.finetune"]
+module.SAVE_EVERY = float(sys.argv[3])
+from tests_tiny import TINY
+module.finetune(sys.argv[1], epochs=6, out=sys.argv[2], **TINY)
+"""
+
+
+def start_run(data: Path, run: Path, save_every: float) -> subprocess.Popen:
+    code = CHILD.replace("from tests_tiny import TINY", f"TINY = {TINY!r}")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(data), str(run), str(save_every)], stderr=subprocess.PIPE, text=True
+    )
+
+
+def kill_when(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    with child:
+        while not reached() and time.monotonic() < until:
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.002)
+        child.kill()
+
+
+def steps_saved(run: Path) -> int:
+    path = run / "checkpoints" / "last.ckpt"
+    return torch.load(path, map_location="meta", weights_only=True)["global_step"] if path.exists() else 0
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(make_folder, tmp_path, capsys):
+    data = make_folder(each=20)
+    whole = finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
+    # Saved after every step, so that it is killed within an epoch (of four steps).
+    child = start_run(data, tmp_path / "cut", save_every=0)
+    kill_when(child, lambda: steps_saved(tmp_path / "cut") >= 6)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    assert 6 <= steps_saved(tmp_path / "cut") < 24
+    capsys.readouterr()
+    resumed = finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **TINY)
+    assert "going on after" in capsys.readouterr().err
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert (resumed.accuracy, resumed.loss) == (whole.accuracy, whole.loss)
+    table = [read_metrics(tmp_path / run / "metrics.csv") for run in ("cut", "whole")]
+    assert table[0] == table[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_every", [0.0, 1e9])
+@pytest.mark.parametrize("steps", [1, 4, 9, 12, 19])
+def test_killed_anywhere_ends_with_the_same_bits(make_folder, tmp_path, save_every, steps):
+    data = make_folder(each=20)
+    finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
+    kill_when(start_run(data, tmp_path / "cut", save_every), lambda: steps_saved(tmp_path / "cut") >= steps)
+    finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **TINY)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_kills_workers_and_none_are_the_same_run(make_folder, tmp_path):
+    data = make_folder(each=20)
+    finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
+    for steps in (5, 14):
+        kill_when(start_run(data, tmp_path / "cut", 0), lambda steps=steps: steps_saved(tmp_path / "cut") >= steps)
+    finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **(TINY | {"workers": 2}))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_ctrl_c_working(make_folder, tmp_path, monkeypatch):
+    from xzoo.train.callbacks import Clock
+
+    def press(self, trainer, pl_module, *args):
+        if trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    data, before = make_folder(each=12), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "on_train_batch_end", press)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(str(data), epochs=3, out=str(tmp_path / "run"), **TINY)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert steps_saved(tmp_path / "run") == 3
+    assert finetune(str(data), epochs=3, out=str(tmp_path / "run"), **TINY).epochs == 3
+
+
+def test_minutes_end_a_run_and_its_schedule(make_folder, tmp_path):
+    data, run = make_folder(each=40), tmp_path / "run"
+    result = finetune(str(data), minutes=0.05, out=str(run), **TINY)
+    assert 3 <= result.seconds < 20
+    rates = [row["lr"] for row in read_metrics(run / "metrics.csv") if "lr" in row]
+    assert rates[-1] < 0.3 * max(rates)
+    # Killed before its result was written, it does not train again.
+    (run / "result.json").unlink()
+    again = finetune(str(data), minutes=0.05, out=str(run), **TINY)
+    assert (again.accuracy, again.loss) == (result.accuracy, result.loss)
+
+
+def test_from_pretrained_weights_frozen_and_not(make_folder, tmp_path, capsys):
+    first = make_folder(("ant", "bee", "cow"), each=12, where="first")
+    finetune(str(first), epochs=1, out=str(tmp_path / "first"), **TINY)
+    source = timm.create_model(f"local-dir:{tmp_path / 'first' / 'model'}", pretrained=True)
+    second = make_folder(("dog", "emu"), each=12, where="second")
+    options = TINY | {"model": f"local-dir:{tmp_path / 'first' / 'model'}", "expand": None, "pretrained": None}
+    capsys.readouterr()
+    for freeze in (True, False):
+        run = tmp_path / f"second{freeze}"
+        finetune(str(second), epochs=1, freeze=freeze, out=str(run), **options)
+        assert "training from scratch" not in capsys.readouterr().err
+        tuned = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+        assert tuned.num_classes == 2 and tuned.pretrained_cfg["label_names"] == ["dog", "emu"]
+        own, theirs = tuned.state_dict(), source.state_dict()
+        kept = {k for k in own if own[k].shape == theirs[k].shape and torch.equal(own[k], theirs[k])}
+        body = {k for k in own if not k.startswith("fc")}
+        # Frozen, statistics of batch norm included; else only the graph is what it was.
+        assert kept == body if freeze else {k for k in kept if "neighbours" not in k} < body
+
+
+def test_any_dense_model_can_be_expanded_first(make_folder, tmp_path):
+    data, run = make_folder(each=8), tmp_path / "run"
+    result = finetune(str(data), epochs=1, out=str(run), **TINY)
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["architecture"] == "x_timm" and config["model_args"]["base"] == "test_resnet"
+    assert timm_accuracy(run, str(data)) == result.accuracy
+
+
+def test_what_is_not_asked_for_suits_the_images():
+    digits = read("digits")
+    model = start(Options("digits", "x_resnet18"))
+    scratch = plan(Options("digits", "x_resnet18"), model, digits)
+    assert scratch.img_size == 32 and not scratch.mirror and scratch.batch_size == 64
+    assert scratch.classifier["body_lr" if "body_lr" in scratch.classifier else "lr"] > 1e-3
+    timed = plan(Options("digits", "x_resnet18", minutes=3), model, digits)
+    assert timed.epochs is None and timed.minutes == 3
+    tuned = plan(Options("digits", "resnet18", batch_size=8), start(Options("digits", "resnet18")), digits)
+    assert tuned.img_size == 224 and tuned.classifier["body_lr"] == 0.1 and tuned.classifier["freeze_norm"]
+
+
+def test_mistakes_are_one_line_and_leave_nothing(make_folder, tmp_path):
+    data = str(make_folder(each=6))
+    run = tmp_path / "runs" / "run"
+
+    def refused(kind: type, match: str, **options: object) -> None:
+        with pytest.raises(kind, match=match) as caught:
+            finetune(**({"data": data, "epochs": 1, "out": str(run)} | TINY | options))
+        assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+    refused(ModelError, "unknown model 'x_mobilnet050'.*x_mobilenet050", model="x_mobilnet050")
+    refused(ModelError, "no_tag", model="resnet18.no_tag")
+    refused(ModelError, "is no model folder", model="local-dir:/nowhere")
+    refused(ModelError, "has no pretrained weights", pretrained=True, model="x_resnet18", expand=None)
+    refused(ModelError, "only a dense model of timm", expand=4, model="x_resnet18")
+    refused(DataError, "does not exist", data=str(tmp_path / "gone" / "x"))
+    refused(XzooError, "epochs=0: an integer from 1", epochs=0)
+    refused(XzooError, "minutes=-1: a positive number", minutes=-1.0)
+    refused(XzooError, "batch_size=1: an integer from 2", batch_size=1)
+    refused(XzooError, "device=warp: give auto", device="warp")
+    refused(XzooError, "expand=0: an integer from 1", expand=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(XzooError, match="cannot write to the run folder"):
+        finetune(data, epochs=1, out=str(tmp_path / "file" / "run"), **TINY)
+
+
+def test_a_foreign_folder_and_changed_images_are_refused(make_folder, tmp_path):
+    data, run = make_folder(each=6), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed_everything: 0\n")
+    with pytest.raises(XzooError, match="is not of a run of xzoo finetune"):
+        finetune(str(data), epochs=1, out=str(run), **TINY)
+    (run / "config.yaml").unlink()
+    finetune(str(data), epochs=1, out=str(run), **TINY)
+    (run / "result.json").unlink()
+    (data / "ant" / "00.png").unlink()
+    with pytest.raises(XzooError, match="holds another run: images is"):
+        finetune(str(data), epochs=1, out=str(run), **TINY)
+
+
+@pytest.mark.slow
+def test_digits_with_no_argument(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = finetune()
+    assert result.accuracy >= 0.97 and result.seconds < 300
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_sign_digits_killed_resumed_and_loaded_by_timm(real_data, tmp_path):
+    data, run = real_data / "sign-digits", tmp_path / "run"
+    kill_when(start_run(data, run, 0), lambda: steps_saved(run) >= 300)
+    result = finetune(str(data), epochs=6, out=str(run), **TINY)
+    assert result.accuracy > 0.3
+    code = (
+        "import sys, xzoo\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[3])\n"
+        "from test_finetune import timm_accuracy\n"
+        "print(timm_accuracy(Path(sys.argv[1]), sys.argv[2]))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(run), str(data), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(told.stdout) == result.accuracy
