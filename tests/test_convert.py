@@ -62,19 +62,16 @@ def images(batch=2):
 
 def test_report_gives_every_layer_and_its_reason():
     report = xzoo.expand(Net(), 4)
-    assert (
-        reasons(report)
-        == {
-            "stem": "kept: the first convolution",
-            "depthwise": "kept: a grouped convolution (16 groups)",
-            "spatial": "degree 4, share 1",
-            "point": "degree 8, share 4",
-            "narrow": "degree 8, share 1",  # two blocks that read an input need 2 * 32 edges, and 4 outputs have 32
-            "small": "kept: only 4 inputs",
-            "hidden": "degree 8, share 4",
-            "head": "kept: the classifier",
-        }
-    )
+    assert reasons(report) == {
+        "stem": "kept: the first convolution",
+        "depthwise": "kept: a grouped convolution (16 groups)",
+        "spatial": "degree 4, share 1",
+        "point": "degree 8, share 4",
+        "narrow": "degree 8, share 1",  # two blocks that read an input need 2 * 32 edges, and 4 outputs have 32
+        "small": "kept: only 4 inputs",
+        "hidden": "degree 8, share 4",
+        "head": "kept: the classifier",
+    }
     assert report.replaced == ("spatial", "point", "narrow", "hidden")
 
 
@@ -131,9 +128,7 @@ def test_only_and_skip_take_patterns():
 
 def test_named_layers_are_expanded_where_the_rules_would_keep_them():
     assert xzoo.expand(Net(), 2, only=("stem", "small", "head")).replaced == ("stem", "small", "head")
-    assert reasons(xzoo.expand(Net(), only="depthwise"))["depthwise"].startswith(
-        "kept: a grouped convolution"
-    )
+    assert reasons(xzoo.expand(Net(), only="depthwise"))["depthwise"].startswith("kept: a grouped convolution")
 
 
 def test_classifier_is_what_timm_calls_so():
@@ -240,9 +235,7 @@ def test_subclasses_stay():
         nn.utils.parametrizations.weight_norm,
         nn.utils.parametrizations.orthogonal,
         nn.utils.spectral_norm,
-        pytest.param(
-            nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-        ),
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")),
     ],
 )
 def test_computed_weights_stay(compute):
@@ -268,9 +261,7 @@ def test_tied_weights_and_shared_layers_stay():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize(
-    "cls", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention]
-)
+@pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention])
 def test_fast_paths_of_torch_stay_right(cls):
     """In eval mode without gradients, torch's transformers hand their weights to one fused operation."""
     options = {"dropout": 0.0, "batch_first": True}
@@ -498,9 +489,7 @@ FAST = (
 )
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_family_can_be_expanded(family):
     """Forward, backward, counts, a state dict into another seed, and back to dense."""
 
@@ -585,9 +574,7 @@ def test_lone_layer_cannot_be_replaced_in_place(layer):
 
 def test_layer_without_sizes_is_refused():
     model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(2))
-    with pytest.raises(
-        ModelError, match="layer 1 is a LazyLinear without sizes yet: run a forward pass first"
-    ):
+    with pytest.raises(ModelError, match="layer 1 is a LazyLinear without sizes yet: run a forward pass first"):
         xzoo.expand(model)
     model(torch.ones(1, 16))
     assert xzoo.expand(model).replaced == ("0",)

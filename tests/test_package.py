@@ -107,9 +107,7 @@ assert (threads, environment, cwd) == (threading.active_count(), dict(os.environ
 assert not torch.cuda.is_initialized()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-    run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     new = json.loads(run.stdout)
     roots = {name.partition(".")[0] for name in new}

@@ -33,10 +33,7 @@ def test_counts_are_those_of_the_layers():
     assert found.macs == sum(macs)
     assert [layer.weights for layer in found.layers] == weights
     assert [layer.macs for layer in found.layers] == macs
-    facts = [
-        (la.name, la.kind, la.n_in, la.n_out, la.kernel, la.groups, la.degree, la.share)
-        for la in found.layers
-    ]
+    facts = [(la.name, la.kind, la.n_in, la.n_out, la.kernel, la.groups, la.degree, la.share) for la in found.layers]
     assert facts == [
         ("0", "Conv2d", 16, 32, (3, 3), 4, None, None),
         ("2", "ExpanderConv2d", 32, 24, (3, 1), 1, 5, 2),
@@ -114,9 +111,7 @@ def test_model_without_memory_is_counted():
 
 
 def test_model_in_channels_last_is_counted():
-    assert xzoo.profile(net().to(memory_format=torch.channels_last), (16, 9, 7)) == xzoo.profile(
-        net(), (16, 9, 7)
-    )
+    assert xzoo.profile(net().to(memory_format=torch.channels_last), (16, 9, 7)) == xzoo.profile(net(), (16, 9, 7))
 
 
 def test_size_is_that_of_the_configuration_unless_given():
@@ -135,9 +130,7 @@ def test_feature_extractors_are_counted():
 
 def test_products_of_activations_are_not_counted():
     """A block of attention of width 64 has 12 * 64^2 weights, each used at each of the 197 places."""
-    model = timm.create_model(
-        "vit_tiny_patch16_224", embed_dim=64, num_heads=1, depth=1, num_classes=0, device="meta"
-    )
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=64, num_heads=1, depth=1, num_classes=0, device="meta")
     found = xzoo.profile(model)
     assert found.macs == 196 * 64 * 3 * 16 * 16 + 197 * 12 * 64**2
 

@@ -27,7 +27,7 @@ class _Expander(nn.Module):
     bias: Tensor | None
     neighbours: Tensor
 
-    __jit_ignored_attributes__ = ["seed"]  # of any size, and TorchScript's integers have 64 bits with a sign
+    __jit_ignored_attributes__ = ["seed"]  # noqa: RUF012  # of any size, and TorchScript's integers have 64 bits with a sign
 
     def _set_graph(
         self, n_in: int, n_out: int, degree: int | None, alias: int | None, share: int, graph: str, seed: int
