@@ -203,8 +203,7 @@ def test_held_out_images_do_not_train(folder: Path) -> None:
     assert len(list(data.test_dataloader())) == 3
 
 
-@pytest.mark.parametrize("form", ["folder", "shards"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("form", "workers"), [("folder", 0), ("folder", 1), ("shards", 0)])
 def test_an_image_that_cannot_be_read_is_named(form: str, workers: int, request: pytest.FixtureRequest) -> None:
     root = request.getfixturevalue(form)
     name = f"{SORTED[1]}_1"

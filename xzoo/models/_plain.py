@@ -120,7 +120,9 @@ class PlainNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.features, x)
+            # A level each: a checkpoint keeps its input, which the in-place activation must not be the first to get.
+            ends = self.feature_ends
+            return checkpoint_seq([self.features[a + 1 : b + 1] for a, b in zip([-1, *ends], ends, strict=False)], x)
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

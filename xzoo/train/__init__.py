@@ -4,6 +4,19 @@ from .callbacks import EMA, Clock
 from .classify import classify
 from .data import ImageModule
 from .finetune import finetune
+from .imagenet import ImageNet
+from .memory import CIFAR10, CIFAR100, TinyImageNet
 from .task import Classifier
 
-__all__ = ["EMA", "Classifier", "Clock", "ImageModule", "classify", "finetune"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "EMA",
+    "Classifier",
+    "Clock",
+    "ImageModule",
+    "ImageNet",
+    "TinyImageNet",
+    "classify",
+    "finetune",
+]

@@ -98,11 +98,12 @@ class Stored(Images):
     """
 
     def image(self, index: int) -> Image.Image:
-        item = self.items[index]
         try:
-            return load_rgb(self.items.source(index) if isinstance(self.items, Table) else item.source)
+            return load_rgb(self.items.source(index) if isinstance(self.items, Table) else self.items[index].source)
         except (DataError, OSError) as error:
-            raise DataError(f"{item.name} cannot be read ({error}); mend it, or remove it from the data") from error
+            raise DataError(
+                f"{self.items[index].name} cannot be read ({error}); mend it, or remove it from the data"
+            ) from error
 
 
 class Rows(Sequence[Item]):
@@ -492,8 +493,9 @@ class ImageNet(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
+        # While they are bytes: a quarter of what moves afterwards.
+        images = images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         if images.dtype == torch.uint8:
             self._colours = self._colours.to(images.device)
             images = normalised(images, self._colours)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.contiguous(memory_format=layout), labels
+        return images, labels

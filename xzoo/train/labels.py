@@ -49,6 +49,8 @@ def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, fl
     pixel = figure.dpi / 72
     spots = axes.transData.transform(np.asarray(marks, dtype=float).reshape(-1, 2))
     fixed = np.concatenate([spots - margin * pixel, spots + margin * pixel], axis=1)
+    if legend := axes.get_legend():
+        fixed = np.concatenate([fixed, [legend.get_window_extent(renderer).extents]])
     lines = _boxes_along(axes, pixel)
     frame = np.array(axes.get_window_extent(renderer).extents)
     texts = [_text(axes, label) for label in labels]

@@ -26,7 +26,8 @@ def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
     _line(loss, rows, "train/loss", "training (smoothed labels)", GREY, lw=1.0 if per_epoch > 2 else 1.6)
     _line(loss, rows, "val/loss", "validation", BLUE)
     _line(accuracy, rows, "val/acc1", "top 1", BLUE, scale=100)
-    _line(accuracy, rows, "val/acc5", "top 5", ORANGE, scale=100)
+    if any(row.get("val/acc5", 1) < 1 for row in rows):  # with five classes or fewer it is always right
+        _line(accuracy, rows, "val/acc5", "top 5", ORANGE, scale=100)
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     accuracy.set(xlabel="epoch", ylabel="validation accuracy, %")
     for axes in (loss, accuracy):
@@ -77,7 +78,7 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, tit
     every = max(1, -(-n // 60))
     places = range(0, n, every)
     names = [_short(classes[i], 22) for i in places]
-    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 2 or n > 20 else 0, fontsize=font)
+    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) * len(names) > 9 * size else 0, fontsize=font)
     axes.set_yticks(places, names, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, fontsize=11)

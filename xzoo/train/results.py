@@ -136,8 +136,8 @@ class Row:
 
 _OF_MODEL = ("model", "dataset", "graph", "compression", "share", "spatial_share")
 # Where, when and with what luck it ran.
-_OF_RUN = {"recipe", "graph_seed", "seed", "top1", "top5", "train_macs"}
-_OF_RUN |= {"wall_s", "device", "torch", "xzoo", "commit", "date"}
+_OF_RUN = {"recipe", "graph_seed", "seed", "top1", "top5", "train_macs", "wall_s", "device", "torch", "xzoo"}
+_OF_RUN |= {"commit", "date"}
 COLUMNS = tuple(table.columns(Row))
 
 
