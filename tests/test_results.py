@@ -336,7 +336,7 @@ OF_THE_ZOO = {identity(f): f for f in FIGURES if f.model}
 
 
 # A second or two each, where hundreds of graphs are drawn.
-LARGE = ("x_resnet101", "x_resnet152", "x_densenet161", "x_densenet169", "x_densenet201", "x_densenetbc_70_60")
+LARGE = ("x_resnet101", "x_resnet152", "x_densenet1", "x_densenet2", "x_densenetbc_58_60", "x_densenetbc_70_60")
 
 
 @pytest.mark.parametrize(

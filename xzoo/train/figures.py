@@ -267,8 +267,8 @@ def draw_wider_deeper(points: Sequence[Point]) -> "Figure":
     left.set_title("with the slide's counts", fontsize=11)
     right.set_title("with true counts, and dense networks of usual width" + (", and ours" if ours else ""), fontsize=11)
     none = "" if ours else "; published figures, no run of ours yet"
-    figure.suptitle(f"Wider or deeper? DenseNet-BC of depth-growth{none}", fontsize=13)
-    _explain(figure, points)
+    figure.suptitle(f"Wider or deeper? DenseNet-BC; 70-60 has depth 70 and growth 60{none}", fontsize=13)
+    _explain(figure, [p for p in [*authors, *ours] if _curve(p) or p.kind == DENSE])
     for axes, texts, marks in labels:
         place(axes, texts, marks)
     return figure
