@@ -189,9 +189,7 @@ def test_name_has_the_independent_counts(name):
 
 
 @pytest.mark.parametrize("compression", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize(
-    "network", slow_unless(("vgg16_cifar", "resnet18", "densenetbc_40_24"), dict(EVEN.values()))
-)
+@pytest.mark.parametrize("network", slow_unless(("vgg16_cifar", "resnet18", "densenetbc_40_24"), dict(EVEN.values())))
 def test_every_compression_has_the_independent_counts(network, compression):
     name = next(name for name, (of, _) in EVEN.items() if of == network)
     found = rows(network, compression)[:1]  # the larger images; the smaller are in the test above
@@ -330,9 +328,7 @@ print([xzoo.graphs.fingerprint(b.numpy()) for name, b in model.named_buffers() i
 """
     # Another hash seed: sets of strings come in another order.
     environment = os.environ | {"PYTHONHASHSEED": "7"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     ours = [graphs.fingerprint(graph.numpy()) for graph in graphs_of(timm.create_model("x_mobilenet050_c16"))]
     assert run.stdout.strip() == str(ours)
 
@@ -372,9 +368,7 @@ def test_dense_twin_has_the_same_other_keys(name, skeleton):
     expanded = x_layers(skeleton)
     for prefix, layer in expanded.items():
         keys = ["weight", "neighbours"] if layer.bias is None else ["weight", "bias", "neighbours"]
-        assert [key for key in skeleton.state_dict() if key.startswith(f"{prefix}.")] == [
-            f"{prefix}.{k}" for k in keys
-        ]
+        assert [key for key in skeleton.state_dict() if key.startswith(f"{prefix}.")] == [f"{prefix}.{k}" for k in keys]
     ours = [key for key in skeleton.state_dict() if not key.endswith(".neighbours")]
     assert ours == list(twin.state_dict())
 
@@ -539,9 +533,7 @@ def test_traced_and_scripted_it_computes_the_same(name):
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "form", [{}, {"feature_cls": "getter"}, {"feature_cls": "hook"}, {"feature_cls": "fx"}]
-)
+@pytest.mark.parametrize("form", [{}, {"feature_cls": "getter"}, {"feature_cls": "hook"}, {"feature_cls": "fx"}])
 def test_features_have_the_channels_and_sizes_that_they_say(name, form):
     with torch.device("meta"):
         model = timm.create_model(name, features_only=True, **form).eval()
@@ -678,12 +670,7 @@ def test_layer_decay_scales_as_in_the_dense_twin(name, skeleton):
     found = scales(copy.deepcopy(skeleton))
     assert found == scales(on_meta(name, compression=1))
     cfg = skeleton.pretrained_cfg
-    assert (
-        found[f"{cfg['first_conv']}.weight"]
-        == min(found.values())
-        < found[f"{cfg['classifier']}.weight"]
-        == 1
-    )
+    assert found[f"{cfg['first_conv']}.weight"] == min(found.values()) < found[f"{cfg['classifier']}.weight"] == 1
 
 
 def test_reparameterizing_leaves_the_model_as_it_is(name, built, model):
@@ -730,9 +717,7 @@ def test_trained_weights_suit_other_channels_classes_and_uses(name, built, optio
     torch.save(built.state_dict(), path)
     overlay = {"file": str(path), "num_classes": 10}
     model = timm.create_model(name, pretrained=True, seed=1, pretrained_cfg_overlay=overlay, **options).eval()
-    for ours, theirs in zip(
-        x_layers(model).values(), x_layers(built).values(), strict="features_only" not in options
-    ):
+    for ours, theirs in zip(x_layers(model).values(), x_layers(built).values(), strict="features_only" not in options):
         assert torch.equal(ours.neighbours, theirs.neighbours)
         assert torch.equal(ours.weight, theirs.weight)
     channels = 1 if "in_chans" in options else 3
@@ -745,9 +730,7 @@ def test_trained_weights_suit_other_channels_classes_and_uses(name, built, optio
 
 def test_folder_in_the_format_of_the_hub_gives_the_model_back(name, reseeded, tmp_path):
     model = reseeded
-    save_for_hf(
-        model, str(tmp_path), model_config={"label_names": list("abcdefghij")}, safe_serialization=True
-    )
+    save_for_hf(model, str(tmp_path), model_config={"label_names": list("abcdefghij")}, safe_serialization=True)
     # The arguments alone give the graphs; with the weights, the file's graphs win over those of the seed.
     assert_same_graphs(model, timm.create_model(f"local-dir:{tmp_path}"))
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, seed=4).eval()
@@ -783,9 +766,7 @@ def test_transformers_loads_the_folder(tmp_path):
 def test_hooks_of_mobilenet_survive_the_expansion(location):
     options = {"features_only": True, "feature_location": location}
     x = torch.zeros(1, 3, 64, 64)
-    ours, dense = (
-        timm.create_model("x_mobilenet050_c16", compression=c, **options).eval()(x) for c in (16, 1)
-    )
+    ours, dense = (timm.create_model("x_mobilenet050_c16", compression=c, **options).eval()(x) for c in (16, 1))
     assert [y.shape for y in ours] == [y.shape for y in dense]
     assert len(ours) == 5
 
@@ -818,9 +799,7 @@ def test_expanded_base_takes_the_trained_weights_of_what_stays_connected(tmp_pat
     state = {key: value + 1 for key, value in dense.state_dict().items()}
     path = tmp_path / "weights.pth"
     torch.save(state, path)
-    cfg = timm.models.PretrainedCfg(
-        file=str(path), input_size=(3, 160, 160), first_conv="conv1", classifier="fc"
-    )
+    cfg = timm.models.PretrainedCfg(file=str(path), input_size=(3, 160, 160), first_conv="conv1", classifier="fc")
     for key in ("test_resnet", "test_resnet.r160_in1k"):
         monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, key, cfg)
     model = xzoo.create_model("x_timm", base="test_resnet", pretrained=True)
