@@ -70,6 +70,8 @@ TIMM = {
     "x_mobilenet100_c4": "mobilenetv1_100",
 }
 
+scripting = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+
 
 def slow_unless(fast, names):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
@@ -515,6 +517,7 @@ def test_traced_by_fx_it_gives_the_same_bits(name, model):
     assert_same_output(run, model, images(name))
 
 
+@scripting
 def test_scripted_it_computes_the_same(name, model):
     scriptable = on_meta(name, num_classes=10, scriptable=True).eval()
     scriptable.load_state_dict(model.state_dict(), assign=True)
@@ -523,6 +526,7 @@ def test_scripted_it_computes_the_same(name, model):
         torch.testing.assert_close(torch.jit.script(scriptable)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@scripting
 @pytest.mark.parametrize("name", SMALL)
 def test_traced_and_scripted_it_computes_the_same(name):
     model = timm.create_model(name, num_classes=10).eval()
