@@ -37,11 +37,11 @@ def test_help_of_all_and_of_each(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["fintune"], "unknown command 'fintune'; did you mean finetune?"),
+        (["fintune"], "unknown command 'fintune'; did you mean finetune"),
         (["finetune", "--modle", "x"], "unknown option --modle; did you mean --model"),
         (["finetune", "--epochs", "many"], "epochs=many: expected int"),
         (["finetune", "--epochs"], "expected one argument"),
-        (["finetune", "a", "b"], "unknown option b"),
+        (["finetune", "a", "b"], "unexpected argument b; options begin with --"),
         (["finetune", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["finetune", "--model", "x_resnet5"], "unknown model 'x_resnet5'; did you mean x_resnet50"),
         (["list", "y_*"], "no model is called y_*"),

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from xzoo.errors import DataError, ModelError, XzooError
 from xzoo.train.finetune import finetune
-from xzoo.train.recipe import Options, plan, start
+from xzoo.train.plan import Options, plan, start
 from xzoo.train.run import read_metrics
 from xzoo.train.sources import read
 
@@ -89,7 +89,7 @@ import sys, torch
 torch.set_num_threads(1)
 import xzoo.train
 module = sys.modules["xzoo.train.finetune"]
-module.SAVE_EVERY = float(sys.argv[3])
+sys.modules["xzoo.train.callbacks"].SAVE_EVERY = float(sys.argv[3])
 from tests_tiny import TINY
 module.finetune(sys.argv[1], epochs=6, out=sys.argv[2], **TINY)
 """

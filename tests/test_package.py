@@ -24,7 +24,7 @@ STAIR = (
     {"convert", "theory", "drawing", "profile", "deploy", "weights"},
     {"layers"},
     {"ops", "graphs"},
-    {"errors"},
+    {"errors", "options"},
 )
 # Of the modules of one step, which may import which.
 BESIDE = {("drawing", "theory"), ("deploy", "convert"), ("deploy", "profile"), ("drawing", "profile")}

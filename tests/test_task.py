@@ -24,7 +24,7 @@ CONFIG = {
     "mean": (0.5,) * 3,
     "std": (0.5,) * 3,
 }
-TINY = {"model": "x_mobilenet050_c4", "num_classes": 2, "warmup": 0.1}
+TINY = {"name": "x_mobilenet050_c4", "num_classes": 2, "warmup": 0.1}
 
 
 @pytest.fixture

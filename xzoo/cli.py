@@ -4,7 +4,6 @@ Exit codes: 0; 2 for a mistake of the user's, told in one line; 1 for one of our
 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run: `xzoo --help` needs no torch.
 """
 
-import difflib
 import re
 import sys
 import traceback
@@ -15,14 +14,24 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from .errors import XzooError
+from .options import explain, nearest
 
 # What each command does, and an example of it.
 COMMANDS = {
     "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
     "inspect": ("a model layer by layer, and its graphs against the theory", "xzoo inspect x_vgg16_c8 --pictures out"),
     "finetune": ("train a model on your images", "xzoo finetune photos --model x_resnet50 --minutes 30"),
+    "fit": ("train by a recipe", "xzoo fit --config cifar10/x_vgg16_2 --data.root DATA --out runs/vgg"),
+    "validate": ("judge a run's weights on its validation images", "xzoo validate --config RECIPE --out runs/vgg"),
+    "test": ("judge a run's weights on the data set's test part", "xzoo test --config RECIPE --ckpt_path FILE"),
+    "predict": ("write the predicted class of each test image", "xzoo predict --config RECIPE --out runs/vgg"),
+    "recipes": ("list the recipes, or copy one to change it", "xzoo recipes copy cifar10/x_vgg16_2 mine"),
+    "export": ("write a run's model as a folder to publish", "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75"),
+    "compare": ("draw results beside the paper's", "xzoo compare recipes/results.csv --out figures"),
     "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
 }
+# Those whose options are a recipe's, and Lightning's to parse.
+LIGHTNING = ("fit", "validate", "test", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     try:
         if command not in COMMANDS:
-            raise XzooError(f"unknown command {command!r}; {_nearest(command, COMMANDS)}")
+            raise XzooError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
+        if command in LIGHTNING:
+            _lightning(command, rest)
+            return 0
         parser = ArgumentParser(
             prog=f"xzoo {command}",
             description=COMMANDS[command][0],
@@ -48,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"xzoo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = "; the same command resumes" if command == "finetune" else ""
+        resumes = "; the same command resumes" if command in ("finetune", "fit") else ""
         print(f"xzoo: interrupted{resumes}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output had enough, as `head` does
@@ -70,35 +82,30 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-
-
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     # --batch-size and --batch_size are the same option.
     arguments = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in arguments]
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise XzooError(_explain(str(error), parser)) from None
-
-
-def _explain(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message in one line, with the nearest option where one is unknown."""
-    unknown = re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE)
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        return f"unknown option {unknown[1]}; {_nearest(unknown[1], options)}"
-    key, value = re.search(r'key "([^"]+)"', message), re.search(r"Given value: (.*)", message)
-    wanted = message.split("Given value type")[0]
-    expected = [name for name in re.findall(r"<class '([\w.]+)'>", wanted) if name != "NoneType"]
-    if key and value and expected:
-        return f"{key[1]}={value[1]}: expected {' or '.join(dict.fromkeys(expected))}"
-    return message
+        options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        raise XzooError(explain(str(error), options)) from None
 
 
 # ---- commands: each adds its options and returns what runs them
+
+
+def _lightning(command: str, arguments: Sequence[str]) -> None:
+    from .train import fit
+
+    if {"-h", "--help"} & set(arguments):  # the parser's own goes on for a hundred options
+        print(f"{COMMANDS[command][0]}\nexample: {COMMANDS[command][1]}\n")
+    if command == "fit":
+        fit.fit(arguments)
+    elif command == "predict":
+        fit.predict(arguments)
+    else:
+        fit.evaluate(command, arguments)
 
 
 def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
@@ -112,7 +119,7 @@ def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
         names = list_models(args.filter)
         if not names:
-            raise XzooError(f"no model is called {args.filter}; {_nearest(args.filter, list_models())}")
+            raise XzooError(f"no model is called {args.filter}; {nearest(args.filter, list_models())}")
         console, table = _console(), _table("model", "pixels", "weights", "MACs")
         for name in names:
             with torch.device("meta"):  # counting needs no weights
@@ -165,6 +172,63 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
             print(f"{len(predictions)} images in {args.csv}")
         if all(prediction.error is not None for prediction in predictions):
             raise XzooError(f"none of the {len(predictions)} images can be read")
+
+    return run
+
+
+def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("what", nargs="?", default="list", help="list, or copy")
+    parser.add_argument("recipe", nargs="?", default=None, help="with list, a pattern; with copy, a name or a file")
+    parser.add_argument("to", nargs="?", default=".", help="with copy, the folder")
+
+    def run(args: Namespace) -> None:
+        from fnmatch import fnmatch
+
+        from .train import recipes
+
+        if args.what == "copy":
+            if args.recipe is None:
+                raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
+            for path in recipes.copy(args.recipe, args.to):
+                print(path)
+            return
+        if args.what != "list":
+            raise XzooError(f"recipes {args.what}: {nearest(args.what, ('list', 'copy'))}")
+        pattern = args.recipe or "*"
+        shown = [name for name in recipes.names() if fnmatch(name, pattern)]
+        if not shown:
+            raise XzooError(f"no recipe is called {pattern}; {nearest(pattern, recipes.names())}")
+        table = _table("recipe", "what it trains")
+        table.columns[1].justify = "left"
+        for name in shown:
+            table.add_row(name, recipes.title(recipes.find(name)))
+        _console().print(table)
+
+    return run
+
+
+def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("run", help="folder of a run of fit or finetune that is finished")
+    parser.add_argument("to", help="the new folder")
+
+    def run(args: Namespace) -> None:
+        from .hub.folder import export
+
+        print(export(args.run, args.to))
+
+    return run
+
+
+def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("results", help="table of runs, such as recipes/results.csv")
+    parser.add_argument("--out", type=str, default="figures", help="folder for the pictures and the table")
+    parser.add_argument("--datasets", type=list[str], default=[], help="only these data sets")
+
+    def run(args: Namespace) -> None:
+        from .train.compare import compare
+
+        for path in compare(args.results, args.out, args.datasets):
+            print(path)
 
     return run
 

@@ -24,6 +24,7 @@ from ..errors import ModelError, XzooError
 from ..models import create_model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EXPORTED = {CONFIG, WEIGHTS, "recipe.yaml", "metrics.json", "curves.png"}
 
 
 def save(
@@ -90,6 +91,36 @@ def load(folder: Path | str) -> nn.Module:
     if names is not None and len(names) != model.num_classes:
         raise ModelError(f"{folder / CONFIG}: {len(names)} label names for {model.num_classes} classes")
     return model.eval()
+
+
+def export(run: Path | str, to: Path | str) -> Path:
+    """Write a finished run as a folder to publish; returns it.
+
+    model.safetensors and config.json as timm loads them, recipe.yaml (what the run was asked for, resolved),
+    metrics.json (its result) and curves.png. A folder that was exported before is replaced.
+    Raises: XzooError for a run that is not finished, a place that holds anything else, or a full disk.
+    """
+    run, to = Path(run), Path(to)
+    files = {
+        **{f"model/{name}": name for name in (CONFIG, WEIGHTS)},
+        **{"config.yaml": "recipe.yaml", "result.json": "metrics.json", "curves.png": "curves.png"},
+    }
+    for name in files:
+        if not (run / name).is_file():
+            raise XzooError(f"{run} is no finished run: it has no {name}; the command that began it ends it")
+    if to.exists() and not (to.is_dir() and ({f.name for f in to.iterdir()} <= EXPORTED)):
+        raise XzooError(f"{to} holds something else than an exported model; choose another folder")
+    draft = to.with_name(f".{to.name}.{os.getpid()}.part")
+    try:
+        draft.mkdir(parents=True)
+        for name, new in files.items():
+            shutil.copyfile(run / name, draft / new)
+        _replace(draft, to)
+    except OSError as error:
+        raise XzooError(f"cannot write {to}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return to
 
 
 def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:

@@ -1,6 +1,6 @@
 """Training: the classifier, its data, and the recipe that fine-tunes on a folder of images."""
 
-from .callbacks import EMA, Clock
+from .callbacks import EMA, Clock, SyncBatchNorm
 from .classify import classify
 from .data import ImageModule
 from .finetune import finetune
@@ -16,6 +16,7 @@ __all__ = [
     "Clock",
     "ImageModule",
     "ImageNet",
+    "SyncBatchNorm",
     "TinyImageNet",
     "classify",
     "finetune",

@@ -1,16 +1,22 @@
-"""What watches a run: the average of the weights, the clock, and the line that tells how far it is."""
+"""What watches a run: the average of the weights, its checkpoints, the clock, and the line that tells how far it is."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, WeightAveraging
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ModelError
+
+SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
 
 
 class EMA(WeightAveraging):
@@ -60,6 +66,72 @@ def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> Non
                 f"{type(callback).__name__} with use_buffers=True would average the indices in {indices[0]}; "
                 "use xzoo.train.EMA, or use_buffers=False"
             )
+
+
+class SyncBatchNorm(TorchSyncBatchNorm):
+    """Trainer(plugins=[SyncBatchNorm()]): batch norm over all devices, by timm's converter.
+
+    Trainer(sync_batchnorm=True) is torch's, which drops the activation inside of timm's BatchNormAct2d (timm's
+    issue 1254): densenet121's logits of 1 were off by 271. After the fit the model has its own modules again.
+    """
+
+    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+        self._own = {name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)}
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: torch.nn.Module) -> torch.nn.Module:
+        for name, own in self._own.items():
+            synced = model.get_submodule(name)
+            own.train(synced.training)
+            own._parameters, own._buffers = synced._parameters, synced._buffers
+            model.set_submodule(name, own)
+        return model
+
+
+def refuse_unsafe_synchronising(trainer: pl.Trainer, module: torch.nn.Module) -> None:
+    """Raise ModelError if torch's converter would take activations out of the module."""
+    sync = getattr(trainer.strategy, "_layer_sync", None)
+    norms = [name for name, part in module.named_modules() if isinstance(part, BatchNormAct2d)]
+    if norms and isinstance(sync, TorchSyncBatchNorm) and not isinstance(sync, SyncBatchNorm):
+        raise ModelError(
+            f"Trainer(sync_batchnorm=True) would drop the activation inside {norms[0]}; "
+            "use Trainer(plugins=[xzoo.train.SyncBatchNorm()])"
+        )
+
+
+def checkpoints(folder: Path) -> list[ModelCheckpoint]:
+    """Savers of last.ckpt, at the end of each epoch and every few minutes within, and of best.ckpt.
+
+    Two, since save_last=True of a monitored one is rewritten only when the metric improves.
+    """
+    place: dict[str, Any] = {"dirpath": str(folder), "enable_version_counter": False}
+    return [
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place),
+        _Regularly(filename="last", **place),
+        ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", **place),
+    ]
+
+
+class _Regularly(ModelCheckpoint):
+    """Also within an epoch, every few minutes: an epoch of a large folder may take hours."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(every_n_train_steps=1, save_on_train_epoch_end=False, **arguments)
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Gradients that are still being accumulated are in no checkpoint.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        due = time.monotonic() - self._saved >= SAVE_EVERY
+        if trainer.world_size > 1:
+            # All processes save together, by the first one's clock; asking in each step would make them wait.
+            due = batch_idx % 50 == 49 and bool(trainer.strategy.broadcast(due))
+        if due:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._saved = time.monotonic()
 
 
 class Clock(Callback):

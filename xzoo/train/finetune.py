@@ -9,14 +9,8 @@ weights are in checkpoints/best.ckpt.
 """
 
 import json
-import logging
 import platform
 import re
-import signal
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +20,6 @@ import pytorch_lightning as pl
 import timm
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -35,16 +27,29 @@ from torch import Tensor, nn
 from ..errors import ModelError, XzooError
 from ..hub import folder as model_folder
 from . import pictures
-from .callbacks import EMA, Clock, Report
+from .callbacks import EMA, Clock, Report, checkpoints
 from .classify import device_named
 from .data import ImageModule
-from .recipe import Options, Plan, plan, start, use_weights
-from .run import AtomicCheckpointIO, MetricsFile, claimed, read_metrics, write_text
+from .plan import Options, Plan, plan, start, use_weights
+from .run import (
+    CONFIG,
+    LAST,
+    METRICS,
+    RESULT,
+    AtomicCheckpointIO,
+    MetricsFile,
+    claimed,
+    fit,
+    quiet,
+    read_metrics,
+    refuse_other,
+    steps_of,
+    write_text,
+)
 from .sources import ImageData, read
 from .task import Classifier
 
 DEFAULT_MODEL = "x_resnet18"
-SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,14 @@ def finetune(
     where = device_named(device)
     run = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
 
-    _check_same(run, asdict(options), "options")
-    if (run / "result.json").exists():
-        result = Result(**json.loads((run / "result.json").read_text(encoding="utf-8")))
+    refuse_other(run, asdict(options), "xzoo finetune", "options")
+    if (run / RESULT).exists():
+        result = Result(**json.loads((run / RESULT).read_text(encoding="utf-8")))
         _say(console, f"{run} is finished: {result}. Choose another --out to train again.")
         return result
-    with claimed(run), _quiet():
+    with claimed(run), quiet():
         images = read(options.data, at_least=2 * (img_size or built.input_size))
-        _check_same(run, {"images": images.fingerprint()}, "data")
+        refuse_other(run, {"images": images.fingerprint()}, "xzoo finetune", "data")
         recipe = plan(options, built, images)
         _tell(console, options, images, recipe, run)
         job = _Job(run, options, images, recipe, workers, where)
@@ -149,7 +154,7 @@ class _Job:
         self, run: Path, options: Options, images: ImageData, recipe: Plan, workers: int | None, device: torch.device
     ) -> None:
         self.run, self.images, self.recipe = run, images, recipe
-        self.last = run / "checkpoints" / "last.ckpt"
+        self.last = run / LAST
         resumes = self.last.exists()
         # A resumed run takes all weights from its checkpoint, and needs no network for others.
         arguments = recipe.classifier | ({"pretrained": False} if resumes else {})
@@ -170,7 +175,7 @@ class _Job:
         )
         self.clock = Clock(recipe.minutes)
         self.device = device
-        self.done = _steps_of(self.last) if resumes else 0
+        self.done = steps_of(self.last) if resumes else 0
         if not resumes:
             self._describe(options)
 
@@ -193,15 +198,13 @@ class _Job:
             },
         }
         head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
-        write_text(self.run / "config.yaml", head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(self.run / CONFIG, head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         if self.images.skipped:
             lines = [f"{name}\t{reason}\n" for name, reason in self.images.skipped]
             write_text(self.run / "skipped.txt", "".join(lines))
 
     def train(self, console: Console) -> None:
         steps = self.module.batches_per_epoch()
-        folder = str(self.last.parent)
-        checkpoint: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
         on_gpu = self.device.type == "cuda"
         trainer = pl.Trainer(
             accelerator="gpu" if on_gpu else self.device.type,
@@ -212,16 +215,8 @@ class _Job:
             enable_model_summary=False,
             # Only epochs: a run with max_steps or max_time as well does not resume where it was.
             max_epochs=self.recipe.epochs or -1,
-            callbacks=[
-                EMA(),
-                self.clock,
-                Report(console),
-                # save_last=True of a monitored one is rewritten only when the metric improves.
-                ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoint),
-                _Regularly(filename="last", **checkpoint),
-                ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", **checkpoint),
-            ],
-            logger=MetricsFile(self.run / "metrics.csv", self.done),
+            callbacks=[EMA(), self.clock, Report(console), *checkpoints(self.last.parent)],
+            logger=MetricsFile(self.run / METRICS, self.done),
             log_every_n_steps=max(1, min(10, steps // 3)),
             plugins=[AtomicCheckpointIO()],
             num_sanity_val_steps=0,
@@ -229,17 +224,7 @@ class _Job:
         )
         if self.done:
             _say(console, f"going on after {self.done} steps, from {self.last}")
-        before = signal.getsignal(signal.SIGINT)
-        try:
-            last = str(self.last) if self.done else None
-            trainer.fit(self.task, datamodule=self.module, ckpt_path=last, weights_only=True)
-        except SIGTERMException:
-            raise SystemExit(143) from None  # Lightning would exit with 0, as if the run were finished
-        except SystemExit:
-            if not trainer.interrupted:
-                raise
-            signal.signal(signal.SIGINT, before)  # Lightning turns it off and exits
-            raise KeyboardInterrupt from None
+        fit(trainer, self.task, self.module, self.last if self.done else None)
 
     def finish(self) -> Result:
         """Save the model, read it back, judge it, draw the pictures; result.json comes last and ends the run."""
@@ -260,14 +245,14 @@ class _Job:
             seconds=round(self.clock.seconds, 1),
         )
         self._draw(logits, labels, result)
-        write_text(self.run / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+        write_text(self.run / RESULT, json.dumps(asdict(result), indent=2) + "\n")
         return result
 
     def _draw(self, logits: Tensor, labels: Tensor, result: Result) -> None:
         classes, predicted = self.images.classes, logits.argmax(1)
         score = f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
-        if (self.run / "metrics.csv").exists():
-            pictures.curves(read_metrics(self.run / "metrics.csv"), self.run / "curves.png", score)
+        if (self.run / METRICS).exists():
+            pictures.curves(read_metrics(self.run / METRICS), self.run / "curves.png", score)
         counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
         np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
         pictures.confusion(counts, classes, self.run / "confusion.png", score)
@@ -280,19 +265,6 @@ class _Job:
             self.run / "samples.png",
             score + " (mistakes first)",
         )
-
-
-class _Regularly(ModelCheckpoint):
-    """Also within an epoch, every few minutes: an epoch of a large folder may take hours."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(every_n_train_steps=1, save_on_train_epoch_end=False, **arguments)
-        self._saved = time.monotonic()
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self._saved >= SAVE_EVERY:
-            super().on_train_batch_end(*args, **kwargs)
-            self._saved = time.monotonic()
 
 
 @torch.inference_mode()
@@ -336,30 +308,10 @@ def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:
     return wrong + [right[i * len(right) // room] for i in range(min(room, len(right)))]
 
 
-def _steps_of(checkpoint: Path) -> int:
-    try:
-        return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
-    except Exception as error:  # torch.load raises a dozen of classes for a broken file
-        raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
-
-
 def _run_name(data: str, model: str, expand: int | None) -> str:
     parts = [Path(data).expanduser().resolve().name if Path(data).exists() else data, model.split(":")[-1].strip("/")]
     name = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
     return f"{name}-c{expand}" if expand else name
-
-
-def _check_same(run: Path, given: dict[str, Any], section: str) -> None:
-    """Refuse to go on in a folder whose run was asked for something else."""
-    if not (run / "config.yaml").is_file():
-        return
-    try:
-        there = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[section]
-        differing = [f"{k} is {there.get(k)!r} there and {v!r} here" for k, v in given.items() if there.get(k) != v]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise XzooError(f"{run / 'config.yaml'} is not of a run of xzoo finetune; choose another --out") from error
-    if differing:
-        raise XzooError(f"{run} holds another run: {'; '.join(differing)}; choose another folder with --out")
 
 
 def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, run: Path) -> None:
@@ -383,21 +335,3 @@ def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, r
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning tells about hardware, its products, and loaders that are as they are meant to be."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        expected = ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty")
-        for message in expected:
-            warnings.filterwarnings("ignore", message=f"(?s).*{message}")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

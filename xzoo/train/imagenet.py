@@ -39,6 +39,7 @@ from .augment import colours_of, normalised
 from .data import Loader, Views
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
+from .results import DATASETS
 from .run import atomic
 from .sources import SUFFIXES, VAL_NAMES, Images, Item, check_same_classes, few, list_images, split_of
 
@@ -397,13 +398,14 @@ class ImageNet(pl.LightningDataModule):
         super().__init__()
         self.root, self.num_classes, self.img_size = root, num_classes, img_size
         self.batch_size, self.eval_batch_size, self.seed, self.holdout = batch_size, eval_batch_size, seed, holdout
-        self.channels_last, self.crop_pct = channels_last, crop_pct
+        self.channels_last, self.crop_pct, self.interpolation = channels_last, crop_pct, interpolation
+        self.mean, self.std = tuple(mean), tuple(std)
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
         self._common: dict[str, Any] = {
             "input_size": (3, img_size, img_size),
             "interpolation": interpolation,
-            "mean": tuple(mean),
-            "std": tuple(std),
+            "mean": self.mean,
+            "std": self.std,
         }
         self._erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count}
         self._training: dict[str, Any] = {
@@ -434,6 +436,20 @@ class ImageNet(pl.LightningDataModule):
     def class_names(self) -> list[str]:
         """Of each label, from the data; their numbers where the data have no names."""
         return self._found().classes
+
+    @property
+    def dataset(self) -> str | None:
+        """Its key in the table of results: ImageNet-1k whole, or None."""
+        whole = self.num_classes == 1000 and self.n_test == DATASETS["imagenet"].n
+        return "imagenet" if whole else None
+
+    @property
+    def n_val(self) -> int:
+        return self.holdout or self.n_test
+
+    @property
+    def n_test(self) -> int:
+        return len(self._found().val[0])
 
     def prepare_data(self) -> None:
         """Bring a data set of the Hub to this machine, once for all its processes."""

@@ -27,6 +27,7 @@ from ..errors import DataError
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
+from .results import DATASETS
 from .sources import Item, Listing, list_images
 
 CHUNK = 256  # images that a thread decodes at a time
@@ -91,6 +92,7 @@ class InMemory(pl.LightningDataModule):
     Raises: DataError if the data are missing, broken or of another shape, or an argument does not go with them.
     """
 
+    key: ClassVar[str]  # of results.DATASETS
     hub: ClassVar[str]
     classes: ClassVar[int]
     sides: ClassVar[tuple[int, ...]]
@@ -131,6 +133,7 @@ class InMemory(pl.LightningDataModule):
         }
         Augment(min(self.sides[0], self.img_size), self.img_size, **self._knobs)  # mistakes now, not in the fit
         self._names: list[str] = []
+        self._lossy, self._side = False, 0  # of the files
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._moved: dict[tuple[str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -143,6 +146,30 @@ class InMemory(pl.LightningDataModule):
         """Of each label; reads the data if that has not happened."""
         self.setup()
         return self._names
+
+    @property
+    def dataset(self) -> str:
+        """Its key in the table of results; CIFAR-10 in lossy files is a data set of its own."""
+        self.setup()
+        return f"{self.key}_q75" if self._lossy and f"{self.key}_q75" in DATASETS else self.key
+
+    @property
+    def n_val(self) -> int:
+        self.setup()
+        return len(self._parts["val"][1])
+
+    @property
+    def n_test(self) -> int:
+        self.setup()
+        return len(self._parts["test"][1])
+
+    @property
+    def interpolation(self) -> str | None:
+        """How the images come to img_size; None if they have it."""
+        self.setup()
+        if self.img_size == self._side:
+            return None
+        return "bilinear" if self.img_size > self._side else "area"
 
     # ---- reading
 
@@ -157,6 +184,7 @@ class InMemory(pl.LightningDataModule):
             return
         listing = self._list()
         self._names = listing.classes
+        self._lossy, self._side = _is_jpeg(listing.train[0]), _pixels(listing.train[0]).shape[0]
         images, labels = self._decoded(listing.train)
         held, kept = held_out(labels, self.holdout)
         test = self._decoded(listing.val or [])
@@ -280,7 +308,7 @@ class InMemory(pl.LightningDataModule):
 class CIFAR10(InMemory):
     """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 10 classes."""
 
-    hub, classes, sides = "uoft-cs/cifar10", 10, (32,)
+    key, hub, classes, sides = "cifar10", "uoft-cs/cifar10", 10, (32,)
     # The X-Nets authors' own.
     colours = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
@@ -288,7 +316,7 @@ class CIFAR10(InMemory):
 class CIFAR100(InMemory):
     """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 100 (fine) classes."""
 
-    hub, classes, sides = "uoft-cs/cifar100", 100, (32,)
+    key, hub, classes, sides = "cifar100", "uoft-cs/cifar100", 100, (32,)
     colours = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)
 
 
@@ -298,7 +326,7 @@ class TinyImageNet(InMemory):
     Its copies at 32 x 32 pixels are read too; img_size=32 shows them as they are.
     """
 
-    hub, classes, sides = "zh-plus/tiny-imagenet", 200, (64, 32)
+    key, hub, classes, sides = "tiny_imagenet", "zh-plus/tiny-imagenet", 200, (64, 32)
     colours = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
@@ -309,6 +337,14 @@ def _pixels(item: Item) -> NDArray[np.uint8]:
         return np.array(load_rgb(item.source))
     except DataError as error:
         raise DataError(f"{item.name} cannot be read ({error}); mend the data, or fetch them anew") from error
+
+
+def _is_jpeg(item: Item) -> bool:
+    start = item.source[:2] if isinstance(item.source, bytes) else b""
+    if isinstance(item.source, Path):
+        with open(item.source, "rb") as file:
+            start = file.read(2)
+    return start == b"\xff\xd8"
 
 
 def _reduced(images: Tensor, side: int) -> Tensor:

@@ -1,22 +1,34 @@
 """The run folder: one process at work in it, files that are never seen half-written, metrics that survive.
 
-Everything that a run leaves is here, so that the folder alone is enough to resume, explain and publish it.
+Everything that a run leaves is here, so that the folder alone is enough to resume, explain and publish it:
+
+    config.yaml    what was asked for; the same again continues the run, anything else is refused
+    checkpoints/   last.ckpt and best.ckpt        metrics.csv    a row for each step that logged something
+    model/         what came of it, as timm loads it; result.json is written last and ends the run
 """
 
 import csv
+import logging
 import os
-from collections.abc import Iterator
+import signal
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ..errors import XzooError
 
-LOCK = ".lock"
+LOCK, CONFIG, RESULT, METRICS = ".lock", "config.yaml", "result.json", "metrics.csv"
+LAST = Path("checkpoints") / "last.ckpt"
 
 
 @contextmanager
@@ -87,6 +99,85 @@ def _lock(descriptor: int, folder: Path) -> None:
         return
 
 
+def refuse_other(
+    run: Path, asked: Mapping[str, Any], of: str, section: str | None = None, free: Collection[str] = ()
+) -> None:
+    """Refuse to go on in a folder whose run was asked for something else.
+
+    Args:
+        asked: what has to be in its config.yaml, under `section` where there is one.
+        of: the command, to tell whose folder was expected.
+        free: dotted keys that may differ.
+    Raises: XzooError that names each difference.
+    """
+    if not (run / CONFIG).is_file():
+        return
+    try:
+        there = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        there = there[section] if section else there
+        strange = not set(asked) <= set(there)
+        differing = list(_differences(dict(asked), {key: there.get(key) for key in asked}, free))
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, OSError):
+        strange, differing = True, []
+    if strange:
+        raise XzooError(f"{run / CONFIG} is not of a run of {of}; choose another --out")
+    if differing:
+        raise XzooError(f"{run} holds another run: {'; '.join(differing)}; choose another folder with --out")
+
+
+def _differences(here: Any, there: Any, free: Collection[str], place: str = "") -> Iterator[str]:
+    if place in free:
+        return
+    if isinstance(here, dict) and isinstance(there, dict):
+        for key in dict.fromkeys([*here, *there]):
+            yield from _differences(here.get(key), there.get(key), free, f"{place}.{key}" if place else key)
+    elif here != there:
+        yield f"{place} is {there!r} there and {here!r} here"
+
+
+def steps_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint has behind it; XzooError if it cannot be read."""
+    try:
+        return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
+    except Exception as error:  # torch.load raises a dozen of classes for a broken file
+        raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
+
+
+def fit(trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, last: Path | None) -> None:
+    """trainer.fit, from a checkpoint where there is one, whose interruptions look like interruptions.
+
+    Raises: KeyboardInterrupt after Ctrl-C, with the handler of before; SystemExit(143) after SIGTERM.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=str(last) if last else None, weights_only=True)
+    except SIGTERMException:
+        raise SystemExit(143) from None  # Lightning would exit with 0, as if the run were finished
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, before)  # Lightning turns it off and exits
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning tells about hardware, its products, and loaders that are as they are meant to be."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        expected = ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty")
+        for message in expected:
+            warnings.filterwarnings("ignore", message=f"(?s).*{message}")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints through `atomic`: Lightning stages them in the temporary folder of the machine."""
 
@@ -113,9 +204,11 @@ class MetricsFile(Logger):
         if self.path.exists():
             self.rows = {int(row["step"]): dict(row) for row in read_metrics(self.path) if int(row["step"]) < done}
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.setdefault(step or 0, {"step": step or 0}).update(metrics)
 
+    @rank_zero_only
     def save(self) -> None:
         """Write the table, all of it: it has a few hundred short rows, and new columns may have come."""
         columns = list(dict.fromkeys(["step", "epoch", *(name for row in self.rows.values() for name in row)]))
@@ -124,6 +217,7 @@ class MetricsFile(Logger):
             table.writeheader()
             table.writerows(self.rows[step] for step in sorted(self.rows))
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         if self.rows:
             self.save()

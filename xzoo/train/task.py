@@ -4,21 +4,23 @@ What a step does depends on where it stands (step, share of the run) and on noth
 lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step, rank).
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.utils.distributed import distribute_bn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import ModelError, XzooError
 from ..models import create_model
 from .augment import mixed
-from .callbacks import Clock, refuse_unsafe_averaging
+from .callbacks import Clock, refuse_unsafe_averaging, refuse_unsafe_synchronising
 from .order import STEP, key
 
 
@@ -74,7 +76,7 @@ class Classifier(pl.LightningModule):
     Shape: images float32 [B, C, H, W] -> logits [B, num_classes]. Logs train/loss, val/loss, val/acc1, val/acc5.
 
     Args:
-        model: a name that `xzoo.create_model` knows, built with `model_kwargs` (builtins only: they are in
+        name: of a model that `xzoo.create_model` knows, built with `model_kwargs` (builtins only: they are in
             the checkpoint, which has to load with weights_only=True).
         compression, share, spatial_share, graph, graph_seed: of an X-Net, where they are not those of its name:
             compression=1 is the dense twin, graph="group" a rival.
@@ -100,7 +102,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(
         self,
-        model: str,
+        name: str,
         num_classes: int,
         model_kwargs: dict[str, Any] | None = None,
         pretrained: bool = False,
@@ -147,13 +149,13 @@ class Classifier(pl.LightningModule):
             "graph": graph,
         }
         drawn |= {"seed": graph_seed}
-        arguments = (model_kwargs or {}) | {name: value for name, value in drawn.items() if value is not None}
+        arguments = (model_kwargs or {}) | {key_: value for key_, value in drawn.items() if value is not None}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
-            self.net = create_model(model, pretrained=pretrained, num_classes=num_classes, **arguments)
+            self.net = create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
         self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
-            raise ModelError(f"{model} has no single classifier layer to train; choose another model")
+            raise ModelError(f"{name} has no single classifier layer to train; choose another model")
         if freeze:
             self.net.requires_grad_(False)
             self.head.requires_grad_(True)
@@ -163,6 +165,10 @@ class Classifier(pl.LightningModule):
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         # torchmetrics' default average, "macro", is not top-1 accuracy.
         accuracy = partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
+        # The graph is equal on all ranks, as `on_fit_start` checks; DDP would send it with every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in self.named_buffers() if name.endswith(".neighbours")
+        ]
         self.acc1, self.acc5 = accuracy(top_k=1), accuracy(top_k=min(5, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -241,8 +247,10 @@ class Classifier(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             refuse_unsafe_averaging(self.trainer, self)
+            refuse_unsafe_synchronising(self.trainer, self)
 
     def on_fit_start(self) -> None:
+        self._check_graphs()
         # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and compiled code.
         if self.hparams["teacher"] and self.hparams["teacher_weight"]:
             self._teacher = (_teacher(self.hparams["teacher"], self.hparams["num_classes"]).to(self.device),)
@@ -251,6 +259,20 @@ class Classifier(pl.LightningModule):
 
     def on_fit_end(self) -> None:
         self._teacher = ()
+
+    def _check_graphs(self) -> None:
+        """All ranks compute on one graph, or their gradients belong to different layers."""
+        graphs = [self.get_buffer(name).cpu().numpy().tobytes() for name in self._ddp_params_and_buffers_to_ignore]
+        mine = hashlib.sha256(b"".join(graphs)).hexdigest()
+        equal = mine == self.trainer.strategy.broadcast(mine)
+        if not self.trainer.strategy.reduce_boolean_decision(equal, all=True):
+            raise XzooError("the graphs of the processes differ; give all of them the same model, seed and checkpoint")
+
+    def on_validation_epoch_start(self) -> None:
+        # Under DDP each rank has seen another part of the last batch. The first one's statistics are taken, which
+        # DDP sends to the others with every step in any case: their mean over the ranks would be lost in a resume.
+        if self.trainer.world_size > 1:
+            distribute_bn(self.net, self.trainer.world_size, reduce=False)
 
     def on_train_start(self) -> None:
         # Lightning leaves modes as it finds them, and a module is born in train mode without a call of train().
@@ -267,17 +289,21 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = self._loss(images, labels, batch_idx)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            # Reading the loss waits for the device: only where it is logged. All ranks stop, or the others hang.
-            finite = bool(torch.isfinite(loss))
-            if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-                raise XzooError(
-                    f"the loss is {float(loss.detach())} at step {self.global_step}: training has diverged; "
-                    f"use a lower rate than lr={self.hparams['lr']:g} (and another --out)"
-                )
-        self.log("train/loss", loss, batch_size=len(labels))
-        self.log("lr", self.hparams["lr"] * self._rate_of(0.0)(self.global_step), batch_size=len(labels))
+        # Only where Lightning writes it down: reading the loss waits for the device.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_step(loss.detach(), len(labels))
         return loss
+
+    def _log_step(self, loss: Tensor, size: int) -> None:
+        # The mean over all ranks, so that all of them stop at a NaN of one, or the others would hang.
+        mean = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+        if not isfinite(mean):
+            raise XzooError(
+                f"the loss is {mean} at step {self.global_step}: training has diverged; "
+                f"use a lower rate than lr={self.hparams['lr']:g} (and another --out)"
+            )
+        self.log("train/loss", mean, batch_size=size)
+        self.log("lr", self.hparams["lr"] * self._rate_of(0.0)(self.global_step), batch_size=size)
 
     def _loss(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         hp = self.hparams
@@ -294,11 +320,22 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._judge(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._judge(batch, "test")
+
+    def _judge(self, batch: tuple[Tensor, Tensor], part: str) -> None:
         images, labels = batch
         logits = self(images)
         self.acc1(logits, labels)
         self.acc5(logits, labels)
         loss = nn.functional.cross_entropy(logits, labels)  # without smoothing, to compare over runs
-        self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
-        self.log("val/acc1", self.acc1, batch_size=len(labels))
-        self.log("val/acc5", self.acc5, batch_size=len(labels))
+        self.log(f"{part}/loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log(f"{part}/acc1", self.acc1, batch_size=len(labels))
+        self.log(f"{part}/acc5", self.acc5, batch_size=len(labels))
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, num_classes] and labels [B] of the images, in float32 on the CPU."""
+        images, labels = batch
+        return self(images).float().cpu(), labels.cpu()

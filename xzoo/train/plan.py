@@ -1,4 +1,4 @@
-"""The recipe of `xzoo finetune`: what its options come to for a model and a set of images.
+"""The plan of `xzoo finetune`: what its options come to for a model and a set of images.
 
 Two recipes, because they want opposite things. A pretrained network has to be moved gently: the head is new
 and learns ten times as fast as the body, which waits until the head makes sense. A network from scratch
@@ -103,7 +103,7 @@ def use_weights(options: Options, has_weights: bool) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved recipe: arguments of `Classifier` and `ImageModule`, and how long to train."""
+    """What will be done: arguments of `Classifier` and `ImageModule`, and how long to train."""
 
     classifier: dict[str, Any]
     img_size: int
@@ -128,7 +128,7 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
     # Adaptive optimizers: the rate goes with the square root of the batch.
     peak = (1e-3 if pretrained else 2e-3) * (batch_size / 64) ** 0.5
     classifier = {
-        "model": model.name,
+        "name": model.name,
         "num_classes": len(data.classes),
         "model_kwargs": model.kwargs,
         "pretrained": pretrained,
