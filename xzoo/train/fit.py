@@ -12,6 +12,7 @@ import csv
 import datetime
 import json
 import os
+import pydoc
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -23,10 +24,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -126,28 +128,35 @@ class RecipeCLI(LightningCLI):
             options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
             raise XzooError(explain(str(error), options, DATA)) from None
 
+    def _add_instantiators(self) -> None:
+        """None: `build` makes everything, later."""
+
     def instantiate_classes(self) -> None:
-        """Later: see `build`."""
+        """See `build`."""
 
     def build(self, **trainer: Any) -> tuple[pl.Trainer, Classifier, Any]:
         """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it after its lists."""
-        try:
-            made = self.parser.instantiate_classes(self.config)
-        except ArgumentError as error:
-            raise XzooError(explain(str(error), ())) from error
-        given = made.trainer.as_dict()
-        for name in ("callbacks", "plugins"):
-            own = given.pop(name) or []
-            trainer[name] = [*(own if isinstance(own, list) else [own]), *trainer.get(name, [])]
+        # Not by the parser: it would tell of an error in the data's constructor that they are "None or a data module",
+        # and write itself into every checkpoint.
+        place = self.config.data
+        data: Any = pydoc.locate(place.class_path)(**place.init_args.as_dict())  # type: ignore[operator]
+        task = Classifier(**self.config.model.as_dict() | {"num_classes": data.num_classes})
+        parts = ArgumentParser()
+        parts.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+        given = parts.instantiate(Namespace(trainer=self.config.trainer)).trainer.as_dict()
+        for name in ("callbacks", "plugins", "logger"):
+            own, ours = given.pop(name), trainer.get(name, [])
+            if ours is not False:
+                trainer[name] = [*ours, *(own if isinstance(own, list) else [own] if own else [])]
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
         quietly = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         # The data modules shard by themselves.
-        return pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer), made.model, made.data
+        return pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer), task, data
 
     def plain(self, changes_only: bool = False) -> dict[str, Any]:
         """The configuration in plain values, as a recipe that does the same; of `changes_only`, without defaults."""
-        text = self.parser.dump(self.config, format="yaml", skip_none=False, skip_default=changes_only)
+        text = self.parser.dump(self.config, format="yaml", skip_unset=False, skip_default=changes_only)
         return {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
 
     @property
@@ -210,7 +219,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
             *checkpoints(last.parent),
         ],
         plugins=[AtomicCheckpointIO()],
-        logger=[MetricsFile(run / METRICS, done), *_loggers(cli)],
+        logger=[MetricsFile(run / METRICS, done)],
     )
     data.prepare_data()
     data.setup("fit")  # missing data are told before anything is written
@@ -386,12 +395,9 @@ def load_weights(task: Classifier, path: Path) -> None:
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = {f"net.{name}": value for name, value in load_file(path).items()}
+            task.net.load_state_dict(load_file(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        task.load_state_dict(state)
+            task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     except Exception as error:  # a dozen of classes for a broken file
         reason = str(error).replace("\n", " ").strip() or type(error).__name__
         raise XzooError(f"{path} does not hold the weights of this recipe: {reason}") from error
@@ -432,11 +438,6 @@ def _world() -> dict[str, int]:
         return {}
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     return {"devices": local, "num_nodes": world // local}
-
-
-def _loggers(cli: RecipeCLI) -> list[Any]:
-    made = cli.parser.instantiate_classes(cli.config).trainer.logger
-    return [] if not made or made is True else made if isinstance(made, list) else [made]
 
 
 def _refuse_what_does_not_resume(trainer: Any) -> None:

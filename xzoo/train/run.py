@@ -115,7 +115,7 @@ def refuse_other(
     try:
         there = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         there = there[section] if section else there
-        strange = not set(asked) <= set(there)
+        strange = not set(asked) & set(there)
         differing = list(_differences(dict(asked), {key: there.get(key) for key in asked}, free))
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, OSError):
         strange, differing = True, []
