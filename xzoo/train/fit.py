@@ -399,7 +399,8 @@ def load_weights(task: Classifier, path: Path) -> None:
         else:
             task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     except Exception as error:  # a dozen of classes for a broken file
-        reason = str(error).replace("\n", " ").strip() or type(error).__name__
+        first, *keys = str(error).splitlines() or [type(error).__name__]  # torch lists every key
+        reason = f"{keys[0].strip()} ({len(keys)} such keys)" if keys else first
         raise XzooError(f"{path} does not hold the weights of this recipe: {reason}") from error
 
 

@@ -15,6 +15,7 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.distributed import distribute_bn
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..errors import ModelError, XzooError
@@ -170,6 +171,7 @@ class Classifier(pl.LightningModule):
             name for name, buffer in self.named_buffers() if name.endswith(".neighbours")
         ]
         self.acc1, self.acc5 = accuracy(top_k=1), accuracy(top_k=min(5, num_classes))
+        self.mean_loss = MeanMetric()
 
     def forward(self, images: Tensor) -> Tensor:
         if self.hparams["channels_last"]:
@@ -331,7 +333,9 @@ class Classifier(pl.LightningModule):
         self.acc1(logits, labels)
         self.acc5(logits, labels)
         loss = nn.functional.cross_entropy(logits, labels)  # without smoothing, to compare over runs
-        self.log(f"{part}/loss", loss, batch_size=len(labels), sync_dist=True)
+        # Not the number itself: Lightning divides its sum over the ranks by a number of images rounded down.
+        self.mean_loss(loss, len(labels))
+        self.log(f"{part}/loss", self.mean_loss, batch_size=len(labels))
         self.log(f"{part}/acc1", self.acc1, batch_size=len(labels))
         self.log(f"{part}/acc5", self.acc5, batch_size=len(labels))
 
