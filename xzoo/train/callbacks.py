@@ -122,8 +122,9 @@ class _Regularly(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Gradients that are still being accumulated are in no checkpoint.
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        # Gradients that are still being accumulated are in no checkpoint; and a run that resumes behind an epoch's last
+        # batch, before its end, takes one step too many (Lightning 2.6.6): the epoch's own checkpoint comes soon.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch:
             return
         due = time.monotonic() - self._saved >= SAVE_EVERY
         if trainer.world_size > 1:

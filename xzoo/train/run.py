@@ -202,7 +202,9 @@ class MetricsFile(Logger):
         self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
         if self.path.exists():
-            self.rows = {int(row["step"]): dict(row) for row in read_metrics(self.path) if int(row["step"]) < done}
+            kept = [row for row in read_metrics(self.path) if row["step"] < done]
+            whole = ("step", "epoch")  # numbers that are written as they were
+            self.rows = {int(row["step"]): {k: int(v) if k in whole else v for k, v in row.items()} for row in kept}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
