@@ -181,7 +181,9 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
     assert len(rows) == 31 and [int(row["image"]) for row in rows] == list(range(31))
     right = sum(row["label"] == row["predicted"] for row in rows)
     assert 100 * right / 31 == pytest.approx(result["top1"], abs=1e-3)
-    with pytest.raises(XzooError, match=r"of this recipe: net.blocks.1.0.conv_pw.neighbours: has shape.*\(12 such keys\)"):
+    with pytest.raises(
+        XzooError, match=r"of this recipe: net.blocks.1.0.conv_pw.neighbours: has shape.*\(12 such keys\)"
+    ):
         evaluate("test", arguments(recipe, data, run, model__graph="group", model__compression=2))
     (tmp_path / "broken.ckpt").write_bytes(b"x" * 100)
     with pytest.raises(XzooError, match="broken.ckpt does not hold"):

@@ -29,6 +29,7 @@ COMMANDS = {
     "export": ("write a run's model as a folder to publish", "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75"),
     "compare": ("draw results beside the paper's", "xzoo compare recipes/results.csv --out figures"),
     "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
+    "bench": ("measure what the training loop and the data paths cost", "xzoo bench --loop --csv bench.csv"),
 }
 # Those whose options are a recipe's, and Lightning's to parse.
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -260,6 +261,32 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
                     print(picture)
             except OSError as error:
                 raise XzooError(f"cannot draw into {args.pictures}: {error.strerror}") from error
+
+    return run
+
+
+def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    from .bench import loop, machine, write_csv
+
+    parser.add_argument("--loop", action="store_true", help="the training loop, augmentation, and loading of images")
+    parser.add_argument("--csv", type=str | None, default=None, help="write the figures to this file too")
+    parser.add_function_arguments(loop, as_group=False)
+
+    def run(args: Namespace) -> None:
+        if not args.loop:
+            raise XzooError("say what to measure: --loop")
+        options = args.as_dict()
+        figures = loop(**{key: value for key, value in options.items() if key not in ("loop", "csv")})
+        table = _table(*figures[0].row())
+        table.columns[1].justify = "left"
+        for figure in figures:
+            table.add_row(*figure.row().values())
+        console = _console()
+        console.print(table)
+        facts = machine()
+        console.print(f"{facts['machine']}; {facts['threads']} threads, torch {facts['torch']}", soft_wrap=True)
+        if args.csv is not None:
+            write_csv(figures, Path(args.csv))
 
     return run
 

@@ -211,7 +211,7 @@ def append(path: Path | str, row: Row) -> bool:
 def recipe_sha(config: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits that stand for what a recipe says: of the canonical JSON of its parsed YAML.
 
-    Comments, order and layout do not count; neither do seeds (`seed`, `seed_everything`, at any depth), so that
+    Comments, order and layout do not count; neither do seeds (`seed`, `graph_seed`, `seed_everything`, at any depth), so that
     the runs of one recipe have one hash.
     Raises: XzooError for what is no plain data.
     """
@@ -280,5 +280,5 @@ def _unseeded(config: Any) -> Any:
         # JSON has only texts for keys, and would make one of 1 and of "1".
         if odd := [key for key in config if not isinstance(key, str)]:
             raise TypeError(f"the key {odd[0]!r} is no text")
-        return {k: _unseeded(v) for k, v in config.items() if k not in ("seed", "seed_everything")}
+        return {k: _unseeded(v) for k, v in config.items() if k not in ("seed", "graph_seed", "seed_everything")}
     return [_unseeded(v) for v in config] if isinstance(config, list | tuple) else config
