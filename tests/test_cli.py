@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from xzoo.cli import COMMANDS, main
+from xzoo.cli import COMMANDS, _one_line, main
+from xzoo.errors import XzooError
 from xzoo.hub import save
 from xzoo.models import create_model
+from xzoo.train.results import COLUMNS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -46,6 +48,13 @@ def test_help_of_all_and_of_each(capsys):
         (["finetune", "--model", "x_resnet5"], "unknown model 'x_resnet5'; did you mean x_resnet50"),
         (["list", "y_*"], "no model is called y_*"),
         (["inspect", "x_resnet5"], "unknown model"),
+        (["recipes", "lsit"], "recipes lsit: did you mean list?"),
+        (["recipes", "list", "cifar10/x_vgg99"], "no recipe is called cifar10/x_vgg99; did you mean cifar10/x_vgg"),
+        (["recipes", "copy"], "copy needs the name of a recipe"),
+        (["recipes", "copy", "cifar10/x_vgg99"], "there is no recipe cifar10/x_vgg99; did you mean cifar10/x_vgg"),
+        (["export", "/nowhere", "/tmp/x"], "/nowhere is no finished run: it has no model/config.json"),
+        (["compare", "/nowhere.csv"], "/nowhere.csv"),
+        (["bench"], "say what to measure: --loop"),
         (["classify", "/nowhere", "x.png"], "does not exist"),
         (["classify", "x_resnet18"], "images"),
     ],
@@ -130,3 +139,31 @@ def test_the_real_command_finetunes(make_folder, tmp_path):
     assert told.stdout.endswith("runs/photos-x_mobilenet050_c4\n")
     assert "Traceback" not in told.stderr and "random features" in told.stderr
     assert (tmp_path / "runs" / "photos-x_mobilenet050_c4" / "model" / "model.safetensors").exists()
+
+
+def test_recipes_are_listed_and_copied(capsys, tmp_path):
+    code, out, _ = run(capsys, "recipes", "list", "cifar10/x_vgg16_2*")
+    lines = out.strip().splitlines()
+    assert code == 0 and lines[0].split() == ["recipe", "what", "it", "trains"]
+    assert lines[1].startswith("cifar10/x_vgg16_2 ") and "X-VGG16-2, CIFAR-10, 32 px" in lines[1]
+    code, out, _ = run(capsys, "recipes", "copy", "cifar10/x_vgg16_2_dense", tmp_path / "mine")
+    assert code == 0 and [Path(line).name for line in out.split()] == [
+        "base.yaml",
+        "x_vgg16_2.yaml",
+        "x_vgg16_2_dense.yaml",
+    ]
+
+
+def test_compare_draws_the_published_figures(capsys, tmp_path):
+    (tmp_path / "empty.csv").write_text(",".join(COLUMNS) + "\n")
+    code, out, _ = run(
+        capsys, "compare", tmp_path / "empty.csv", "--out", tmp_path / "figures", "--datasets", '["cifar10"]'
+    )
+    assert code == 0 and (tmp_path / "figures" / "results.md").exists() and "accuracy_cifar10.png" in out
+
+
+def test_an_error_of_a_worker_is_its_last_line():
+    text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    text += '  File "x.py", line 1, in f\nxzoo.errors.DataError: a.jpg cannot be read: it is cut off\n'
+    assert _one_line(XzooError(text)) == "a.jpg cannot be read: it is cut off"
+    assert _one_line(XzooError("a\n  b")) == "a b"

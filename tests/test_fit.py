@@ -126,13 +126,26 @@ def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
     assert row.top1 == result["top1"] and row.recipe_sha == RecipeCLI(asked).sha and row.ema
 
 
+def test_images_of_ones_own(make_folder, tmp_path):
+    """The DATA forms of finetune under a recipe; and no row of theirs in the table of results."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(RECIPE.replace("CIFAR10", "ImageFolder").replace("shift: 2", "img_size: 32"))
+    photos = str(make_folder(("ant", "bee", "cow"), each=12))
+    result = fit(arguments(str(recipe), photos, tmp_path / "run"))
+    assert result["dataset"] is None and result["n_val"] == 7 and result["epoch_reported"] == 3
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["label_names"] == ["ant", "bee", "cow"] and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    with pytest.raises(XzooError, match="the table cannot take this run"):
+        fit(arguments(str(recipe), photos, tmp_path / "other", results=tmp_path / "results.csv"))
+
+
 def test_the_hash_is_of_what_is_computed(recipe, tmp_path):
     def sha(*more: str) -> str:
         return RecipeCLI(["--config", recipe, *more]).sha
 
     same = sha()
     for more in (
-        ("--seed_everything", "5"),
+        ("--seed_everything", "5", "--model.graph_seed", "3"),
         ("--trainer.devices", "4", "--trainer.strategy", "ddp"),
         ("--trainer.precision", "bf16-mixed", "--model.compile", "true", "--data.root", "x"),
         ("--out", "x"),

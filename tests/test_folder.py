@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
 from xzoo.errors import ModelError, XzooError
-from xzoo.hub import load, save
+from xzoo.hub import export, load, save
+from xzoo.hub.folder import EXPORTED
 from xzoo.models import create_model
 
 NAMES = ["ant", "bee", "cow"]
@@ -116,3 +117,22 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
     refused("is no model folder that can be read")
     shutil.rmtree(saved[1])
     refused("it has no config.json")
+
+
+def test_a_finished_run_is_exported_whole(saved, tmp_path):
+    run, to = tmp_path / "run", tmp_path / "cards" / "net.data"
+    run.mkdir()
+    shutil.copytree(saved[1], run / "model")
+    for name in ("config.yaml", "curves.png"):
+        (run / name).write_text(name)
+    with pytest.raises(XzooError, match=r"is no finished run: it has no result\.json"):
+        export(run, to)
+    (run / "result.json").write_text("{}")
+    assert export(run, to) == to == export(run, to)  # over an older one, too
+    assert {file.name for file in to.iterdir()} == EXPORTED and len(list(to.parent.iterdir())) == 1
+    assert (to / "recipe.yaml").read_text() == "config.yaml"
+    assert torch.equal(load(to)(torch.zeros(1, 3, 32, 32)), load(saved[1])(torch.zeros(1, 3, 32, 32)))
+    (to / "notes.txt").write_text("mine")
+    with pytest.raises(XzooError, match="holds something else"):
+        export(run, to)
+    assert (to / "notes.txt").exists()

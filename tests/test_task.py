@@ -11,7 +11,7 @@ from xzoo import ExpanderConv2d
 from xzoo.errors import ModelError, XzooError
 from xzoo.hub import folder as model_folder
 from xzoo.train.augment import mixed
-from xzoo.train.callbacks import EMA, Clock, Report
+from xzoo.train.callbacks import EMA, Clock, Report, SyncBatchNorm, refuse_unsafe_synchronising
 from xzoo.train.data import ImageModule
 from xzoo.train.run import AtomicCheckpointIO
 from xzoo.train.sources import read
@@ -269,3 +269,48 @@ def test_compiled_and_channels_last_is_the_same_network_under_the_same_names(mod
     trainer(max_epochs=1).fit(task.train(), module)
     assert asked == [task.net]
     assert set(task.state_dict()) == set(plain.state_dict())
+
+
+# ---- several devices
+
+
+def test_the_graph_is_not_sent_with_every_step(module):
+    task = Classifier(**TINY)
+    ignored = task._ddp_params_and_buffers_to_ignore
+    names = [name for name, part in task.named_modules() if isinstance(part, ExpanderConv2d)]
+    assert ignored == [f"{name}.neighbours" for name in names] and len(names) == 12
+    # Of all that DDP sends it is the largest: int32 indices against running means and variances.
+    sent = sum(b.numel() for name, b in task.named_buffers() if name not in ignored)
+    assert sum(task.get_buffer(name).numel() for name in ignored) > sent
+
+
+def test_graphs_that_differ_stop_the_run(module, monkeypatch):
+    fit = trainer(max_epochs=1)
+    monkeypatch.setattr(fit.strategy, "broadcast", lambda mine: "another")
+    with pytest.raises(XzooError, match="the graphs of the processes differ"):
+        fit.fit(Classifier(**TINY), module)
+
+
+def test_synchronised_norms_keep_their_activations_and_come_back():
+    task = Classifier(**TINY).eval()  # on a CPU they do not train, but what they compute can be seen
+    images = torch.randn(2, 3, 32, 32)
+    before, kinds = task(images), [type(part) for part in task.modules()]
+    sync = SyncBatchNorm()
+    changed = sync.apply(task)
+    assert any(isinstance(part, torch.nn.SyncBatchNorm) for part in changed.modules())
+    torch.testing.assert_close(changed(images), before)
+    with torch.no_grad():
+        changed.net.bn1.weight.mul_(2)  # as training does
+    back = sync.revert(changed)
+    assert [type(part) for part in back.modules()] == kinds
+    assert torch.equal(back(images), task(images)) and not torch.equal(back(images), before)
+
+
+def test_the_converter_that_drops_activations_is_refused(module):
+    fit = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=True, logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(ModelError, match=r"would drop the activation inside net\.bn1; .*SyncBatchNorm"):
+        refuse_unsafe_synchronising(fit, Classifier(**TINY))
+    fit.strategy._layer_sync = SyncBatchNorm()
+    refuse_unsafe_synchronising(fit, Classifier(**TINY))

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = globals()[f"_{command}"](parser)
         run(_parse(parser, rest))
     except XzooError as error:
-        print(f"xzoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"xzoo: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = "; the same command resumes" if command in ("finetune", "fit") else ""
@@ -74,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("xzoo: this is a mistake of xzoo's; please report it with the lines above", file=sys.stderr)
         return 1
     return 0
+
+
+def _one_line(error: XzooError) -> str:
+    text = str(error)
+    if "Original Traceback" in text:  # raised by a loader's worker: torch hands it on with all that
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _overview() -> str:
@@ -213,7 +220,7 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("to", help="the new folder")
 
     def run(args: Namespace) -> None:
-        from .hub.folder import export
+        from .hub import export
 
         print(export(args.run, args.to))
 

@@ -2,7 +2,7 @@
 
 from .callbacks import EMA, Clock, SyncBatchNorm
 from .classify import classify
-from .data import ImageModule
+from .data import ImageFolder, ImageModule
 from .finetune import finetune
 from .imagenet import ImageNet
 from .memory import CIFAR10, CIFAR100, TinyImageNet
@@ -14,6 +14,7 @@ __all__ = [
     "EMA",
     "Classifier",
     "Clock",
+    "ImageFolder",
     "ImageModule",
     "ImageNet",
     "SyncBatchNorm",

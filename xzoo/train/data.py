@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .order import AUGMENT, EvalOrder, Resumable, TrainOrder, key, standing
-from .sources import ImageData, Images
+from .sources import ImageData, Images, read
 
 Transform = Callable[[Any], Tensor]
 
@@ -138,3 +138,49 @@ class ImageModule(pl.LightningDataModule):
         rank, world, _ = standing(self.trainer)
         order = EvalOrder(len(self.data.val), self.batch_size, rank, world)
         return Loader(Views(self.data.val, self.eval_transform, None), order, self.workers)
+
+
+class ImageFolder(ImageModule):
+    """The images of DATA in any form that `xzoo finetune` reads (see sources.py), for a recipe of one's own.
+
+    Its validation images, its own or a fifth held out by a hash of their names, are those that are tested too.
+
+    Args:
+        root: folder of class folders or of parquet files, data set on the Hub (org/name), or digits.
+        img_size: pixels a side that the model sees.
+        crop_pct: share of the shorter side that is seen in validation.
+        interpolation: timm's name of the filter that resizes.
+        mean, std: of the colours, in 0 to 1.
+        batch_size, seed, crop, mirror, workers: as in ImageModule.
+    Raises: DataError as `sources.read`, which runs here: a recipe's model needs the number of classes.
+    """
+
+    dataset, holdout = None, 0  # none of the table of results
+
+    def __init__(
+        self,
+        root: str,
+        img_size: int = 224,
+        batch_size: int = 64,
+        seed: int = 0,
+        crop: float = 0.5,
+        mirror: bool = True,
+        crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        workers: int | None = None,
+    ) -> None:
+        self.img_size, self.input_size, self.crop_pct = img_size, (3, img_size, img_size), crop_pct
+        self.interpolation, self.mean, self.std = interpolation, tuple(mean), tuple(std)
+        config = {name: getattr(self, name) for name in ("input_size", "crop_pct", "interpolation", "mean", "std")}
+        data = read(root, at_least=2 * img_size)
+        super().__init__(data, config, batch_size, seed, crop, mirror, workers)
+        self.class_names, self.num_classes = data.classes, len(data.classes)
+        self.n_val = self.n_test = len(data.val)
+
+    def test_dataloader(self) -> Loader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Loader:
+        return self.val_dataloader()

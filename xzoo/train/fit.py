@@ -67,7 +67,13 @@ MEANS = {
     *("trainer.precision", "trainer.sync_batchnorm", "trainer.benchmark", "trainer.deterministic"),
     *("model.compile", "model.channels_last", "data.init_args.channels_last", "data.init_args.eval_batch_size"),
 }
-DATA = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet")  # the data modules, by the names that recipes use
+DATA = (
+    "CIFAR10",
+    "CIFAR100",
+    "TinyImageNet",
+    "ImageNet",
+    "ImageFolder",
+)  # the data modules, by the names that recipes use
 # Of one call, and no part of what the run is.
 OF_CALL = ("config", "base", "out", "results", "ckpt_path")
 

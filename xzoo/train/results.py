@@ -211,8 +211,8 @@ def append(path: Path | str, row: Row) -> bool:
 def recipe_sha(config: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits that stand for what a recipe says: of the canonical JSON of its parsed YAML.
 
-    Comments, order and layout do not count; neither do seeds (`seed`, `graph_seed`, `seed_everything`, at any depth), so that
-    the runs of one recipe have one hash.
+    Comments, order and layout do not count; neither do seeds (`seed`, `graph_seed`, `seed_everything`, anywhere), so
+    that the runs of one recipe have one hash.
     Raises: XzooError for what is no plain data.
     """
     try:
