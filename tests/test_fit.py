@@ -132,7 +132,7 @@ def test_images_of_ones_own(make_folder, tmp_path):
     recipe.write_text(RECIPE.replace("CIFAR10", "ImageFolder").replace("shift: 2", "img_size: 32"))
     photos = str(make_folder(("ant", "bee", "cow"), each=12))
     result = fit(arguments(str(recipe), photos, tmp_path / "run"))
-    assert result["dataset"] is None and result["n_val"] == 7 and result["epoch_reported"] == 3
+    assert result["dataset"] is None and result["n_val"] == 6 and result["epoch_reported"] == 3
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "cow"] and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     with pytest.raises(XzooError, match="the table cannot take this run"):
