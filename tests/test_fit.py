@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from xzoo.cli import main
 from xzoo.errors import XzooError
-from xzoo.train.fit import RecipeCLI, evaluate, fit, predict
+from xzoo.train.evaluate import evaluate, predict
+from xzoo.train.fit import fit
+from xzoo.train.parse import RecipeCLI
 from xzoo.train.results import DataSet, read, recipe_sha
 from xzoo.train.run import read_metrics
 
@@ -233,6 +235,11 @@ def test_a_mistake_is_one_line_and_leaves_nothing(recipe, data, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_recipe_it_says_where_they_are(capsys):
+    assert main(["fit"]) == 2
+    assert "are required: model.name, data; `xzoo recipes` lists what goes after --config" in capsys.readouterr().err
+
+
 def test_unknown_keys_in_a_file_are_told(recipe, tmp_path, capsys):
     for text, told in (
         ("model: {wieght_decay: 3}", "model has no option wieght_decay; did you mean weight_decay"),
@@ -254,8 +261,9 @@ def test_a_rate_that_diverges_is_told_and_keeps_what_was(recipe, data, tmp_path,
     assert not (run / "result.json").exists()
 
 
-def test_fast_dev_run_leaves_nothing(recipe, data, tmp_path):
+def test_fast_dev_run_leaves_nothing(recipe, data, tmp_path, capsys):
     assert fit(arguments(recipe, data, tmp_path / "run", trainer__fast_dev_run=2)) is None
+    assert "tiny: 2 steps and a validation went well; nothing is kept" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

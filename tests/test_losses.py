@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 import torch
 
 from xzoo.train.callbacks import EMA
-from xzoo.train.fit import RecipeCLI
 from xzoo.train.order import keys
+from xzoo.train.parse import RecipeCLI
 from xzoo.train.run import quiet
 from xzoo.train.sources import Item, Listing
 

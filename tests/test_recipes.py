@@ -28,9 +28,9 @@ from xzoo.profile import Profile
 from xzoo.train import recipes
 from xzoo.train.augment import Augment
 from xzoo.train.callbacks import EMA
-from xzoo.train.fit import RecipeCLI
 from xzoo.train.imagenet import Contents, Stored
 from xzoo.train.memory import InMemory
+from xzoo.train.parse import RecipeCLI
 from xzoo.train.run import quiet
 from xzoo.train.sources import Item
 from xzoo.train.task import rate

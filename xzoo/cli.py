@@ -104,16 +104,16 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def _lightning(command: str, arguments: Sequence[str]) -> None:
-    from .train import fit
+    from .train import evaluate, fit
 
     if {"-h", "--help"} & set(arguments):  # the parser's own goes on for a hundred options
         print(f"{COMMANDS[command][0]}\nexample: {COMMANDS[command][1]}\n")
     if command == "fit":
         fit.fit(arguments)
     elif command == "predict":
-        fit.predict(arguments)
+        evaluate.predict(arguments)
     else:
-        fit.evaluate(command, arguments)
+        evaluate.evaluate(command, arguments)
 
 
 def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:

@@ -1,0 +1,111 @@
+"""`xzoo validate`, `test` and `predict`: what a recipe's data say of weights that are there already."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import XzooError
+from .parse import RecipeCLI, is_first, launched
+from .run import LAST, atomic, quiet
+from .task import Classifier
+
+
+def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
+    """`validate` or `test`: loss, top 1 and top 5 (shares) of a run's weights, or of those that --ckpt_path names.
+
+    Raises: XzooError where there are no weights: random ones are not judged.
+    """
+    with quiet():
+        cli = RecipeCLI(arguments, verb)
+        task, data, trainer = _with_weights(cli)
+        figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
+    if not is_first():
+        return None
+    n = data.n_val if verb == "validate" else data.n_test
+    table = Table(box=None, pad_edge=False, show_header=False)
+    part = "val" if verb == "validate" else "test"
+    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {n} images")
+    table.add_row("top-5", f"{100 * figures[f'{part}/acc5']:.2f} %")
+    table.add_row("loss", f"{figures[f'{part}/loss']:.4f}")
+    Console().print(table)
+    return figures
+
+
+def predict(arguments: Sequence[str]) -> Path:
+    """Write the predicted class of each test image, with its probability, to predictions.csv in the run folder.
+
+    Raises: XzooError where there are no weights, or for several devices.
+    """
+    with quiet():
+        cli = RecipeCLI(arguments, "predict")
+        task, data, trainer = _with_weights(cli)
+        if trainer.world_size > 1:
+            raise XzooError(f"predict with {trainer.world_size} devices: one writes the table; use --trainer.devices 1")
+        batches: Any = trainer.predict(task, datamodule=data)
+    logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    run = cli.run_folder
+    run.mkdir(parents=True, exist_ok=True)
+    chances, names = logits.softmax(1).max(1), data.class_names
+    path = run / "predictions.csv"
+    with atomic(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "label", "predicted", "probability"))
+        for i, (label, chance, found) in enumerate(zip(labels, chances.values, chances.indices, strict=True)):
+            table.writerow((i, names[label], names[found], f"{float(chance):.6f}"))
+    Console().print(f"{len(labels)} images in {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def _with_weights(cli: RecipeCLI) -> tuple[Classifier, Any, pl.Trainer]:
+    place = cli.config.ckpt_path or (cli.run_folder / LAST if (cli.run_folder / LAST).exists() else None)
+    if place:
+        cli.config.model.pretrained = False
+    elif not cli.config.model.pretrained:
+        raise XzooError(
+            f"no weights to judge: {cli.run_folder / LAST} is not there; give --ckpt_path FILE, --out RUN or "
+            "--model.pretrained true"
+        )
+    trainer, task, data = cli.build(**launched(), logger=False, enable_checkpointing=False)
+    if place:
+        load_weights(task, Path(place))
+    return task, data, trainer
+
+
+def load_weights(task: Classifier, path: Path) -> None:
+    """Weights of a checkpoint (averaged ones, where it has them) or of a safetensors file; every one has to fit.
+
+    Only weights: what else a checkpoint says (rate, model) does not override the recipe and the flags.
+    Raises: XzooError that names what does not fit.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            task.net.load_state_dict(load_file(path))
+        else:
+            task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except Exception as error:  # a dozen of classes for a broken file
+        first, *keys = str(error).splitlines() or [type(error).__name__]  # torch lists every key
+        reason = f"{keys[0].strip()} ({len(keys)} such keys)" if keys else first
+        raise XzooError(f"{path} does not hold the weights of this recipe: {reason}") from error
+
+
+@torch.inference_mode()
+def judged(model: nn.Module, data: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits [N, classes] and labels [N] of all validation images, in order, on the CPU; in this process alone."""
+    data.trainer = None
+    parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in data.val_dataloader()]
+    logits, labels = zip(*parts, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def top(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Per cent of images whose label is among the k largest logits."""
+    best = logits.topk(k, dim=1).indices
+    return round(100 * float((best == labels[:, None]).any(1).double().mean()), 4)

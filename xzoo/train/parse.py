@@ -1,0 +1,166 @@
+"""Reading a recipe: YAML files and flags become a Trainer, a `Classifier` and a data module.
+
+LightningCLI's parser, with the nearest names in its errors and without its habit of making everything at once.
+"""
+
+import os
+import pydoc
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from ..errors import XzooError
+from ..options import explain
+from . import recipes
+from .callbacks import SyncBatchNorm
+from .results import recipe_sha
+from .task import Classifier
+
+# Where a run happens; it may change from one start to the next.
+PLACES = {
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("data.init_args.root", "data.init_args.workers"),
+}
+# How it is computed: rounding apart the same recipe, with columns of their own in the results.
+MEANS = {
+    *("trainer.precision", "trainer.sync_batchnorm", "trainer.benchmark", "trainer.deterministic"),
+    *("model.compile", "model.channels_last", "data.init_args.channels_last", "data.init_args.eval_batch_size"),
+}
+# The data modules, by the names that recipes use.
+DATA = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageFolder")
+# Of one call, and no part of what the run is.
+OF_CALL = ("config", "base", "out", "results", "ckpt_path")
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI's parser over `Classifier` and the data modules; `build` makes what it parsed.
+
+    Apart, because the run folder has to be claimed between the two.
+    """
+
+    def __init__(self, arguments: Sequence[str], verb: str = "fit") -> None:
+        self.recipe: Path | None = None  # the file that says what is trained
+        with warnings.catch_warnings():
+            # It has arguments of its own, and would rather have the process's.
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter")
+            super().__init__(
+                Classifier,
+                pl.LightningDataModule,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs={"prog": f"xzoo {verb}", "exit_on_error": False, "allow_abbrev": False},
+                args=self._with_bases(arguments),
+                run=False,
+            )
+
+    def _with_bases(self, arguments: Sequence[str]) -> list[str]:
+        """Each --config by its path, after its bases."""
+        given, found = list(arguments), []
+        while given:
+            flag, _, value = given.pop(0).partition("=")
+            if flag not in ("--config", "-c"):
+                found.append(f"{flag}={value}" if value else flag)
+                continue
+            if not (value or given):
+                raise XzooError("--config: a recipe is needed after it; `xzoo recipes` lists them")
+            path = recipes.find(value or given.pop(0))
+            if self.recipe is None:
+                self.recipe = path
+            found += [f"--config={file}" for file in recipes.chain(path)]
+        return found
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights in a step")
+        parser.add_argument("--base", type=str | None, default=None, help="the recipe that this one differs from")
+        parser.add_argument("--out", type=str | None, default=None, help="run folder; by default runs/RECIPE")
+        parser.add_argument("--results", type=str | None, default=None, help="append the result to this table")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="weights to judge, not to train")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+            hint = "; `xzoo recipes` lists what goes after --config" if "are required" in str(error) else ""
+            raise XzooError(explain(str(error), options, DATA) + hint) from None
+
+    def _add_instantiators(self) -> None:
+        """None: `build` makes everything, later."""
+
+    def instantiate_classes(self) -> None:
+        """See `build`."""
+
+    def build(self, **trainer: Any) -> tuple[pl.Trainer, Classifier, Any]:
+        """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it after its lists."""
+        # Not by the parser: it would tell of an error in the data's constructor that they are "None or a data module",
+        # and write itself into every checkpoint.
+        place = self.config.data
+        data: Any = pydoc.locate(place.class_path)(**place.init_args.as_dict())  # type: ignore[operator]
+        task = Classifier(**self.config.model.as_dict() | {"num_classes": data.num_classes})
+        parts = ArgumentParser()
+        parts.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+        given = parts.instantiate(Namespace(trainer=self.config.trainer)).trainer.as_dict()
+        for name in ("callbacks", "plugins", "logger"):
+            own, ours = given.pop(name), trainer.get(name, [])
+            if ours is not False:
+                trainer[name] = [*ours, *(own if isinstance(own, list) else [own] if own else [])]
+        if given["sync_batchnorm"]:
+            trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
+        quietly = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        # The data modules shard by themselves.
+        return pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer), task, data
+
+    def plain(self, changes_only: bool = False) -> dict[str, Any]:
+        """The configuration in plain values, as a recipe that does the same; of `changes_only`, without defaults."""
+        text = self.parser.dump(self.config, format="yaml", skip_unset=False, skip_default=changes_only)
+        return {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
+
+    @property
+    def name(self) -> str:
+        """The recipe's own, such as cifar10/x_vgg16_2, or of a file elsewhere its stem."""
+        if self.recipe is None:
+            return self.config.model.name
+        path, home = self.recipe.resolve(), recipes.folder().resolve()
+        return path.relative_to(home).with_suffix("").as_posix() if path.is_relative_to(home) else path.stem
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.out or Path("runs") / self.name.replace("/", "-")).expanduser()
+
+    @property
+    def sha(self) -> str:
+        """Of what is computed: the recipe with its bases and overrides, wherever and however it runs."""
+        return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
+
+
+def _without(config: Any, keys: set[str], place: str = "") -> Any:
+    if not isinstance(config, dict):
+        return config
+    here = {key: f"{place}.{key}" if place else key for key in config}
+    return {key: _without(config[key], keys, name) for key, name in here.items() if name not in keys}
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run, before there is a trainer to ask."""
+    ranks = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    rank = next((int(os.environ[name]) for name in ranks if name in os.environ), 0)
+    return rank == 0 and ("RANK" in os.environ or int(os.environ.get("NODE_RANK", 0)) == 0)
+
+
+def launched() -> dict[str, int]:
+    """Under torchrun, the devices and nodes that it started; it knows better than a recipe."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {}
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    return {"devices": local, "num_nodes": world // local}
