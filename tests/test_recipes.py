@@ -5,6 +5,7 @@
 
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -31,6 +32,7 @@ from xzoo.train.callbacks import EMA
 from xzoo.train.imagenet import Contents, Stored
 from xzoo.train.memory import InMemory
 from xzoo.train.parse import RecipeCLI
+from xzoo.train.results import read
 from xzoo.train.run import quiet
 from xzoo.train.sources import Item
 from xzoo.train.task import rate
@@ -403,6 +405,20 @@ def rewrite() -> None:
     for line, block in blocks():
         text = text.replace(f"{line}\n```bash\n{block}", f"{cost(block)}\n```bash\n{block}")
     QUEUE.write_text(text, encoding="utf-8")
+
+
+
+@pytest.mark.parametrize("row", read(FOLDER / "results.csv"), ids=lambda row: f"{row.recipe}-{row.seed}")
+def test_a_result_is_of_the_recipe_that_it_names(row):
+    """A recipe that has results does not change any more: what is better is another file."""
+    given = {"model.graph": row.graph, "model.compression": row.compression}
+    given |= {"model.share": row.share, "model.spatial_share": row.spatial_share}
+    if row.split == "holdout":
+        given["data.holdout"] = row.n_val
+    # What is not the recipe's own was an override, so every choice of them is tried.
+    choices = itertools.product(*[((), (f"--{key}={value}",)) for key, value in given.items()])
+    shas = {parse("--config", row.recipe, *itertools.chain(*choice)).sha for choice in choices}
+    assert row.recipe_sha in shas
 
 
 if __name__ == "__main__":
