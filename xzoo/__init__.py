@@ -11,6 +11,7 @@ Layers: ExpanderConv2d, ExpanderLinear. Graphs and their theory: xzoo.graphs, xz
 
 from . import graphs, ops
 from .convert import expand, to_dense
+from .deploy import deploy
 from .errors import DataError, GraphError, ModelError, XzooError
 from .layers import ExpanderConv2d, ExpanderLinear
 from .models import create_model, list_models
@@ -26,6 +27,7 @@ __all__ = [
     "ModelError",
     "XzooError",
     "create_model",
+    "deploy",
     "expand",
     "graphs",
     "list_models",

@@ -1,0 +1,119 @@
+"""`deploy`: the same outputs but for rounding, fewer modules, and a model of the caller's that nobody touched."""
+
+import logging
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import xzoo
+from xzoo.deploy import deploy, fold
+from xzoo.errors import ModelError
+
+
+def trained(name: str, **arguments: object) -> nn.Module:
+    """A model whose norms have statistics, as after a training."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **arguments)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "left"),
+    [
+        ("x_resnet18", 64, 0),
+        ("x_mobilenet050_c4", 64, 0),
+        ("x_vgg16_c16", 32, 0),
+        ("x_densenetbc_40_24", 32, 21),  # its norms stand before the layers: only bottlenecks have one behind
+        ("resnet18", 64, 0),
+    ],
+)
+def test_outputs_are_the_same_but_for_rounding(name, size, left):
+    model, x = trained(name), torch.randn(3, 3, size, size)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fast = deploy(model, x)
+    with torch.no_grad():
+        exact = model.double()(x.double())
+        model.float()
+        allowed = 4 * (model(x) - exact).abs().max() + 1e-6
+        assert (fast(x) - exact).abs().max() <= allowed
+    assert norms(fast) == left < norms(model) and not any(p.requires_grad for p in fast.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert fast.num_classes == 7 and fast.forward_features(x).shape == model.forward_features(x).shape
+
+
+def test_what_it_did_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="xzoo.deploy"):
+        deploy(trained("x_mobilenet050_c4"), torch.zeros(1, 3, 32, 32))
+    assert "27 of 27 norms folded; " in caplog.text and "times as fast as the other" in caplog.text
+
+
+class Shared(nn.Module):
+    """Layers that must not be folded: called twice, read by two, tied, without statistics; and one that may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.norm1, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.read, self.norm3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.tied, self.norm4 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+        self.other.weight = self.tied.weight
+        self.free, self.norm5 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
+        self.last, self.norm6 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(self.twice(x)) + self.norm2(self.twice(x))
+        y = self.read(x)
+        x = self.norm3(y) + y
+        x = self.other(self.norm4(self.tied(x)))
+        return self.norm6(self.last(self.norm5(self.free(x))))
+
+
+def test_what_is_used_elsewhere_too_stays():
+    model, x = Shared().eval(), torch.randn(5, 4, 6, 6)
+    with torch.no_grad():
+        for norm in (model.norm1, model.norm2, model.norm3, model.norm4, model.norm6):
+            nn.init.uniform_(norm.running_mean)
+        before = model(x)
+        assert fold(model) == 1 and isinstance(model.norm6, nn.Identity)
+        torch.testing.assert_close(model(x), before)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) if x.sum() > 0 else x
+
+
+def test_what_cannot_be_traced_stays_and_is_told(caplog):
+    model = Branching().eval()
+    assert fold(model) == 0 and "torch.fx cannot trace the model" in caplog.text and norms(model) == 1
+
+
+def test_an_example_that_does_not_fit_is_told():
+    with pytest.raises(ModelError, match=r"does not run on an example of \[1, 4, 32, 32\]"):
+        xzoo.deploy(trained("x_vgg16_c16"), torch.zeros(1, 4, 32, 32))
+
+
+def test_a_deployed_model_finds_the_faster_format(monkeypatch):
+    model = trained("x_vgg16_c16")
+    # The clock decides; here it is one that dislikes contiguous weights.
+    module = sys.modules["xzoo.deploy"]  # the package's name for it is the function
+    monkeypatch.setattr(module, "_seconds", lambda net, x: float(net.features[0].weight.is_contiguous()) + 1)
+    weight = deploy(model, torch.zeros(1, 3, 32, 32)).features[3].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
