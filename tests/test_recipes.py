@@ -150,7 +150,8 @@ def test_the_average_looks_back_over_a_part_of_the_run(name):
         assert name.endswith("_paper")
         return
     steps = images // config.data.init_args.batch_size * config.trainer.max_epochs
-    assert 0.05 <= 1 / (1 - config.ema) / steps <= 0.1
+    # More in a run of few steps, whose average is noisy otherwise.
+    assert 0.05 <= 1 / (1 - config.ema) / steps <= (0.13 if name.endswith("_fast") else 0.1)
 
 
 @pytest.mark.parametrize("name", NAMES)
