@@ -14,11 +14,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import nn
 
 from xzoo.errors import DataError
+from xzoo.train.images import load_rgb
 from xzoo.train.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
 from xzoo.train.order import held_out
+from xzoo.train.sources import list_images
 from xzoo.train.task import Classifier
 
 Write = Callable[..., Path]
@@ -27,7 +30,7 @@ Write = Callable[..., Path]
 class Small(InMemory):
     """Four classes of 12-pixel images."""
 
-    hub, classes, sides = "nobody/small", 4, (12,)
+    key, hub, classes, sides = "small", "nobody/small", 4, (12,)
     colours: ClassVar = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
@@ -331,3 +334,37 @@ def test_cifar10_is_what_it_is(real_data: Path) -> None:
     # The mean of the training images is the authors' to the rounding of JPEG.
     mean = data._parts["train"][0].float().mean((0, 2, 3)) / 255
     assert torch.allclose(mean, torch.tensor(data.mean), atol=2e-3), mean
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=75)
+    return file.getvalue()
+
+
+def test_the_lossy_form_is_a_data_set_of_its_own(tmp_path):
+    draw = np.random.default_rng(0)
+    for encode, key in ((png, "cifar10"), (jpeg, "cifar10_q75")):
+        for part, each in (("train", 2), ("test", 1)):
+            for label in range(10):
+                folder = tmp_path / key / part / str(label)
+                folder.mkdir(parents=True)
+                for i in range(each):
+                    pixels = draw.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+                    (folder / f"{i}.{'png' if encode is png else 'jpg'}").write_bytes(encode(pixels))
+        data = CIFAR10(str(tmp_path / key))
+        assert (data.dataset, data.n_val, data.n_test) == (key, 10, 10)
+        assert CIFAR10(str(tmp_path / key), holdout=10).n_val == 10
+
+
+@pytest.mark.parametrize(("size", "interpolation"), [(12, None), (36, "bilinear"), (6, "box")])
+def test_what_a_model_folder_says_of_the_images_is_what_validation_did(write, size, interpolation):
+    data = Small(str(write()), img_size=size)
+    assert data.interpolation == interpolation
+    config = {"input_size": data.input_size, "mean": data.mean, "std": data.std, "crop_pct": 1.0}
+    transform = create_transform(**config, interpolation=data.interpolation or "bilinear")
+    ours, _ = next(iter(data.val_dataloader()))
+    listed = list_images(data.root).val
+    theirs = torch.stack([transform(load_rgb(item.source)) for item in listed])
+    # Pillow rounds to whole numbers where torch does not, between and at the end.
+    assert (ours - theirs).abs().max() <= 2.01 / 255 / 0.25

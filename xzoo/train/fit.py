@@ -242,8 +242,10 @@ def _commit() -> str | None:
     if not (home / ".git").exists():
         return None
     asked = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git
+        return None
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

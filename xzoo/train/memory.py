@@ -165,11 +165,11 @@ class InMemory(pl.LightningDataModule):
 
     @property
     def interpolation(self) -> str | None:
-        """How the images come to img_size; None if they have it."""
+        """How the images come to img_size, in timm's words; None if they have it."""
         self.setup()
         if self.img_size == self._side:
             return None
-        return "bilinear" if self.img_size > self._side else "area"
+        return "bilinear" if self.img_size > self._side else "box"
 
     # ---- reading
 
