@@ -49,7 +49,7 @@ def test_the_file_says_what_the_table_says(tmp_path):
     assert (first["what"], first["median"], first["bar"], first["met"]) == ("step, small", "1.250", "<= 1.100", "no")
     assert (float(first["quartile 1"]), float(first["quartile 3"]), first["n"]) == (1.125, 1.375, "3")
     assert (second["median"], second["bar"], second["met"]) == ("25000", "", "")
-    assert second["torch"] == torch.__version__ and second["machine"] and int(second["threads"]) >= 1
+    assert second["torch"] == torch.__version__ and "thread" in second["machine"]
     with pytest.raises(XzooError, match="cannot write"):
         bench.write_csv(figures, tmp_path / "nowhere" / "bench.csv")
 

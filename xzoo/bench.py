@@ -9,7 +9,6 @@ Nothing is read or left: the images are drawn, and files lie in a temporary fold
 
 import csv
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from .train.callbacks import Clock, Report, checkpoints
 from .train.imagenet import ImageNet
 from .train.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
 from .train.order import TrainOrder
-from .train.run import AtomicCheckpointIO, MetricsFile, atomic, quiet
+from .train.run import AtomicCheckpointIO, MetricsFile, atomic, hardware, quiet
 from .train.run import fit as run_fit
 from .train.task import Classifier, rate
 
@@ -115,15 +114,10 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "machine": f"{name}, {os.cpu_count()} cores{device}{load}",
-        "threads": str(torch.get_num_threads()),
+        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores{device}{load}",
         "torch": str(torch.__version__),
     }
 

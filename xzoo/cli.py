@@ -291,7 +291,7 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
         console = _console()
         console.print(table)
         facts = machine()
-        console.print(f"{facts['machine']}; {facts['threads']} threads, torch {facts['torch']}", soft_wrap=True)
+        console.print(f"{facts['machine']}; torch {facts['torch']}", soft_wrap=True)
         if args.csv is not None:
             write_csv(figures, Path(args.csv))
 

@@ -106,6 +106,6 @@ def judged(model: nn.Module, data: Any, device: torch.device) -> tuple[Tensor, T
 
 
 def top(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Per cent of images whose label is among the k largest logits."""
+    """Share of the images whose label is among the k largest logits."""
     best = logits.topk(k, dim=1).indices
-    return round(100 * float((best == labels[:, None]).any(1).double().mean()), 4)
+    return float((best == labels[:, None]).any(1).double().mean())

@@ -30,6 +30,7 @@ from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .classify import device_named
 from .data import ImageModule
+from .evaluate import judged, top
 from .plan import Options, Plan, plan, start, use_weights
 from .run import (
     CONFIG,
@@ -233,12 +234,12 @@ class _Job:
         made = {"run": self.run.name, "train_images": len(self.images.train), "seed": self.task.hparams["seed"]}
         folder = self.run / "model"
         model_folder.save(self.task.net, folder, self.images.classes, self.data_config, {"finetune": made})
-        logits, labels = predict(model_folder.load(folder).to(self.device), self.module, self.device)
+        logits, labels = judged(model_folder.load(folder).to(self.device), self.module, self.device)
         result = Result(
             run=str(self.run),
             model=str(folder),
-            accuracy=_top(logits, labels, 1),
-            accuracy5=_top(logits, labels, 5),
+            accuracy=top(logits, labels, 1),
+            accuracy5=top(logits, labels, min(5, logits.shape[1])),
             loss=float(nn.functional.cross_entropy(logits, labels)),
             images=len(labels),
             epochs=int(checkpoint["epoch"]) + 1,
@@ -267,15 +268,6 @@ class _Job:
         )
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, module: ImageModule, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits [N, classes] and labels [N] of the validation images, in order, on the CPU."""
-    module.trainer = None
-    parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in module.val_dataloader()]
-    logits, labels = zip(*parts, strict=True)
-    return torch.cat(logits), torch.cat(labels)
-
-
 def _build(arguments: dict[str, Any], name: str) -> Classifier:
     try:
         return Classifier(**arguments)
@@ -292,11 +284,6 @@ def _build(arguments: dict[str, Any], name: str) -> Classifier:
 def _data_config(net: nn.Module, img_size: int) -> dict[str, Any]:
     config = resolve_model_data_config(net)
     return config | {"input_size": (config["input_size"][0], img_size, img_size)}
-
-
-def _top(logits: Tensor, labels: Tensor, k: int) -> float:
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return float((best == labels[:, None]).any(1).double().mean())
 
 
 def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:

@@ -41,6 +41,7 @@ from .run import (
     AtomicCheckpointIO,
     MetricsFile,
     claimed,
+    hardware,
     quiet,
     read_metrics,
     refuse_other,
@@ -137,8 +138,8 @@ def _finish(
     logits, labels = judged(model_folder.load(run / "model").to(device), data, device)
     result = {
         **facts(cli, task, data, trainer),
-        "top1": top(logits, labels, 1),
-        "top5": top(logits, labels, 5) if logits.shape[1] > 5 else None,
+        "top1": round(100 * top(logits, labels, 1), 4),
+        "top5": round(100 * top(logits, labels, 5), 4) if logits.shape[1] > 5 else None,
         "loss": float(nn.functional.cross_entropy(logits, labels)),
         "epoch_reported": int(checkpoint["epoch"]) + 1,
         "wall_s": round(seconds, 1),
@@ -194,7 +195,7 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
         "weights": counts.weights,
         "macs": counts.macs,
         "train_macs": 3 * counts.macs * data.batch_size * steps,  # forwards, and twice that backwards
-        "device": _hardware(trainer),
+        "device": f"{trainer.world_size} x " * (trainer.world_size > 1) + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "xzoo": version("xzoo"),
@@ -217,23 +218,6 @@ def _data_config(net: nn.Module, data: Any) -> dict[str, Any]:
     own = {"input_size": data.input_size, "mean": tuple(data.mean), "std": tuple(data.std)}
     own |= {"crop_pct": getattr(data, "crop_pct", 1.0), "interpolation": data.interpolation or "bilinear"}
     return resolve_model_data_config(net) | own
-
-
-def _hardware(trainer: pl.Trainer) -> str:
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpu = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-        name = f"{cpu[0].partition(':')[2].strip() if cpu else 'CPU'}, {torch.get_num_threads()} threads"
-    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _commit() -> str | None:
