@@ -174,6 +174,35 @@ def test_later_configurations_win_key_by_key(recipe, tmp_path):
     assert cli.recipe == Path(recipe)  # the first one says what is trained
 
 
+def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
+    """Accumulated gradients: the same images in each step, at the same rate, and the same figure of the batch."""
+    frozen = {"model__freeze_norm": True, "model__lr": 0.01}
+    whole = fit(arguments(recipe, data, tmp_path / "whole", **frozen))
+    parts = {"data__batch_size": 8, "trainer__accumulate_grad_batches": 2}
+    halves = fit(arguments(recipe, data, tmp_path / "halves", **frozen, **parts))
+    assert halves["global_batch"] == whole["global_batch"] == 16 and halves["train_macs"] == whole["train_macs"]
+    assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    rates = [
+        {row["step"]: row["lr"] for row in read_metrics(tmp_path / run / "metrics.csv")} for run in ("whole", "halves")
+    ]
+    assert rates[0] == pytest.approx(rates[1]) and len(rates[0]) == 15
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"trainer__precision": "bf16-mixed", "trainer__gradient_clip_val": 1.0},
+        {"model__channels_last": True, "data__channels_last": True},
+        {"model__optimizer": "adamw", "model__mixup": 0.2, "model__cutmix": 1.0, "model__layer_decay": 0.9},
+    ],
+    ids=lambda flags: "-".join(key.partition("__")[2] for key in flags),
+)
+def test_flags(recipe, data, tmp_path, flags):
+    result = fit(arguments(recipe, data, tmp_path / "run", trainer__max_epochs=1, **flags))
+    assert result["epoch_reported"] == 1 and 0 < result["loss"] < 10
+    assert result["precision"] == flags.get("trainer__precision", "32-true")
+
+
 # ---- judged
 
 
