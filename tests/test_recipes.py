@@ -416,6 +416,7 @@ def test_a_result_is_of_the_recipe_that_it_names(row):
     given |= {"model.share": row.share, "model.spatial_share": row.spatial_share}
     if row.split == "holdout":
         given["data.holdout"] = row.n_val
+    given = {key: value for key, value in given.items() if value is not None}
     # What is not the recipe's own was an override, so every choice of them is tried.
     choices = itertools.product(*[((), (f"--{key}={value}",)) for key, value in given.items()])
     shas = {parse("--config", row.recipe, *itertools.chain(*choice)).sha for choice in choices}
