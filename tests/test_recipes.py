@@ -408,7 +408,6 @@ def rewrite() -> None:
     QUEUE.write_text(text, encoding="utf-8")
 
 
-
 @pytest.mark.parametrize("row", read(FOLDER / "results.csv"), ids=lambda row: f"{row.recipe}-{row.seed}")
 def test_a_result_is_of_the_recipe_that_it_names(row):
     """A recipe that has results does not change any more: what is better is another file."""
