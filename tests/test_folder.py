@@ -1,19 +1,25 @@
 """A model folder is timm's: what is saved is loaded by timm, and what does not fit is refused in a line."""
 
+import hashlib
+import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
+from xzoo import cli
 from xzoo.errors import ModelError, XzooError
-from xzoo.hub import export, load, save
-from xzoo.hub.folder import EXPORTED
+from xzoo.hub import check, export, load, program, save
+from xzoo.hub.folder import EXPORTED, golden_input
 from xzoo.models import create_model
+from xzoo.weights import fingerprint
 
 NAMES = ["ant", "bee", "cow"]
 
@@ -119,20 +125,132 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
     refused("it has no config.json")
 
 
-def test_a_finished_run_is_exported_whole(saved, tmp_path):
-    run, to = tmp_path / "run", tmp_path / "cards" / "net.data"
-    run.mkdir()
+RESULT = {
+    **{"model": "x_mobilenet050_c8", "recipe": "recipes/cifar10/net.yaml", "recipe_sha": "0" * 16, "commit": "abc"},
+    **{"dataset": "cifar10", "split": "test", "n_val": 100, "seed": 0, "device": "CPU", "epoch_reported": 2},
+    **{"top1": 91.25, "top5": None, "loss": 0.3},
+}
+
+
+@pytest.fixture
+def run(saved, tmp_path: Path) -> Path:
+    """A run folder as `xzoo fit` leaves it."""
+    run = tmp_path / "run"
     shutil.copytree(saved[1], run / "model")
-    for name in ("config.yaml", "curves.png"):
-        (run / name).write_text(name)
-    with pytest.raises(XzooError, match=r"is no finished run: it has no result\.json"):
-        export(run, to)
-    (run / "result.json").write_text("{}")
+    recipe = {"seed_everything": 0, "data": {"class_path": "X", "init_args": {"root": "/home/ann/photos", "shift": 4}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "curves.png").write_bytes(b"png")
+    (run / "result.json").write_text(json.dumps(RESULT))
+    return run
+
+
+def test_a_finished_run_is_exported_whole(saved, run, tmp_path):
+    to = tmp_path / "cards" / "net.data"
     assert export(run, to) == to == export(run, to)  # over an older one, too
     assert {file.name for file in to.iterdir()} == EXPORTED and len(list(to.parent.iterdir())) == 1
-    assert (to / "recipe.yaml").read_text() == "config.yaml"
-    assert torch.equal(load(to)(torch.zeros(1, 3, 32, 32)), load(saved[1])(torch.zeros(1, 3, 32, 32)))
+    check(to)
+    assert same(load(to), saved[0]) and same(timm.create_model(f"local-dir:{to}", pretrained=True), saved[0])
+    # Nothing of the machine, and graphs in no more bytes than they need.
+    assert yaml.safe_load((to / "recipe.yaml").read_text())["data"] == {"class_path": "X", "init_args": {"shift": 4}}
+    assert not any(
+        b"/home/ann" in file.read_bytes() or str(tmp_path).encode() in file.read_bytes() for file in to.iterdir()
+    )
+    stored = {k: v.dtype for k, v in load_file(to / "model.safetensors").items() if k.endswith("neighbours")}
+    assert set(stored.values()) == {torch.uint8, torch.int16}
+    block = json.loads((to / "config.json").read_text())["xzoo"]
+    assert block["fingerprint"] == fingerprint(saved[0].state_dict()) and block["commit"] == "abc"
+    metrics = json.loads((to / "metrics.json").read_text())
+    assert (
+        metrics["top1"] == 91.25
+        and metrics["dense"]["weights"] > metrics["weights"]
+        and "thread" in metrics["latency"]["on"]
+    )
+
+
+def test_a_run_of_finetune_is_exported(run, tmp_path):
+    result = {"run": str(run), "model": str(run / "model"), "accuracy": 0.75, "accuracy5": 1.0, "loss": 1.0}
+    (run / "result.json").write_text(json.dumps({**result, "images": 8, "epochs": 3, "seconds": 1.5}))
+    check(export(run, tmp_path / "mine"))
+    metrics = json.loads((tmp_path / "mine" / "metrics.json").read_text())
+    assert metrics["top1"] == 75 and metrics["top5"] is None and metrics["n_val"] == 8 and "run" not in metrics
+
+
+def test_what_is_no_finished_run_is_not_exported(run, tmp_path):
+    to = export(run, tmp_path / "net.data")
     (to / "notes.txt").write_text("mine")
     with pytest.raises(XzooError, match="holds something else"):
         export(run, to)
     assert (to / "notes.txt").exists()
+    (run / "result.json").write_text("{")
+    with pytest.raises(XzooError, match="is no run that can be read"):
+        export(run, tmp_path / "new")
+    (run / "result.json").unlink()
+    with pytest.raises(XzooError, match=r"is no finished run: it has no result\.json"):
+        export(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_exported_folder_that_is_not_its_own_is_told(run, tmp_path):
+    to = export(run, tmp_path / "net.data")
+
+    def told(file: str, spoil, match: str) -> None:
+        kept = (to / file).read_bytes()
+        spoil(to / file)
+        with pytest.raises(ModelError, match=match) as caught:
+            check(to)
+        assert "\n" not in str(caught.value)
+        (to / file).write_bytes(kept)
+
+    def changed(key: str, by) -> Callable[[Path], None]:
+        return lambda path: save_file({k: by(v) if k == key else v for k, v in load_file(path).items()}, path)
+
+    graph = "blocks.1.0.conv_pw.neighbours"
+    told("model.safetensors", changed(graph, lambda v: v.roll(1, 0)), "its graphs are not those")
+    told("model.safetensors", changed("classifier.bias", lambda v: v + 1), "its outputs are not those of logits")
+    told("logits.safetensors", changed("logits", lambda v: v[:1]), "its outputs are not those of logits")
+    told("metrics.json", lambda path: path.write_text(path.read_text().replace('"macs": ', '"macs": 1')), "macs is 1")
+    told("README.md", lambda path: path.write_text(path.read_text() + "by hand"), "is stale; `xzoo card")
+    told("metrics.json", lambda path: path.write_text(path.read_text().replace("91.25", "99.25")), "is stale")
+    told("curves.png", lambda path: path.unlink(), "has no curves.png")
+    check(to)
+    # Elsewhere it has another name, and another card.
+    with pytest.raises(ModelError, match="is stale"):
+        check(shutil.copytree(to, tmp_path / "other.name"))
+
+
+def test_golden_inputs_are_the_same_everywhere():
+    x = golden_input((3, 32, 32))
+    assert x.shape == (4, 3, 32, 32) and float(x.min()) >= -1 and float(x.max()) < 1
+    assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "07aee13dac29ecd3"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_program_of_torch_computes_what_the_model_does(saved, tmp_path, capsys):
+    file = tmp_path / "net.pt2"
+    assert cli.main(["export", str(saved[1]), str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "12 X-layers stay sparse" in told and "any number of images" in told
+    x = golden_input((3, 64, 64), 5)
+    with torch.no_grad():
+        assert torch.equal(torch.export.load(file).module()(x), saved[0](x))
+    assert [f.name for f in tmp_path.glob("*.part*")] == []
+    with pytest.raises(XzooError, match=r"the ending says which program to write, \.onnx or \.pt2"):
+        program.write(saved[0], tmp_path / "net.pt")
+    with pytest.raises(XzooError, match="cannot write"):
+        program.write(saved[0], tmp_path / "none" / "net.pt2")
+
+
+def test_onnx_says_that_it_is_dense(saved, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    file = tmp_path / "net.onnx"
+    if not importlib.util.find_spec("onnxruntime"):
+        assert cli.main(["export", str(saved[1]), str(file)]) == 2
+        assert "onnxruntime is not installed; `pip install 'xzoo[export]'`" in capsys.readouterr().err
+        pytest.skip("onnxruntime, which would check the file, is not installed")
+    assert cli.main(["export", str(saved[1]), str(file)]) == 0
+    assert "the 12 X-layers are dense here" in capsys.readouterr().out and file.is_file()
+    monkeypatch.setattr(program, "_onnx", lambda net, images, draft: draft.write_bytes(b"") or net(images) + 1)
+    kept = file.read_bytes()
+    with pytest.raises(XzooError, match="is not written: its outputs differ from the model's by 1"):
+        program.write(saved[0], file)
+    assert file.read_bytes() == kept

@@ -241,7 +241,7 @@ def test_the_cache_is_where_the_platform_keeps_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("XZOO_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert imagenet._home() == tmp_path / "xzoo"
+    assert imagenet.home() == tmp_path / "xzoo"
 
 
 Spoil = Callable[[Path], Any]

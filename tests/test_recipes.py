@@ -254,7 +254,7 @@ def test_slurm_starts_a_task_for_each_gpu():
 def test_the_folder_of_a_checkout_and_of_a_wheel():
     assert recipes.folder() == FOLDER and {f"{recipes.HARDWARE}/{name}" for name in HARDWARE} <= set(recipes.names())
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["only-include"] == ["xzoo", "recipes"] and wheel["sources"] == {"recipes": "xzoo/recipes"}
+    assert {"xzoo", "recipes"} <= set(wheel["only-include"]) and wheel["sources"]["recipes"] == "xzoo/recipes"
 
 
 def test_a_recipe_is_found_by_name_and_by_path(monkeypatch):
@@ -420,6 +420,39 @@ def test_a_result_is_of_the_recipe_that_it_names(row):
     choices = itertools.product(*[((), (f"--{key}={value}",)) for key, value in given.items()])
     shas = {parse("--config", row.recipe, *itertools.chain(*choice)).sha for choice in choices}
     assert row.recipe_sha in shas
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("data: {class_path: evil.Images}", r"class_path is 'evil\.Images', code of others; add --trust"),
+        ("data: evil.Images", "data is 'evil.Images', not written out; add --trust"),
+        ("data: data.yaml", "data is 'data.yaml', not written out; add --trust"),
+        ("trainer: {callbacks: [evil.Callback]}", r"callbacks is 'evil\.Callback', code of others"),
+        (
+            "trainer: {callbacks: [{class_path: pytorch_lightning.callbacks.LambdaCallback, "
+            "init_args: {on_fit_start: os.system}}]}",
+            r"on_fit_start is 'os\.system', code of others",
+        ),
+    ],
+)
+def test_a_recipe_of_others_runs_no_code_of_others(text, match, tmp_path, monkeypatch):
+    """Nothing is imported that it names: not even to look at it."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "base.yaml").write_text(text)
+    (tmp_path / "recipe.yaml").write_text("base: base.yaml\nmodel: {name: x_vgg16_2.tag}")
+    with pytest.raises(XzooError, match=match):
+        RecipeCLI(["--config", str(tmp_path / "recipe.yaml")])
+    if "evil" in text:
+        with pytest.raises((SystemExit, XzooError), match="imported|evil"):
+            RecipeCLI(["--config", str(tmp_path / "recipe.yaml"), "--trust"])
+
+
+def test_xzoos_own_recipes_need_no_trust():
+    for name in recipes.names():
+        for file in recipes.chain(recipes.find(name)):
+            recipes.check_trusted(file)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from .errors import XzooError
+from .profile import hardware
 from .train.callbacks import Clock, Report, checkpoints
 from .train.imagenet import ImageNet
 from .train.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
 from .train.order import TrainOrder
-from .train.run import AtomicCheckpointIO, MetricsFile, atomic, hardware, quiet
+from .train.run import AtomicCheckpointIO, MetricsFile, atomic, quiet
 from .train.run import fit as run_fit
 from .train.task import Classifier, rate
 

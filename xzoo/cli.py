@@ -27,6 +27,8 @@ COMMANDS = {
     "predict": ("write the predicted class of each test image", "xzoo predict --config RECIPE --out runs/vgg"),
     "recipes": ("list the recipes, or copy one to change it", "xzoo recipes copy cifar10/x_vgg16_2 mine"),
     "export": ("write a run's model as a folder to publish", "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75"),
+    "card": ("write the cards of exported folders anew", "xzoo card hub_cards/x_vgg16_2.cifar10_q75"),
+    "publish": ("send an exported folder or a run to the Hub", "xzoo publish runs/photos --repo me/my-flowers"),
     "compare": ("draw results beside the paper's", "xzoo compare recipes/results.csv --out figures"),
     "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
     "bench": ("measure what the training loop and the data paths cost", "xzoo bench --loop --csv bench.csv"),
@@ -216,13 +218,60 @@ def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("run", help="folder of a run of fit or finetune that is finished")
-    parser.add_argument("to", help="the new folder")
+    parser.add_argument("run", help="folder of a run of fit or finetune that is finished; for a file, any model")
+    parser.add_argument("to", help="the new folder; or a file that ends in .onnx or .pt2")
 
     def run(args: Namespace) -> None:
-        from .hub import export
+        from .hub import export, program
 
-        print(export(args.run, args.to))
+        if Path(args.to).suffix in program.ENDINGS:
+            from .train.classify import load_any
+
+            print(f"{args.to}: {program.write(load_any(args.run), args.to)}")
+        else:
+            print(export(args.run, args.to))
+
+    return run
+
+
+def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("folders", nargs="*", default=[], help="exported folders; by default all in hub_cards")
+
+    def run(args: Namespace) -> None:
+        from .hub import card, publish
+
+        for folder in args.folders or publish.folders():
+            changed = card.write(folder)
+            publish.register(Path(folder))
+            print(f"{folder}: {'written anew' if changed else 'as it should be'}")
+
+    return run
+
+
+def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("folder", nargs="?", default=None, help="exported folder, or the folder of a finished run")
+    parser.add_argument("--org", type=str | None, default=None, help="whose repository; by default xzoo's")
+    parser.add_argument("--repo", type=str | None, default=None, help="the repository, as owner/name")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--dry_run", action="store_true", help="tell what would be sent")
+    parser.add_argument("--all", action="store_true", help="every folder in hub_cards")
+
+    def run(args: Namespace) -> None:
+        from .hub import publish
+
+        if args.all == (args.folder is not None) or (args.all and args.repo):
+            raise XzooError("give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org")
+        for folder in publish.folders() if args.all else [args.folder]:
+            done = publish.publish(folder, args.org, args.repo, args.private, args.dry_run)
+            files = ", ".join(done.changed) or "nothing"
+            if args.dry_run:
+                print(f"{done.repo}: {files} would be sent")
+                continue
+            print(f"{done.repo} {done.version}: {files} sent; commit {done.commit}")
+            for name, sha in done.sha256.items():
+                print(f"  {sha}  {name}")
+            if done.registered:
+                print("  entered in xzoo/weights.json")
 
     return run
 

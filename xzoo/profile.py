@@ -1,7 +1,10 @@
-"""Counting the weights and multiply-accumulates that a model really has."""
+"""Counting the weights and multiply-accumulates that a model really has; and the name of what computes them."""
 
 import copy
+import platform
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -78,6 +81,17 @@ _PRODUCTS = (
     torch.ops.xzoo.conv2d,
     torch.ops.xzoo.linear,
 )
+
+
+def hardware(device: torch.device) -> str:
+    """What computes: the GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def _layer(name: str, module: nn.Module, macs: int) -> Layer:

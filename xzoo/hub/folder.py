@@ -3,6 +3,12 @@
 `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it after `import xzoo`, and so does the Hub
 once it is uploaded. What timm has no place for (how the graph was drawn, what it was trained on) is in a
 block "xzoo" beside timm's own keys, which timm passes over.
+
+`export` makes of a run the folder that is published, with what else a reader of it wants to know:
+
+    README.md      the card (card.py)            recipe.yaml    what the run was asked for, without places of a machine
+    metrics.json   what it came to, and counts   curves.png, spectrum.png   its training, and its graphs
+    logits.safetensors    outputs for `golden_input`, which another machine has to reproduce
 """
 
 import copy
@@ -14,17 +20,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
+from ..drawing import draw_layers
 from ..errors import ModelError, XzooError
 from ..models import create_model
+from ..profile import profile
+from ..theory import graphs_of, spectrum
+from ..weights import CONFIG, WEIGHTS, check_fingerprint, fingerprint
+from . import card
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-EXPORTED = {CONFIG, WEIGHTS, "recipe.yaml", "metrics.json", "curves.png"}
+RECIPE, METRICS, GOLDEN = "recipe.yaml", "metrics.json", "logits.safetensors"
+CURVES, SPECTRUM = "curves.png", "spectrum.png"
+EXPORTED = {CONFIG, WEIGHTS, card.CARD, RECIPE, METRICS, CURVES, SPECTRUM, GOLDEN}
+
+_PLACES = ("root", "data", "out", "results", "default_root_dir", "workers")  # of a recipe, where they are texts
 
 
 def save(
@@ -86,6 +103,7 @@ def load(folder: Path | str) -> nn.Module:
         if isinstance(error, XzooError):
             raise
         raise ModelError(f"{folder} is no model folder that can be read: {_first_line(error)}") from error
+    check_fingerprint(config, weights, str(folder / WEIGHTS))
     _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
     names = model.pretrained_cfg.get("label_names")
     if names is not None and len(names) != model.num_classes:
@@ -93,34 +111,110 @@ def load(folder: Path | str) -> nn.Module:
     return model.eval()
 
 
-def export(run: Path | str, to: Path | str) -> Path:
-    """Write a finished run as a folder to publish; returns it.
+def export(run: Path | str, to: Path | str, repo: str | None = None, timed: bool = True) -> Path:
+    """Write a finished run as a folder to publish; returns it. A folder that was exported before is replaced.
 
-    model.safetensors and config.json as timm loads them, recipe.yaml (what the run was asked for, resolved),
-    metrics.json (its result) and curves.png. A folder that was exported before is replaced.
+    Args:
+        repo: the Hub repository that the card is for; by default that of the zoo with this folder's name.
+        timed: measure the latency, too; all the rest is the same every time.
     Raises: XzooError for a run that is not finished, a place that holds anything else, or a full disk.
     """
     run, to = Path(run), Path(to)
-    files = {
-        **{f"model/{name}": name for name in (CONFIG, WEIGHTS)},
-        **{"config.yaml": "recipe.yaml", "result.json": "metrics.json", "curves.png": "curves.png"},
-    }
-    for name in files:
+    for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", "result.json", CURVES):
         if not (run / name).is_file():
             raise XzooError(f"{run} is no finished run: it has no {name}; the command that began it ends it")
     if to.exists() and not (to.is_dir() and ({f.name for f in to.iterdir()} <= EXPORTED)):
         raise XzooError(f"{to} holds something else than an exported model; choose another folder")
+    model: Any = load(run / "model")
+    try:
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = json.loads((run / "model" / CONFIG).read_text(encoding="utf-8"))
+        result["top1"] = result["top1"] if "top1" in result else 100 * result["accuracy"]
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise XzooError(f"{run} is no run that can be read: {_first_line(error)}") from error
     draft = to.with_name(f".{to.name}.{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)
-        for name, new in files.items():
-            shutil.copyfile(run / name, draft / new)
+        state = {key: _narrow(key, value) for key, value in model.state_dict().items()}
+        (draft / WEIGHTS).write_bytes(to_bytes(state))
+        made = {key: result[key] for key in ("recipe", "recipe_sha", "commit") if result.get(key)}
+        config["xzoo"] = {**config.get("xzoo", {}), **made, "fingerprint": fingerprint(state)}
+        architecture, _, tag = to.name.partition(".")
+        # That of the weights that a fine-tuning began with is not its own.
+        config["pretrained_cfg"]["tag"] = tag if architecture == config["architecture"] else ""
+        config["pretrained_cfg"]["license"] = card.LICENSE  # timm writes the architecture's, which is the code's
+        _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
+        _write(draft / RECIPE, yaml.safe_dump(_placeless(recipe), sort_keys=False))
+        metrics = card.metrics(model, config, result, timed) | {"bytes": (draft / WEIGHTS).stat().st_size}
+        _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
+        shutil.copyfile(run / CURVES, draft / CURVES)
+        drawn = {name: spectrum(graph) for name, graph in graphs_of(model).items()}
+        if drawn:
+            draw_layers(drawn, to.name).savefig(draft / SPECTRUM, dpi=110, pil_kwargs={"optimize": True})
+        (draft / GOLDEN).write_bytes(to_bytes({"logits": golden_logits(model)}))
+        _write(draft / card.CARD, card.text(draft, repo, to))
         _replace(draft, to)
     except OSError as error:
         raise XzooError(f"cannot write {to}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return to
+
+
+def check(folder: Path | str) -> None:
+    """Raise ModelError unless an exported folder is whole: it loads, and its outputs, counts and card are its own."""
+    folder = Path(folder)
+    model: Any = load(folder)
+    missing = sorted(EXPORTED - {SPECTRUM} - {file.name for file in folder.iterdir()})
+    if missing:
+        raise ModelError(f"{folder} has no {missing[0]}; `xzoo export RUN {folder}` writes it")
+    wanted, found = load_file(folder / GOLDEN)["logits"], golden_logits(model)
+    # On another machine sums are taken in another order.
+    if wanted.shape != found.shape or float((wanted - found).abs().max()) > 1e-4 * max(1.0, float(wanted.abs().max())):
+        raise ModelError(f"{folder}: its outputs are not those of {GOLDEN}")
+    metrics, counts = json.loads((folder / METRICS).read_text(encoding="utf-8")), profile(model)
+    counted = {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
+    for name, count in counted.items():
+        if metrics[name] != count:
+            raise ModelError(f"{folder / METRICS}: {name} is {metrics[name]} there, and {count} in the model")
+    if metrics["bytes"] != (folder / WEIGHTS).stat().st_size:
+        raise ModelError(f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}")
+    if (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
+        raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
+
+
+def golden_input(size: Sequence[int], count: int = 4) -> Tensor:
+    """[count, *size] in [-1, 1): 8 x 8 squares whose colours are PCG64's raw words, the same on every machine."""
+    words = np.asarray(np.random.PCG64(0).random_raw(count * size[0] * 64), dtype=np.uint64)
+    colours = torch.from_numpy((words >> np.uint64(56)).astype(np.float32) / 128 - 1)
+    return nn.functional.interpolate(colours.view(count, size[0], 8, 8), (size[1], size[2]), mode="nearest")
+
+
+@torch.no_grad()
+def golden_logits(model: nn.Module) -> Tensor:
+    net = cast(Any, model)
+    return net.eval()(golden_input(net.pretrained_cfg["input_size"])).float().contiguous()
+
+
+def _narrow(key: str, value: Tensor) -> Tensor:
+    """A graph in the smallest integers that hold it: layers widen them when they load."""
+    if key.rpartition(".")[2] != "neighbours":
+        return value.contiguous()
+    kinds = ((torch.uint8, 2**8), (torch.int16, 2**15))
+    return value.to(next((kind for kind, limit in kinds if int(value.max()) < limit), torch.int32)).contiguous()
+
+
+def _placeless(recipe: Any) -> Any:
+    """Without where data and results were on the machine of the run."""
+    if not isinstance(recipe, dict):
+        return recipe
+    kept = {k: v for k, v in recipe.items() if not (k in _PLACES and (v is None or isinstance(v, str | int)))}
+    return {key: _placeless(value) for key, value in kept.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:

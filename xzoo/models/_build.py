@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from ..convert import check_compression, degree_for, fits, swap
 from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
+from ..weights import timm_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -109,6 +110,25 @@ def cfg_cifar(**kwargs: Any) -> dict[str, Any]:
     mean, std = (tuple(v / 255 for v in values) for values in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
     small = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
     return cfg() | small | kwargs
+
+
+def rows(untrained: Mapping[str, Any]) -> Any:
+    """timm's default_cfgs of a family: what weights.json has of its architectures, and these rows.
+
+    An architecture's first tag is its default, unless it has other classes: a name means the same network with and
+    without weights.
+    """
+    own = {name.partition(".")[0]: row for name, row in untrained.items()}
+    table: dict[str, Any] = {}
+    first: dict[str, Any] = {}
+    for name, row in timm_rows().items():
+        if (architecture := name.partition(".")[0]) in own:
+            table[name] = row
+            first.setdefault(architecture, row)
+    for architecture, row in own.items():
+        other = architecture in first and first[architecture]["num_classes"] != row["num_classes"]
+        table[f"{architecture}.untrained{'*' * other}"] = row  # timm's sign for a default
+    return generate_default_cfgs(table)
 
 
 def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:

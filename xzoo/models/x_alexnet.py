@@ -7,17 +7,17 @@ prints 7.6M and 9.7M weights; the degrees that give them are inferred.
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
-from ._build import build, cfg
+from ._build import build, cfg, rows
 from ._plain import PlainNet
 
 __all__ = ["AlexNet"]
 
 _CFG = cfg(min_input_size=(3, 64, 64), pool_size=(6, 6), first_conv="features.0", classifier="fc")
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in ("x_alexnet_1", "x_alexnet_2")})
+default_cfgs = rows({f"{name}.untrained": _CFG for name in ("x_alexnet_1", "x_alexnet_2")})
 
 # Output channels, kernel, stride, padding; a 3x3 pooling of stride 2 follows convolutions 1, 2 and 5.
 _CONVS = ((64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))

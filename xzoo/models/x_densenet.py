@@ -7,11 +7,11 @@ transitions; the authors' CIFAR networks expand those too.
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from ._build import build, cfg, cfg_cifar
+from ._build import build, cfg, cfg_cifar, rows
 
 __all__ = ["DenseNetBC"]
 
@@ -20,7 +20,7 @@ _CFG_CIFAR = cfg_cifar(pool_size=(8, 8), first_conv="features.conv0", classifier
 _NAMES = ("x_densenet121", "x_densenet161", "x_densenet169", "x_densenet201")
 _NAMES_CIFAR = tuple(f"x_densenetbc_{s}" for s in ("40_24", "40_36", "40_48", "40_60", "58_60", "70_60", "100_12"))
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = rows(
     {f"{name}.untrained": row for names, row in ((_NAMES, _CFG), (_NAMES_CIFAR, _CFG_CIFAR)) for name in names}
 )
 

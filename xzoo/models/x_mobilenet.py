@@ -9,19 +9,19 @@ leaves the stem and the last block as they are.
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models._builder import pretrained_cfg_for_features
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures, decode_arch_def, round_channels
 from torch import nn
 
-from ._build import build, cfg
+from ._build import build, cfg, rows
 
 __all__: list[str] = []
 
 _CFG = cfg(first_conv="conv_stem", classifier="classifier")
 _NAMES = ("x_mobilenet050_c2", "x_mobilenet050_c4", "x_mobilenet050_c8", "x_mobilenet050_c16", "x_mobilenet100_c4")
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _NAMES})
+default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 
 # Depthwise separable blocks: repeats, kernel, stride, channels at width 1.0.
 _STAGES = [

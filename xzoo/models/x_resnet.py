@@ -6,18 +6,18 @@ stay the stem, the shortcut projections and the classifier.
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ._build import build, cfg
+from ._build import build, cfg, rows
 
 __all__: list[str] = []
 
 _CFG = cfg(first_conv="conv1", classifier="fc")
 _NAMES = ("x_resnet18", "x_resnet34", "x_resnet50", "x_resnet50_c4", "x_resnet50_c8", "x_resnet101", "x_resnet152")
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _NAMES})
+default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 
 
 def _x_resnet(

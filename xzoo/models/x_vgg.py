@@ -7,10 +7,10 @@ are inferred, those of `x_vgg16` are the released code's.
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
-from ._build import build, cfg_cifar
+from ._build import build, cfg_cifar, rows
 from ._plain import PlainNet
 
 __all__ = ["VGG"]
@@ -18,7 +18,7 @@ __all__ = ["VGG"]
 _CFG = cfg_cifar(pool_size=(1, 1), first_conv="features.0", classifier="fc")
 _NAMES = ("x_vgg16", "x_vgg16_1", "x_vgg16_2", "x_vgg16_c4", "x_vgg16_c8", "x_vgg16_c16")
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _NAMES})
+default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # Convolutions 2 to 13 in `features`, where norm and activation follow each and a pooling each stage; the hidden layer.

@@ -27,7 +27,7 @@ from torch import nn
 
 from ..errors import XzooError
 from ..hub import folder as model_folder
-from ..profile import profile
+from ..profile import hardware, profile
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .evaluate import judged, top
@@ -41,7 +41,6 @@ from .run import (
     AtomicCheckpointIO,
     MetricsFile,
     claimed,
-    hardware,
     quiet,
     read_metrics,
     refuse_other,

@@ -13,7 +13,6 @@ Not here: data sets that fit in memory (memory.py), images of unknown quality (s
 import hashlib
 import os
 import re
-import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -35,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError, XzooError
+from ..home import home
 from .augment import colours_of, normalised
 from .data import Loader, Views
 from .images import load_rgb
@@ -249,7 +249,7 @@ def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
     """Where each image of the shards is; read once, then kept in the cache until a shard changes."""
     state = [(shard.relative_to(root).as_posix(), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     digest = hashlib.sha256(repr((str(root.resolve()), state)).encode()).hexdigest()[:24]
-    cached = _home() / "shards" / f"{digest}.npz"
+    cached = home() / "shards" / f"{digest}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), open(cached, "rb") as file:
         kept = np.load(file)
         return _stored(Table(root, kept["names"], kept["labels"], kept["spans"]))
@@ -293,19 +293,6 @@ def _members(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
         if start + size > shard.stat().st_size:
             raise DataError(f"{shard} ends within {name}; fetch it anew")
     return [(name, labels[key], span) for key, (name, span) in images.items()]
-
-
-def _home() -> Path:
-    """Where xzoo keeps what it can make again: XZOO_HOME, else the platform's cache folder."""
-    if home := os.environ.get("XZOO_HOME"):
-        return Path(home).expanduser()
-    if sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "xzoo"
 
 
 def _watched(things: Sequence[Any], what: str) -> Iterable[Any]:

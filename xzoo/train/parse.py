@@ -35,7 +35,7 @@ MEANS = {
 # The data modules, by the names that recipes use.
 DATA = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageFolder")
 # Of one call, and no part of what the run is.
-OF_CALL = ("config", "base", "out", "results", "ckpt_path")
+OF_CALL = ("config", "base", "out", "results", "ckpt_path", "trust")
 
 
 class RecipeCLI(LightningCLI):
@@ -74,7 +74,10 @@ class RecipeCLI(LightningCLI):
             path = recipes.find(value or given.pop(0))
             if self.recipe is None:
                 self.recipe = path
-            found += [f"--config={file}" for file in recipes.chain(path)]
+            files = recipes.chain(path)
+            for file in files if "--trust" not in arguments else ():  # before the parser imports what they name
+                recipes.check_trusted(file)
+            found += [f"--config={file}" for file in files]
         return found
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -82,6 +85,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--base", type=str | None, default=None, help="the recipe that this one differs from")
         parser.add_argument("--out", type=str | None, default=None, help="run folder; by default runs/RECIPE")
         parser.add_argument("--results", type=str | None, default=None, help="append the result to this table")
+        parser.add_argument("--trust", action="store_true", help="let recipes name classes of any package")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="weights to judge, not to train")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg
 
+from .. import weights as weights_table
 from ..errors import ModelError, XzooError
 from ..models import create_model
 from .sources import ImageData
@@ -77,13 +78,14 @@ def start(options: Options) -> Start:
     else:
         if not timm.is_model(name.split(".")[0]):
             create_model(name)  # raises, with the nearest names
+        ours = weights_table.find(name)
         try:
-            found = get_pretrained_cfg(name)
+            found = get_pretrained_cfg(ours.name if ours else name)
         except RuntimeError as error:
             raise ModelError(str(error)) from error
         size = found.input_size[-1] if found else 224
         fixed = bool(found and found.fixed_input_size)
-        weights = timm.is_model_pretrained(name)
+        weights = ours is not None or timm.is_model_pretrained(name)
     if options.expand is not None:
         if name.startswith(("x_", "local-dir:", "hf-hub:")):
             raise ModelError(f"expand={options.expand} with {name}: only a dense model of timm, by name, is expanded")

@@ -7,7 +7,9 @@ Not here: what the keys mean (fit.py, and the docstrings of what is built).
 """
 
 import difflib
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import yaml
 from ..errors import XzooError
 
 HARDWARE = "hardware"  # the folder of files that say where a recipe runs, not what it computes
+
+TRUSTED = ("xzoo", "torch", "timm", "pytorch_lightning", "lightning")  # packages whose classes a recipe may name
 
 
 def folder() -> Path:
@@ -64,6 +68,34 @@ def chain(path: Path) -> list[Path]:
             raise XzooError(f"{found[0]}: its base {base} is based on it in turn")
         found.insert(0, first)
     return found
+
+
+def check_trusted(path: Path) -> None:
+    """Raise XzooError for a recipe that runs other code than xzoo's, torch's, timm's or Lightning's.
+
+    A recipe that came with a model is data, but its parser imports whatever class or function it names.
+    """
+    content = _content(path)
+    for section in ("data", "model", "trainer"):
+        value = content.get(section)
+        if isinstance(value, str) and re.search(r"[./\\]", value):  # a class, or a file that names one
+            raise XzooError(f"{path}: {section} is {value!r}, not written out; add --trust if you trust that file")
+        for key, text in _texts(value):
+            dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) and text.partition(".")[0] not in TRUSTED
+            if dotted and key != "root" and (section, key) != ("model", "name"):
+                raise XzooError(f"{path}: {key} is {text!r}, code of others; add --trust if you trust that file")
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in nested dictionaries and lists, with the nearest key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
 
 
 def copy(name: str, to: Path | str) -> list[Path]:

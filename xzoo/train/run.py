@@ -10,7 +10,6 @@ Everything that a run leaves is here, so that the folder alone is enough to resu
 import csv
 import logging
 import os
-import platform
 import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -177,17 +176,6 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def hardware(device: torch.device) -> str:
-    """What computes: the GPU's name, or the CPU's with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -1,0 +1,298 @@
+"""Model cards, written from what a folder holds: config.json, metrics.json and the registry.
+
+Not by hand: `xzoo card FOLDER` writes README.md anew, and `hub.check` fails where it is stale.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from .. import weights
+from ..errors import XzooError
+from ..models import create_model
+from ..profile import hardware, profile
+
+CARD = "README.md"
+ORG = "xzoo"  # whose repositories hold the zoo
+LICENSE = "other"
+
+_NO_LICENCE = "was published without a licence, so none can be given for weights that were trained on it"
+_IMAGENET = "has images of ImageNet, whose terms are for research and teaching without commercial use"
+# Of each data set: its title, its name on the Hub, and why weights trained on it have the licence "other".
+DATA: dict[str, tuple[str | None, str | None, str | None]] = {
+    "cifar10": ("CIFAR-10", "uoft-cs/cifar10", _NO_LICENCE),
+    "cifar10_q75": ("CIFAR-10 as JPEG of quality 75", "uoft-cs/cifar10", _NO_LICENCE),
+    "cifar100": ("CIFAR-100", "uoft-cs/cifar100", _NO_LICENCE),
+    "tiny_imagenet": ("Tiny-ImageNet", "zh-plus/tiny-imagenet", _IMAGENET),
+    "imagenet": ("ImageNet-1k", "ILSVRC/imagenet-1k", _IMAGENET),
+}
+
+_BODY = """# Model card for {name}
+
+{description} {trained}
+
+An X-Net (Deep Expander Network): most layers read only some of the channels before them, which ones was drawn as an
+expander graph before training. It is built by xzoo in timm's registry: without `import xzoo` timm does not know it.
+
+## Model details
+
+- **Accuracy:** {accuracy}
+- **Image size:** {size}
+- **Graphs:** {graphs}
+- **Trained by:** {recipe}
+- **Paper:** Deep Expander Networks: Efficient Deep Networks from Graph Theory, https://arxiv.org/abs/1711.08757
+
+| | weights | MACs | file |
+| --- | ---: | ---: | ---: |
+{table}
+
+Weights are parameters of two or more dimensions, MACs those of convolutions and linear layers for one image.
+{latency}{picture}![loss and accuracy during training](curves.png)
+
+## Use
+
+```python
+{classify}
+```
+
+Feature maps:
+
+```python
+{features}
+```
+
+Fine-tuning:
+
+```python
+{finetune}
+```
+
+On a folder of images: `xzoo finetune photos --model {model}`. {verified}
+
+## Intended use and limits
+
+For research on sparse networks, for teaching, and as a start for fine-tuning. It knows {classes} classes and takes any
+image for one of them; its probabilities are not calibrated. It was judged on {judged} alone: not on other
+cameras, other image sizes, corrupted images or images that were made to deceive it. It has the biases of its
+training images. Not for decisions about people, nor where a mistake does harm.
+
+## Licence
+
+{licence} The code of xzoo is Apache-2.0.
+
+## Citation
+
+```bibtex
+@inproceedings{{prabhu2018deep,
+  title = {{Deep Expander Networks: Efficient Deep Networks from Graph Theory}},
+  author = {{Prabhu, Ameya and Varma, Girish and Namboodiri, Anoop}},
+  booktitle = {{European Conference on Computer Vision (ECCV)}},
+  year = {{2018}}
+}}
+```
+"""
+_CLASSIFY = """import xzoo
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+model = xzoo.create_model("{model}", pretrained=True).eval()
+transform = create_transform(**resolve_model_data_config(model), is_training=False)
+image = Image.new("RGB", (64, 64), "skyblue")  # or Image.open("photo.jpg").convert("RGB")
+with torch.no_grad():
+    chances = model(transform(image)[None]).softmax(1)[0]
+for chance, i in zip(*chances.topk({top})):
+    print(f"{{model.pretrained_cfg['label_names'][i]}}: {{chance:.1%}}")"""
+_FEATURES = """import xzoo
+import torch
+
+model = xzoo.create_model("{model}", pretrained=True, features_only=True).eval()
+with torch.no_grad():
+    for features in model(torch.rand(1, {size})):
+        print(tuple(features.shape))"""
+_FINETUNE = """import xzoo
+import torch
+
+model = xzoo.create_model("{model}", pretrained=True, num_classes=3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+images, labels = torch.rand(8, {size}), torch.randint(3, (8,))  # yours, prepared as above
+loss = torch.nn.functional.cross_entropy(model(images), labels)
+loss.backward()
+optimizer.step()"""
+
+
+def write(folder: Path | str, repo: str | None = None) -> bool:
+    """Write a folder's README.md anew; returns whether it has changed. Raises: XzooError where it cannot."""
+    folder = Path(folder)
+    new, place = text(folder, repo), folder / CARD
+    try:
+        if place.is_file() and place.read_text(encoding="utf-8") == new:
+            return False
+        place.write_text(new, encoding="utf-8")
+    except OSError as error:
+        raise XzooError(f"cannot write {place}: {error.strerror}") from error
+    return True
+
+
+def text(folder: Path | str, repo: str | None = None, place: Path | None = None) -> str:
+    """The card of an exported folder.
+
+    Args:
+        repo: the repository that it is for; by default the zoo's of the folder's name.
+        place: where the folder will be, if not where it is.
+    Raises: XzooError for a folder that is none.
+    """
+    folder = Path(folder)
+    place = (place or folder).resolve()
+    try:
+        config = json.loads((folder / weights.CONFIG).read_text(encoding="utf-8"))
+        measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        repo = repo or f"{ORG}/{place.name}"
+        return _text(config, measured, place, repo, (folder / "spectrum.png").is_file())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise XzooError(f"{folder} is no exported model: {type(error).__name__}: {error}") from error
+
+
+def metrics(model: nn.Module, config: dict[str, Any], result: dict[str, Any], timed: bool) -> dict[str, Any]:
+    """What metrics.json says: the result of a run, without places of its machine, and what is counted and measured."""
+    net, counts = cast(Any, model), profile(model)
+    # `xzoo finetune` has words of its own.
+    own = {"run", "model", "accuracy", "accuracy5", "images", "seconds"}
+    known = {key: value for key, value in result.items() if key not in own}
+    if "accuracy" in result:
+        known |= {"top5": 100 * result["accuracy5"] if net.num_classes > 5 else None}
+        known |= {"n_val": result["images"], "wall_s": result["seconds"], "split": "val", "dataset": None}
+    known |= {"model": config["architecture"], "seeds": 1}
+    known |= {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
+    arguments = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
+    if "compression" in arguments:
+        with torch.device("meta"):
+            dense = create_model(config["architecture"], **arguments | {"compression": 1})
+        twin = profile(dense, tuple(net.pretrained_cfg["input_size"]))
+        known["dense"] = {"weights": twin.weights, "params": twin.params, "macs": twin.macs}
+    return known | ({"latency": _latency(net)} if timed else {})
+
+
+@torch.inference_mode()
+def _latency(net: Any, count: int = 15) -> dict[str, Any]:
+    x, times = torch.rand(1, *net.pretrained_cfg["input_size"]), []
+    for _ in range(count):
+        began = time.perf_counter()
+        net(x)
+        times.append(1000 * (time.perf_counter() - began))
+    return {"ms": round(statistics.median(times), 2), "batch": 1, "on": hardware(torch.device("cpu"))}
+
+
+def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, drawn: bool) -> str:
+    name, size = place.name, config["pretrained_cfg"]["input_size"]
+    registered = place.parent in [home.resolve() for home in weights.homes()]
+    title, hub_data, reason = DATA.get(measured.get("dataset") or "", (None, None, None))
+    judged = f"{measured['n_val']:,} {measured['split']} images of {title or 'its own data set'}"
+    facts = {"model": name if registered else f"hf-hub:{repo}", "size": ", ".join(map(str, size))}
+    snippets = {"top": min(5, config["num_classes"]), **facts}
+    body = _BODY.format(
+        **{"name": name, "judged": judged, "classes": config["num_classes"], "model": facts["model"]},
+        description=_description(config),
+        trained=f"Trained on {title or 'images of its publisher'}.",
+        accuracy=_accuracy(measured, judged),
+        size=" x ".join(map(str, size[1:])),
+        graphs=_graphs(config),
+        recipe=_recipe(measured),
+        table=_table(name, measured),
+        latency=_speed(measured),
+        picture="\n![singular values of its graphs against the bounds](spectrum.png)\n" if drawn else "\n",
+        classify=_CLASSIFY.format(**snippets),
+        features=_FEATURES.format(**snippets),
+        finetune=_FINETUNE.format(**snippets),
+        verified=_verified(registered, repo),
+        licence=f"{title} {reason}." if title else "Weights: as the publisher of the training images allows.",
+    )
+    card = ModelCard(f"---\n{_head(measured, name, repo, title, hub_data).to_yaml()}\n---\n\n{body}")
+    return str(card)
+
+
+def _head(measured: dict[str, Any], name: str, repo: str, title: str | None, hub_data: str | None) -> ModelCardData:
+    result: dict[str, Any] = {"task_type": "image-classification", "metric_type": "accuracy"}
+    result |= {"dataset_name": title or "own images", "dataset_type": hub_data or "images"}
+    result |= {"dataset_split": measured["split"]}
+    figures = [("top-1", measured["top1"]), ("top-5", measured.get("top5"))]
+    rows = [EvalResult(**result, metric_name=k, metric_value=round(v, 4)) for k, v in figures if v is not None]
+    kept: dict[str, Any] = {"datasets": [hub_data]} if hub_data else {}
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=LICENSE,
+        license_name="as-the-training-images-allow",
+        license_link=f"https://huggingface.co/{repo}/blob/main/README.md#licence",
+        tags=["timm", "image-classification", "xzoo", "sparse", "expander-graph"],
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=rows,
+        **kept,
+    )
+
+
+def _description(config: dict[str, Any]) -> str:
+    docstring = timm.models.model_entrypoint(config["architecture"]).__doc__ or config["architecture"]
+    first = " ".join(docstring.strip().split("\n\n")[0].split())
+    base = config.get("model_args", {}).get("base")
+    return f"{first} Here `base` is {base}." if base else first
+
+
+def _accuracy(measured: dict[str, Any], judged: str) -> str:
+    top5 = f", top-5 {measured['top5']:.2f} %" if measured.get("top5") is not None else ""
+    runs = "one run" if measured["seeds"] == 1 else f"the mean of {measured['seeds']} runs"
+    return f"top-1 {measured['top1']:.2f} %{top5} of {judged}; {runs}, the last epoch, whatever the others had"
+
+
+def _graphs(config: dict[str, Any]) -> str:
+    block = config.get("xzoo", {})
+    if "graph" not in block:
+        return "none; it is dense"
+    compression = block.get("compression")
+    how = "degrees of each layer in config.json" if isinstance(compression, dict) else f"compression {compression}"
+    shares = f"share {block.get('share')}, {block.get('spatial_share')} for larger kernels"
+    print_ = block.get("fingerprint", "")[:16]
+    return f"{block['graph']}, {how}, {shares}, seed {block.get('seed')}; fingerprint {print_}"
+
+
+def _recipe(measured: dict[str, Any]) -> str:
+    named = f"{measured['recipe']} ({measured['recipe_sha']})" if measured.get("recipe") else "recipe.yaml"
+    parts = [named]
+    for key, text in (("epoch_reported", "{} epochs"), ("seed", "seed {}"), ("device", "on {}"), ("commit", "xzoo {}")):
+        if measured.get(key) is not None:
+            parts.append(text.format(measured[key]))
+    return ", ".join(parts)
+
+
+def _table(name: str, measured: dict[str, Any]) -> str:
+    def millions(count: int) -> str:
+        return f"{count / 1e6:,.2f} M"
+
+    file = f"{measured['bytes'] / 1e6:.2f} MB"
+    lines = [f"| {name} | {millions(measured['weights'])} | {millions(measured['macs'])} | {file} |"]
+    if dense := measured.get("dense"):
+        size = f"{4 * dense['params'] / 1e6:.2f} MB"
+        lines.append(f"| its dense twin | {millions(dense['weights'])} | {millions(dense['macs'])} | {size} |")
+    return "\n".join(lines)
+
+
+def _speed(measured: dict[str, Any]) -> str:
+    found = measured.get("latency")
+    if not found:
+        return ""
+    return f"One image takes {found['ms']} ms ({found['on']}).\n"
+
+
+def _verified(registered: bool, repo: str) -> str:
+    pin = f"`timm.create_model('hf-hub:{repo}@COMMIT', pretrained=True)`"
+    if registered:
+        return f"By this name every file is verified before it is used; by {pin} nothing is, so name the commit."
+    return f"This route verifies nothing: name the commit ({pin}), and trust the publisher."

@@ -1,0 +1,386 @@
+"""Trained weights by tag: where they are, and never a byte of them that is not the one meant.
+
+weights.json has a row for each tag, such as "x_vgg16_2.cifar10_q75": the Hub's repository and commit, and size and
+sha256 of config.json and model.safetensors; `xzoo publish` writes it. `fetch` takes the first place that has them:
+
+    embedded    hub_cards/ in the wheel, or beside the package in a checkout
+    cache       XZOO_HOME/hub, or cache_dir
+    Hub         HF_ENDPOINT, with HF_TOKEN if there is one; never under HF_HUB_OFFLINE=1
+
+The Hub's client checks sizes alone, and nothing in its cache; so every file is hashed at every load, and what was
+hashed is what is parsed. Only safetensors are: no pickle can get in. Not here: building models (models/).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import graphs
+from .errors import ModelError, XzooError
+from .home import home
+
+_logger = logging.getLogger(__name__)
+
+TABLE = Path(__file__).with_name("weights.json")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LIMIT = 1800.0  # seconds for a download, all in all
+ANSWER = 3.0  # seconds for the Hub to say what it has
+
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"x_\w+\.[\w-]+")
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What a file has to be; of a commit that nobody pinned the digest is the Hub's own, perhaps git's sha1."""
+
+    digest: str
+    size: int
+
+    def fits(self, data: bytes) -> bool:
+        return len(data) == self.size and self.digest in (_sha256(data), git_sha1(data))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of weights.json. Without repo and commit the weights are only embedded."""
+
+    name: str
+    files: Mapping[str, Pin]
+    cfg: Mapping[str, Any]  # timm's pretrained_cfg, without names of classes
+    repo: str | None = None
+    commit: str | None = None
+    version: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition(".")[2]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Verified weights: what config.json says, the tensors, and where they were taken from."""
+
+    entry: Entry
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    path: Path
+    source: str
+
+
+def entries() -> dict[str, Entry]:
+    """The table, in its order: an architecture's first tag is its default. Raises: XzooError if it is broken."""
+    try:
+        table = json.loads(TABLE.read_text(encoding="utf-8"))
+        return {name: _entry(name, row) for name, row in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise XzooError(f"{TABLE} cannot be read: {error}; install xzoo again") from error
+
+
+def _entry(name: str, row: Mapping[str, Any]) -> Entry:
+    # These become paths and addresses.
+    for what, value, allowed in (("name", name, _NAME), ("repo", row.get("repo"), _REPO)):
+        if value is not None and not allowed.fullmatch(value):
+            raise ValueError(f"{what} {value!r}")
+    if row.get("commit") is not None and not _COMMIT.fullmatch(row["commit"]):
+        raise ValueError(f"commit {row['commit']!r} is not 40 hexadecimal digits")
+    files = {file: Pin(row["files"][file]["sha256"], row["files"][file]["size"]) for file in (CONFIG, WEIGHTS)}
+    return Entry(name, files, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
+
+
+def write(name: str, row: Mapping[str, Any]) -> None:
+    """Put a row into weights.json, whole or not at all; rows are sorted by name."""
+    _entry(name, row)
+    table = json.loads(TABLE.read_text(encoding="utf-8")) | {name: dict(row)}
+    draft = TABLE.with_name(f".{TABLE.name}.{os.getpid()}.part")
+    try:
+        draft.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, TABLE)
+    except OSError as error:
+        raise XzooError(f"cannot write {TABLE}: {error.strerror}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def row(folder: Path, repo: str | None = None, commit: str | None = None, version: str | None = None) -> dict[str, Any]:
+    """What weights.json says of a model folder."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    cfg = {key: value for key, value in config["pretrained_cfg"].items() if not key.startswith("label_")}
+    sizes = {}
+    for name in (CONFIG, WEIGHTS):
+        data = (folder / name).read_bytes()
+        sizes[name] = {"sha256": _sha256(data), "size": len(data)}
+    return {"repo": repo, "commit": commit, "version": version, "files": sizes, "cfg": cfg}
+
+
+def find(name: str) -> Entry | None:
+    """The row of "arch.tag", or of an architecture's default; None where there is none."""
+    table = entries()
+    if "." in name:
+        return table.get(name)
+    return next((entry for entry in table.values() if entry.architecture == name), None)
+
+
+def homes() -> tuple[Path, Path]:
+    """Where embedded folders may be: in the wheel, and beside the package in a checkout."""
+    package = Path(__file__).parent
+    return package / "hub_cards", package.parent / "hub_cards"
+
+
+def embedded(name: str) -> Path | None:
+    """The folder of weights that came with this installation; None for those of the Hub."""
+    folders = (place / name for place in homes())
+    return next((folder for folder in folders if (folder / WEIGHTS).is_file()), None)
+
+
+def timm_rows() -> dict[str, dict[str, Any]]:
+    """The table as timm's rows of default_cfgs, so that its own create_model finds the pinned commit."""
+    rows = {}
+    for name, entry in entries().items():
+        there = embedded(name)
+        source = {"file": str(there / WEIGHTS)} if there else {}
+        if entry.repo:
+            # Named, or timm would take a pickle where the Hub does not answer.
+            source |= {"hf_hub_id": f"{entry.repo}@{entry.commit}", "hf_hub_filename": WEIGHTS}
+        rows[name] = {**entry.cfg, **source}
+    return rows
+
+
+def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | None = None) -> Found:
+    """Find, verify and read the weights of a row.
+
+    Args:
+        revision: another commit of its repository. Nobody has pinned that one: it is held against what the Hub says.
+        cache_dir: of the Hub's client, in place of XZOO_HOME/hub.
+    Raises: ModelError that says what is wrong and what to do. Nothing that was not verified is returned.
+    """
+    if revision is not None and not _COMMIT.fullmatch(revision):
+        raise ModelError(f"revision={revision!r}: give a commit, 40 hexadecimal digits; branches and tags move")
+    other = revision is not None and revision != entry.commit
+    folder = None if other else embedded(entry.name)
+    if folder is not None:
+        files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS) if (folder / name).is_file()}
+        if all(name in files and pin.fits(files[name]) for name, pin in entry.files.items()):
+            return _parsed(entry, files, folder / WEIGHTS, "embedded")
+        if entry.repo is None:
+            raise ModelError(f"{folder} is damaged: its files are not those of {entry.name}; install xzoo again")
+        _logger.warning("%s is damaged: its files are not those of %s; taking them from the Hub", folder, entry.name)
+    if entry.repo is None or entry.commit is None:
+        raise ModelError(f"the weights of {entry.name} did not come with this installation, and are not on the Hub")
+    hub = Hub(entry.repo, revision or entry.commit, Path(cache_dir or home() / "hub"))
+    files, sources = {}, set()
+    for name in (CONFIG, WEIGHTS):
+        pin = hub.stated(name) if other else entry.files[name]
+        files[name], path, source = hub.file(name, pin)
+        sources.add(source)
+    return _parsed(entry, files, path, "Hub" if "Hub" in sources else "cache")
+
+
+def _parsed(entry: Entry, files: Mapping[str, bytes], path: Path, source: str) -> Found:
+    try:
+        config = json.loads(files[CONFIG])
+        state = safetensors.torch.load(files[WEIGHTS])
+        if config["architecture"] != entry.architecture:
+            raise ModelError(f"{path}: these are weights of {config['architecture']}, not of {entry.architecture}")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, XzooError):
+            raise
+        raise ModelError(f"{path} is no model that can be read: {type(error).__name__}: {error}") from error
+    check_fingerprint(config, state, str(path))
+    _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(files[WEIGHTS]))
+    return Found(entry, config, state, path, source)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of all graphs of a model, by name, whatever integers they are stored in; "" without any."""
+    drawn = {key: value for key, value in state.items() if key.rpartition(".")[2] == "neighbours"}
+    prints = [f"{key} {graphs.fingerprint(drawn[key].to(torch.int32).numpy(force=True))}\n" for key in sorted(drawn)]
+    return _sha256("".join(prints).encode()) if prints else ""
+
+
+def check_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise ModelError where the graphs are others than those that config.json was written for."""
+    wanted = (config.get("xzoo") or {}).get("fingerprint")
+    if wanted is not None and wanted != fingerprint(state):
+        raise ModelError(f"{what}: its graphs are not those that {CONFIG} was written for (fingerprint {wanted[:12]})")
+
+
+# ---- the Hub
+
+
+class _TooSlowError(Exception):
+    """Raised where the client reports progress, which ends its download."""
+
+
+class Hub:
+    """One commit of a repository, through the Hub's own client and a cache of its form."""
+
+    def __init__(self, repo: str, commit: str, cache: Path) -> None:
+        from huggingface_hub import constants
+
+        self.repo, self.commit, self.cache = repo, commit, cache
+        self.endpoint, self.offline = constants.ENDPOINT, constants.HF_HUB_OFFLINE
+
+    def stated(self, name: str) -> Pin:
+        """What the Hub says of a file, asked quickly: its client would try an endpoint that is dead for 23 seconds."""
+        from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+
+        if self.offline:
+            raise ModelError(f"{self.repo} at {self.commit} is asked of the Hub, and HF_HUB_OFFLINE is set")
+        url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
+        try:
+            found = get_hf_file_metadata(url, timeout=ANSWER, token=get_token())
+        except Exception as error:
+            raise self._error(name, error) from error
+        # The client makes paths of the ETag, and takes any.
+        if found.commit_hash != self.commit or not found.etag or found.size is None:
+            raise ModelError(f"{self.endpoint} says nothing of use about {self.repo}/{name} at {self.commit}")
+        if not (_SHA256.fullmatch(found.etag) or _COMMIT.fullmatch(found.etag)):
+            raise ModelError(f"{self.endpoint} gives {self.repo}/{name} an ETag that is no hash; nothing was taken")
+        return Pin(found.etag, found.size)
+
+    def file(self, name: str, pin: Pin) -> tuple[bytes, Path, str]:
+        """Verified bytes, their place, and whether they came from the "cache" or the "Hub"."""
+        cached = self._cached(name)
+        if cached is not None:
+            data = cached.read_bytes()
+            if pin.fits(data):
+                return data, cached, "cache"
+            _logger.warning("%s is damaged, and is fetched again", cached)
+        if self.offline:
+            state = f"damaged in {self.cache}" if cached else f"not in {self.cache}"
+            raise ModelError(f"{self.repo}/{name} is {state}, and HF_HUB_OFFLINE is set; unset it once to fetch it")
+        stated = self.stated(name)
+        if stated.size != pin.size or (len(stated.digest) == 64 == len(pin.digest) and stated.digest != pin.digest):
+            raise ModelError(
+                f"{self.endpoint} has another {name} in {self.repo} at {self.commit[:12]} than this xzoo was made "
+                f"for ({stated.size} bytes, {pin.size} expected); nothing was taken"
+            )
+        deadline = time.monotonic() + LIMIT
+        for last in (False, True):
+            try:
+                path = self._download(name, cached is not None or last, deadline)
+            except Exception as error:
+                if last or not _passes(error):
+                    raise self._error(name, error) from error
+                _logger.warning("%s/%s: %s; once more", self.repo, name, _first_line(error))
+                continue
+            data = path.read_bytes()
+            if pin.fits(data):
+                return data, path, "Hub"
+            # Out of the cache with it, or the next one takes it for what it should be.
+            for place in (path.resolve(), path):
+                place.unlink(missing_ok=True)
+            _logger.warning("%s/%s came damaged", self.repo, name)
+        raise ModelError(
+            f"{self.repo}/{name} came damaged twice from {self.endpoint}; nothing was kept, try again later"
+        )
+
+    def _cached(self, name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+
+        with suppress(OSError, ValueError):  # not there
+            found = hf_hub_download(self.repo, name, revision=self.commit, cache_dir=self.cache, local_files_only=True)
+            return Path(found)
+        return None
+
+    def _download(self, name: str, force: bool, deadline: float) -> Path:
+        """Through the client, in a thread: what stalls between two reports of progress cannot be ended otherwise."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import tqdm
+
+        left = threading.Event()
+
+        class Bar(tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                if left.is_set() or time.monotonic() > deadline:
+                    raise _TooSlowError
+                return super().update(n)
+
+        ended: dict[str, Any] = {}
+
+        def work() -> None:
+            where: dict[str, Any] = {"revision": self.commit, "cache_dir": self.cache, "endpoint": self.endpoint}
+            try:
+                ended["path"] = hf_hub_download(self.repo, name, force_download=force, tqdm_class=Bar, **where)
+            except BaseException as error:
+                ended["error"] = error
+
+        thread = threading.Thread(target=work, daemon=True)
+        try:
+            thread.start()
+            thread.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            left.set()
+        if "error" in ended:
+            raise ended["error"]
+        if "path" not in ended:
+            raise _TooSlowError
+        return Path(ended["path"])
+
+    def _error(self, name: str, error: Exception) -> ModelError:
+        from huggingface_hub import errors
+
+        if isinstance(error, XzooError):
+            return ModelError(str(error))
+        what, status = f"{self.repo}/{name}", getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, _TooSlowError):
+            text = f"{what} did not come within {LIMIT:.0f} seconds; try again"
+        elif isinstance(error, errors.GatedRepoError):
+            terms = f"accept its terms at {self.endpoint}/{self.repo}"
+            text = f"{self.repo} is gated: {terms}, then set HF_TOKEN or run `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "or it is private: then set HF_TOKEN or run `hf auth login`"
+            text = f"{self.endpoint} has no repository {self.repo}, {reason}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            text = f"{self.repo} has no commit {self.commit}"
+        elif isinstance(error, errors.RemoteEntryNotFoundError):
+            text = f"{self.repo} has no {name} at {self.commit}"
+        elif status in (401, 403):
+            text = f"{self.endpoint} refused the token for {what}; set another HF_TOKEN, or none"
+        elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            text = f"cannot write {what} to {self.cache}: {error.strerror}"
+        else:
+            text = f"cannot get {what} from {self.endpoint}, and it is not in {self.cache}: {_first_line(error)}"
+        return ModelError(text)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may do better: a server in trouble, a broken connection."""
+    from huggingface_hub.utils import httpx
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    truncated = isinstance(error, OSError) and "Consistency check" in str(error)
+    return truncated or isinstance(error, httpx.TransportError) or (status is not None and status >= 500)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
