@@ -23,12 +23,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
-from . import dense, gather
+from . import dense, gather, native
 from .auto import choose
 
 __all__ = ["available", "backend", "conv2d", "linear"]
 
-_BACKENDS: dict[str, ModuleType] = {"dense": dense, "gather": gather}
+_BACKENDS: dict[str, ModuleType] = {"dense": dense, "gather": gather, "native": native}
 
 # A plain module variable: torch.compile guards on it, and the backward pass, which may run in another
 # thread, is told what the forward pass used.
@@ -54,8 +54,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def available() -> tuple[str, ...]:
-    """The backends that can run on this machine."""
-    return tuple(_BACKENDS)
+    """The backends that can run on this machine; `native` only what xzoo.ops.native.supports."""
+    return tuple(name for name in _BACKENDS if name != "native" or native.possible())
 
 
 def conv2d(
@@ -181,7 +181,9 @@ def _register(operation: str, part: str) -> None:
         *tensors, backend = args
         x, weight, neighbours = tensors[:3] if not part else tensors[1:4]
         if backend == "auto":
-            backend = choose(operation, x, weight, neighbours)
+            backend = choose(name, x, weight, neighbours, *tensors[4:])
+        elif backend == "native":
+            _native(operation, x, weight, *tensors[4:])
         y = getattr(_known(backend), name)(*tensors)
         return y.contiguous(memory_format=_format(weight if part == "_weight_grad" else x))
 
@@ -225,6 +227,14 @@ def _known(name: str) -> ModuleType:
     if name not in _BACKENDS:
         raise XzooError(f"backend {name!r} is not one of auto, {', '.join(_BACKENDS)}")
     return _BACKENDS[name]
+
+
+def _native(operation: str, x: Tensor, weight: Tensor, *geometry: list[int]) -> None:
+    if not native.supports(operation, x, weight, *geometry):
+        sizes = f"{operation} of {x.dtype} on {x.device.type} with weight {list(weight.shape)}, geometry {geometry}"
+        raise XzooError(f"backend 'native' has no kernel for {sizes}; use 'auto', which takes another backend here")
+    if not native.available():
+        raise XzooError("backend 'native' is not available here (no compiler, or compiling failed); use 'auto'")
 
 
 def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -1,0 +1,410 @@
+"""Our CPU kernels: against torch in float64, over threads, processes and machines without what they need.
+
+`python tests/test_native.py` renews golden/native.csv, the times that the rule of `auto` is held against: some 10
+minutes on one thread. With the argument avx2, and ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 for torch, it
+renews the rows of machines that have vectors of 8 floats.
+"""
+
+import csv
+import itertools
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xzoo import graphs, ops
+from xzoo.errors import XzooError
+from xzoo.ops import native
+from xzoo.ops.auto import choose, library
+
+NAMES = ("y", "dx", "dw", "db")
+GOLDEN = Path(__file__).parent / "golden" / "native.csv"
+# Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
+LEVELS = ["best", *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64"))]
+
+pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def built(request):
+    if request.param == "best":
+        assert native.available()
+        return native._loaded[0]
+    best = " ".join(native._flags())
+    if "x86-64" not in best:
+        pytest.skip(f"this CPU is not {request.param}")
+    return native.build(re.sub(r"-march=\S+", f"-march={request.param}", best).split())
+
+
+@pytest.fixture
+def kernels(built, monkeypatch):
+    monkeypatch.setattr(native, "_loaded", [built])
+    torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
+    yield built
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+
+
+@st.composite
+def cases(draw):
+    """(x, weight, neighbours, bias, grad, geometry), positive, so that no sum cancels; float32 values in float64."""
+    share, blocks = draw(st.sampled_from([1, 2, 3, 4, 5, 8])), draw(st.integers(1, 9))
+    n_in = draw(st.sampled_from([1, 3, 7, 16, 33, 65]))
+    degree, kernel = draw(st.integers(1, n_in)), draw(st.sampled_from([0, 1, 3, 3]))
+    batch = draw(st.sampled_from([0, 1, 2, 4, 5, 8, 9, 16, 17, 33]))
+    sizes = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15, 17, 21, 33])
+    stride = draw(st.sampled_from([1, 2]))
+    geometry = ((stride,) * 2, (kernel // 2,) * 2, (1, 1)) if kernel else ()
+    pixels = [draw(sizes), draw(sizes)] if kernel else []
+    random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def positive(*shape):
+        return (torch.rand(*shape, generator=random) + 0.5).double()
+
+    rows = torch.stack([torch.randperm(n_in, generator=random)[:degree] for _ in range(blocks)])
+    last = torch.channels_last if kernel and draw(st.booleans()) else torch.contiguous_format
+    return (
+        positive(batch, n_in, *pixels).to(memory_format=last),
+        positive(blocks * share, degree, *([kernel] * 2 if kernel else [])),
+        rows.to(draw(st.sampled_from([torch.int32, torch.int64]))),
+        positive(blocks * share) if draw(st.booleans()) else None,
+        positive(batch, blocks * share, *((s - 1) // stride + 1 for s in pixels)).to(
+            memory_format=draw(st.sampled_from([last, torch.contiguous_format]))
+        ),
+        geometry,
+    )
+
+
+def results(case, backend, dtype):
+    """(y, dx, dw, db) by a backend, or by torch's own operation on the dense weight (None)."""
+    x, weight, rows, bias, grad, geometry = case
+    x, weight = (t.to(dtype).detach().clone().requires_grad_() for t in (x, weight))
+    bias = None if bias is None else bias.to(dtype).requires_grad_()
+    if backend is None:
+        dense = ops.dense.scatter(weight, rows, x.shape[1])
+        y = F.conv2d(x, dense, bias, *geometry) if geometry else F.linear(x, dense, bias)
+    else:
+        with ops.backend(backend):
+            y = ops.conv2d(x, weight, rows, bias, *geometry) if geometry else ops.linear(x, weight, rows, bias)
+    y.backward(grad.to(dtype))
+    return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(case=cases(), threads=st.sampled_from([1, 2, 3]))
+def check(case, threads):
+    torch.set_num_threads(threads)
+    for name, got, want in zip(
+        NAMES, results(case, "native", torch.float32), results(case, None, torch.float64), strict=True
+    ):
+        if want is not None:
+            assert got.shape == want.shape
+            error, allowed = (got - want).norm(), 1e-5 * want.norm()
+            assert error <= allowed, f"{name} off by {error:.1e}, allowed {allowed:.1e}"
+
+
+def test_kernels_equal_torch_in_float64(kernels):
+    assert native.lanes() in (4, 8, 16)
+    check()
+
+
+def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20, stride=1):
+    rows = torch.from_numpy(graphs.sample("random", n_in, n_out, degree, share, seed=0))
+    taps, pixels = ([kernel] * 2, [size] * 2) if kernel else ([], [])
+    y = [(size - 1) // stride + 1] * 2 if kernel else []
+    shapes = [batch, n_in, *pixels], [n_out, degree, *taps], [n_out], [batch, n_out, *y]
+    x, weight, bias, grad = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in shapes)
+    return x, weight, rows, bias, grad, ((stride,) * 2, (kernel // 2,) * 2, (1, 1)) if kernel else ()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}], ids=str
+)
+def test_bits_do_not_depend_on_the_number_of_threads(kernels, options):
+    case, found = random_case(**options), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append(results(case, "native", torch.float32)[:3])
+    assert all(torch.equal(a, b) for run in found[1:] for a, b in zip(run, found[0], strict=True))
+
+
+@pytest.mark.parametrize("batch", [2, 20])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kernel", [3, 1, 0])
+def test_nan_and_infinity_reach_exactly_the_connected_outputs(kernels, kernel, value, batch):
+    x, weight, rows, _, _, geometry = random_case(kernel, batch=batch)
+    weight = weight.abs() + 1
+    x[1, 4] = value
+    with ops.backend("native"):
+        y = ops.conv2d(x, weight, rows, None, *geometry) if kernel else ops.linear(x, weight, rows)
+    reads = (rows == 4).any(1)
+    assert 0 < reads.sum() < len(reads)
+    finite = y.flatten(2).isfinite() if kernel else y.isfinite()[:, :, None]
+    assert torch.equal(finite[1].all(1), ~reads)
+    assert torch.equal(finite[1].any(1), ~reads)
+    assert finite[0].all() and finite[2:].all()
+
+
+def test_strided_tensors_are_read_as_they_are(kernels):
+    x, weight, rows, bias, grad, geometry = random_case()
+    strided = [torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (x, weight, bias, grad)]
+    case = (*strided[:2], rows.t().contiguous().t(), *strided[2:], geometry)
+    for got, want in zip(
+        results(case, "native", torch.float32),
+        results((x, weight, rows, bias, grad, geometry), "native", torch.float32),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_output_keeps_the_memory_format(kernels):
+    for kernel, batch in itertools.product((3, 1), (2, 20)):
+        x, weight, rows, bias, _, geometry = random_case(kernel, batch=batch)
+        with ops.backend("native"):
+            for form in (torch.contiguous_format, torch.channels_last):
+                assert ops.conv2d(x.to(memory_format=form), weight, rows, bias, *geometry).is_contiguous(
+                    memory_format=form
+                )
+
+
+def test_neighbour_out_of_range_is_refused(kernels):
+    x, weight, rows, bias, _, geometry = random_case()
+    for bad in (-1, x.shape[1]):
+        wrong = rows.clone()
+        wrong[3, 2] = bad
+        with ops.backend("native"), pytest.raises(IndexError, match="neighbours must be from 0 to 23"):
+            ops.conv2d(x, weight, wrong, bias, *geometry)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "geometry"),
+    [
+        ({}, torch.float64, None),
+        ({}, torch.float32, ((1, 1), (0, 0), (1, 1))),
+        ({}, torch.float32, ((2, 1), (1, 1), (1, 1))),
+        ({}, torch.float32, ((1, 1), (1, 1), (2, 2))),
+        ({"kernel": 5}, torch.float32, None),
+        ({"kernel": 1}, torch.float32, ((1, 1), (1, 1), (1, 1))),
+    ],
+)
+def test_what_has_no_kernel_is_refused_by_name_and_done_by_auto(options, dtype, geometry):
+    x, weight, rows, bias, _, own = random_case(**options)
+    args = [t.to(dtype) if t.is_floating_point() else t for t in (x, weight, rows, bias)]
+    with ops.backend("native"), pytest.raises(XzooError, match="backend 'native' has no kernel for conv2d of"):
+        ops.conv2d(*args, *(geometry or own))
+    dense = ops.dense.scatter(args[1], rows, x.shape[1])
+    torch.testing.assert_close(
+        ops.conv2d(*args, *(geometry or own)), F.conv2d(args[0], dense, args[3], *(geometry or own))
+    )
+
+
+def test_two_threads_may_call_at_once(kernels):
+    torch.set_num_threads(2)
+    made = [random_case(size=s, batch=b, stride=t) for s, b, t in ((14, 20, 1), (9, 3, 1), (8, 33, 2), (5, 16, 1))]
+    want = [results(case, "native", torch.float32) for case in made]
+    wrong = []
+
+    def work(case, expected):
+        for _ in range(20):
+            got = results(case, "native", torch.float32)
+            wrong.extend(1 for a, b in zip(got[:3], expected[:3], strict=True) if not torch.equal(a, b))
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(made, want, strict=True)]
+    with ops.backend("native"):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not wrong
+
+
+# ---- building, each in a process of its own
+
+CALL = """
+import logging, sys, torch
+from xzoo import ops
+from xzoo.ops import native
+logging.basicConfig(format="%(message)s")
+x, weight = torch.ones(2, 4), torch.ones(3, 2)
+rows = torch.tensor([[0, 1], [1, 2], [2, 3]])
+"""
+
+
+def process(code, home, **environment):
+    environment = {**os.environ, "XZOO_HOME": str(home), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", CALL + code], env=environment, **pipes)
+
+
+def said(run):
+    out, err = run.communicate(timeout=300)
+    return out.strip(), err.strip(), run.returncode
+
+
+NATIVE = "\nwith ops.backend('native'): print(ops.linear(x, weight, rows).sum().item())"
+AUTO = "\nfor _ in range(2): print(native.available(), ops.linear(x, weight, rows).sum().item())"
+
+
+def test_import_compiles_nothing(tmp_path):
+    assert said(process("print(native._loaded)", tmp_path / "home")) == ("[]", "", 0)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_broken_compiler_is_said_once_and_the_library_used(tmp_path):
+    out, err, code = said(process(AUTO, tmp_path, CXX="/bin/false"))
+    assert (out, code) == ("False 12.0\nFalse 12.0", 0)
+    assert len(err.splitlines()) == 1
+    assert err.startswith("xzoo's own CPU kernels are not available, torch's are used: /bin/false failed with code 1")
+    out, err, code = said(process(NATIVE, tmp_path, CXX="/nowhere/g++"))
+    assert code == 1 and "backend 'native' is not available here" in err
+    assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("")  # for root, every folder can be written
+    for home in (tmp_path / "file", "/proc/none"):
+        assert said(process(NATIVE, home)) == ("12.0", "", 0)
+
+
+@pytest.mark.slow
+def test_eight_processes_compile_once(tmp_path):
+    counter = tmp_path / "c++"
+    counter.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo x >> {tmp_path}/count\nexec c++ "$@"\n')
+    counter.chmod(0o755)
+    runs = [process(NATIVE, tmp_path / "home", CXX=str(counter)) for _ in range(8)]
+    assert {said(run) for run in runs} == {("12.0", "", 0)}
+    assert (tmp_path / "count").read_text() == "x\n"
+    assert sorted(path.suffix for path in (tmp_path / "home" / "native").iterdir()) == [".lock", ".so"]
+
+
+@pytest.mark.slow
+def test_a_killed_build_is_made_again(tmp_path):
+    run = process(NATIVE, tmp_path)
+    folder = tmp_path / "native"
+    while not list(folder.glob("*.tmp")):
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert list(folder.glob("*.tmp"))
+    assert said(process(NATIVE, tmp_path)) == ("12.0", "", 0)
+    (built,) = folder.glob("*.so")
+    built.write_bytes(b"half of it")
+    assert said(process(NATIVE, tmp_path)) == ("12.0", "", 0)
+
+
+def test_a_forked_process_computes_alone(tmp_path):
+    code = """
+import os
+torch.set_num_threads(2)
+x, w, r = torch.ones(64, 8, 9, 9), torch.ones(8, 2, 3, 3), torch.tensor([[0, 1]] * 8)
+def run():
+    with ops.backend("native"):
+        return ops.conv2d(x, w, r, None, (1, 1), (1, 1)).numpy().tobytes()  # torch's own operations hang in the child
+want = run()
+child = os.fork()
+if not child:
+    os._exit(0 if run() == want else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
+"""
+    assert said(process(code, os.environ.get("XZOO_HOME", tmp_path))) == ("0 True", "", 0)
+
+
+# ---- the choice
+
+
+def test_auto_takes_native_only_where_it_was_measured_faster():
+    with GOLDEN.open() as file:
+        rows = list(csv.DictReader(file))
+    taken = {part: [] for part in PARTS}
+    for row in rows:
+        x, weight, neighbours, geometry = layer(row)
+        for part, suffix in PARTS.items():
+            name = ("conv2d" if geometry else "linear") + suffix
+            if choose(name, x, weight, neighbours, *geometry) == "native":
+                taken[part].append((float(row[part]), row))
+    for part, found in taken.items():
+        assert len(found) > len(rows) / 3, part
+        slower = [pair for pair in found if pair[0] < 1.1]
+        assert not slower, (part, len(slower), min(slower, key=lambda pair: pair[0]))
+
+
+# The table of `auto`: how many times slower what it took before (dense or gather) is than `native`, in the same
+# layout, for the operation and for each of its gradients. Kernel 0 is a linear layer.
+
+COLUMNS = (
+    *("lanes", "kernel", "n_in", "n_out", "size", "stride", "degree", "share", "batch", "last"),
+    *("forward", "input_grad", "weight_grad"),
+)
+SHAPES = [
+    *((3, 64, 64, 32, 1), (3, 256, 256, 8, 1), (3, 512, 512, 4, 1), (3, 512, 512, 2, 1), (3, 256, 256, 14, 1)),
+    *((3, 512, 512, 7, 1), (3, 128, 256, 16, 2), (1, 64, 256, 28, 1), (1, 256, 64, 28, 1), (1, 512, 512, 7, 1)),
+    *((1, 1024, 256, 14, 1), (1, 128, 128, 4, 1), (1, 256, 512, 14, 2), (0, 512, 512, 1, 1), (0, 2048, 1000, 1, 1)),
+]
+PARTS = {"forward": "", "input_grad": "_input_grad", "weight_grad": "_weight_grad"}
+
+
+def layer(row):
+    """(x, weight, neighbours, geometry) of a row, as shapes of tensors."""
+    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in COLUMNS[1:10])
+    taps, pixels = ([kernel, kernel], [size, size]) if kernel else ([], [])
+    x = torch.empty([batch, n_in, *pixels])
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1]) if kernel else ()
+    weight = torch.empty([n_out, degree, *taps])
+    return x, weight, torch.empty([n_out // share, degree], dtype=torch.int32), geometry
+
+
+def ratios(row):
+    x, weight, rows, geometry = layer(row)
+    rows = torch.from_numpy(graphs.sample("random", x.shape[1], len(weight), rows.shape[1], int(row["share"]), seed=0))
+    x, weight = torch.randn_like(x), torch.randn_like(weight)
+    operation = "conv2d" if geometry else "linear"
+    before = library(operation, x, weight, rows)
+    grad = torch.randn_like(getattr(torch.ops.xzoo, operation)(x, weight, rows, None, *geometry, before))
+    for part in PARTS.values():
+        call, times = getattr(torch.ops.xzoo, operation + part), {before: [], "native": []}
+        args = (grad, x, weight, rows) if part else (x, weight, rows, None)
+        end = time.perf_counter() + 0.03
+        while len(times["native"]) < 3 or time.perf_counter() < end:
+            for backend, seconds in times.items():
+                start = time.thread_time()
+                call(*args, *geometry, backend)
+                seconds.append(time.thread_time() - start)
+        slow, fast = (statistics.median(seconds[1:]) for seconds in times.values())  # the first one warms up
+        yield round(slow / fast, 2)
+
+
+def measure():
+    for shape, part, share, batch, last in itertools.product(SHAPES, (2, 4, 16), (1, 4), (1, 16, 64), (0, 1)):
+        kernel, n_in, *_ = shape
+        if not (last and kernel == 0):
+            sizes = (native.lanes(), *shape, n_in // part, share, batch, last)
+            yield *sizes, *ratios(dict(zip(COLUMNS, sizes, strict=False)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:] == ["avx2"]:
+        native._loaded.append(native.build([flag.replace("-v4", "-v3") for flag in native._flags()]))
+    assert native.available()
+    kept = []
+    if GOLDEN.exists():
+        with GOLDEN.open() as file:
+            kept = [row for row in csv.reader(file) if row[0] not in (str(native.lanes()), "lanes")]
+    new = [[str(value) for value in row] for row in measure()]
+    with GOLDEN.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted([*kept, *new], key=lambda r: -int(r[0]))])

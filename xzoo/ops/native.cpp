@@ -1,0 +1,1015 @@
+// The kernels of the `native` backend: float32, sums in float32, each mirrored by a function of dense.py.
+//
+// Built by native.py without torch's and without OpenMP's headers; called through the C functions at the end.
+// A layer is weight [O][degree][taps] and neighbours [O / share][degree]; an activation is [N][C][H][W], or
+// [N][H][W][C] where the flag `last` says so; both orders are read and written as they lie.
+//
+//   3x3, many samples    lanes = samples; a tile of pixels of one output stays in registers over its whole degree,
+//                        and each loaded input vector feeds up to nine products
+//   3x3, few samples     lanes = pixels of a row
+//   1x1 and linear       lanes = columns (pixels of all samples), copied to panels that fit in the L2 cache; with
+//                        share 1 also cut into blocks of channels that fit in L1
+//
+// Work is split over threads by samples and outputs, never within a sum: the bits do not depend on the threads.
+//
+// Loops over arrays of accumulators carry UNROLL: GCC 12 otherwise unrolls them too late, keeps the array in memory
+// and stores each product to the stack, at half the speed and without a warning.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <pthread.h>
+#include <sys/mman.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 32")
+#define INLINE static inline __attribute__((always_inline))
+#define KERNEL static __attribute__((noinline))
+
+namespace {
+
+// ---- vectors
+
+#if defined(__AVX512F__)
+constexpr long VL = 16;
+constexpr bool WIDE = true;  // 32 registers
+typedef __m512 V;
+INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+INLINE V all(float a) { return _mm512_set1_ps(a); }
+INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE V load_some(const float* p, long n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+INLINE void store_some(float* p, V v, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+// Past the caches where the address allows: the line is then not read before it is overwritten.
+INLINE void stream(float* p, V v) {
+  if (((uintptr_t)p & 63) == 0) _mm512_stream_ps(p, v);
+  else store(p, v);
+}
+INLINE void transpose(V r[16]) {
+  V t[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int k = 0; k < 2; k++) {
+    __m512d a = _mm512_castps_pd(t[i + k]), b = _mm512_castps_pd(t[i + k + 2]);
+    r[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    r[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  // r[4g + k] now holds column 4L + k of rows 4g to 4g + 3 in its 128-bit lane L.
+  UNROLL for (int k = 0; k < 4; k++) {
+    V a = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xdd);
+    V c = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88), d = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xdd);
+    t[k] = _mm512_shuffle_f32x4(a, c, 0x88);
+    t[8 + k] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    t[4 + k] = _mm512_shuffle_f32x4(b, d, 0x88);
+    t[12 + k] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+  UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+INLINE void fence() { _mm_sfence(); }
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr long VL = 8;
+constexpr bool WIDE = false;
+typedef __m256 V;
+const int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+INLINE __m256i mask(long n) { return _mm256_loadu_si256((const __m256i*)(kMask + 8 - n)); }
+INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+INLINE V all(float a) { return _mm256_set1_ps(a); }
+INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE V load_some(const float* p, long n) { return _mm256_maskload_ps(p, mask(n)); }
+INLINE void store_some(float* p, V v, long n) { _mm256_maskstore_ps(p, mask(n), v); }
+INLINE void stream(float* p, V v) {
+  if (((uintptr_t)p & 31) == 0) _mm256_stream_ps(p, v);
+  else store(p, v);
+}
+INLINE void transpose(V r[8]) {
+  V t[8], s[8];
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) UNROLL for (int k = 0; k < 2; k++) {
+    s[i + 2 * k] = _mm256_shuffle_ps(t[i + k], t[i + k + 2], 0x44);
+    s[i + 2 * k + 1] = _mm256_shuffle_ps(t[i + k], t[i + k + 2], 0xee);
+  }
+  UNROLL for (int k = 0; k < 4; k++) {
+    r[k] = _mm256_permute2f128_ps(s[k], s[4 + k], 0x20);
+    r[4 + k] = _mm256_permute2f128_ps(s[k], s[4 + k], 0x31);
+  }
+}
+INLINE void fence() { _mm_sfence(); }
+#else
+// GCC's and Clang's own vectors, for every other CPU: NEON, SSE2.
+constexpr long VL = 4;
+constexpr bool WIDE = false;
+typedef float V __attribute__((vector_size(16)));
+INLINE V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+INLINE V all(float a) { return V{a, a, a, a}; }
+INLINE V fma(V a, V b, V c) { return a * b + c; }
+INLINE V load_some(const float* p, long n) {
+  V v = all(0);
+  memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+INLINE void store_some(float* p, V v, long n) { memcpy(p, &v, n * sizeof(float)); }
+INLINE void stream(float* p, V v) { store(p, v); }
+INLINE void transpose(V r[4]) {
+  V t[4];
+  for (int i = 0; i < 4; i++) t[i] = V{r[0][i], r[1][i], r[2][i], r[3][i]};
+  for (int i = 0; i < 4; i++) r[i] = t[i];
+}
+INLINE void fence() {}
+#endif
+
+// A value that is used several times, loaded once: GCC otherwise reads it from memory at each use.
+INLINE V held(const float* p) {
+  V v = load(p);
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
+INLINE long parts(long n, long size) { return (n + size - 1) / size; }
+
+// The sums of VL vectors over their lanes, in one vector.
+INLINE V sums(V r[VL]) {
+  transpose(r);
+  if (VL == 16) UNROLL for (int k = 0; k < 8; k++) r[k] = r[k] + r[k + 8 % VL];
+  if (VL >= 8) UNROLL for (int k = 0; k < 4; k++) r[k] = r[k] + r[k + 4 % VL];
+  return (r[0] + r[2]) + (r[1] + r[3]);
+}
+
+// ---- threads: OpenMP's pool in this process, which is torch's, if there is one
+
+void (*start)(void (*)(void*), void*, unsigned, unsigned);
+int (*thread_number)();
+int (*thread_count)();
+int (*inside)();
+volatile int forked;  // a pool does not survive fork(): a child that enters it hangs, in torch's own operations too
+
+template <class F>
+struct Task {
+  F& f;
+  long n;
+  static void run(void* p) {
+    Task& t = *(Task*)p;
+    long i = thread_number(), k = thread_count(), begin = t.n * i / k, end = t.n * (i + 1) / k;
+    if (begin < end) t.f(begin, end);
+    fence();
+  }
+};
+
+// f(begin, end) over pieces of [0, n).
+template <class F>
+void parallel(long n, long threads, F f) {
+  threads = least(threads, n);
+  if (threads > 1 && start && !forked && !inside()) {
+    Task<F> task{f, n};
+    start(Task<F>::run, &task, (unsigned)threads, 0);
+  } else if (n > 0) {
+    f(0, n);
+    fence();
+  }
+}
+
+// ---- memory
+
+// Scratch of one thread; it only grows. Pages of 2 MiB: jumps between channels otherwise miss the TLB (2 to 12 %).
+struct Scratch {
+  float* p = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { free(p); }
+  float* floats(long n) {
+    size_t need = ((size_t)n * sizeof(float) + (2 << 20)) >> 21 << 21;
+    if (need > bytes) {
+      free(p);
+      p = (float*)aligned_alloc(2 << 20, need);
+      if (!p) {
+        fprintf(stderr, "xzoo: no memory for %zu bytes of scratch\n", need);
+        abort();
+      }
+      bytes = need;
+#ifdef MADV_HUGEPAGE
+      madvise(p, need, MADV_HUGEPAGE);
+#endif
+      memset(p, 0, need);  // lanes that no sample fills are computed with, and never stored
+    }
+    return p;
+  }
+};
+thread_local Scratch scratch[4];
+
+// Large results are mapped afresh at each call; in pages of 4 KiB that can take longer than computing them.
+void in_large_pages(float* p, long n) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 2 << 20;
+  uintptr_t begin = ((uintptr_t)p + page - 1) & ~(page - 1), end = (uintptr_t)(p + n) & ~(page - 1);
+  if (end >= begin + 2 * page) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Addresses of up to VL rows.
+struct Rows {
+  const float* at[VL];
+};
+INLINE Rows rows(const float* p, long step, long n) {
+  Rows r;
+  UNROLL for (int l = 0; l < VL; l++) r.at[l] = p + (l < n ? l : 0) * step;
+  return r;
+}
+
+// n rows of `length` floats -> [length][VL], `step` apart; lanes without a row are zero.
+KERNEL void pack(Rows from, long n, long length, float* to, long step) {
+  V r[VL];
+  for (long i = 0; i < length; i += VL) {
+    long some = least(VL, length - i);
+    UNROLL for (int l = 0; l < VL; l++) {
+      const float* p = from.at[l] + i;
+      r[l] = l >= n ? all(0) : some == VL ? load(p) : load_some(p, some);
+    }
+    transpose(r);
+    if (some == VL) UNROLL for (int l = 0; l < VL; l++) store(to + (i + l) * step, r[l]);
+    else for (int l = 0; l < some; l++) store(to + (i + l) * step, r[l]);
+  }
+}
+
+// The way back: [length][VL], `step` apart, to n rows of `length` floats that are `row` apart.
+KERNEL void unpack(const float* from, long step, long length, float* to, long row, long n) {
+  V r[VL];
+  for (long i = 0; i < length; i += VL) {
+    long some = least(VL, length - i);
+    UNROLL for (int l = 0; l < VL; l++) r[l] = l < some ? load(from + (i + l) * step) : all(0);
+    transpose(r);
+    if (some == VL && n == VL) UNROLL for (int l = 0; l < VL; l++) stream(to + l * row + i, r[l]);
+    else UNROLL for (int l = 0; l < VL; l++) if (l < n) store_some(to + l * row + i, r[l], some);
+  }
+}
+
+INLINE void copy(float* to, const float* from, long n) {
+  long i = 0;
+  for (; i + VL <= n; i += VL) store(to + i, load(from + i));
+  if (i < n) store_some(to + i, load_some(from + i, n - i), n - i);
+}
+
+// ---- a layer
+
+struct Layer {  // of native.py, in this order
+  int64_t N, C, H, W, O, degree, share, stride, x_last, y_last, threads;
+};
+
+// The inputs of each output: equal numbers of them, or those of a transposed graph (`begin`), whose share is 1.
+struct Edges {
+  const int32_t* from;
+  const float* weight;
+  long degree, share;
+  const int32_t* begin;  // [outputs + 1], or null
+  const int32_t* inputs(long o) const { return from + (begin ? begin[o] : o / share * degree); }
+  const float* weights(long o, long taps) const { return weight + (begin ? begin[o] : o * degree) * taps; }
+  long count(long o) const { return begin ? begin[o + 1] - begin[o] : degree; }
+};
+
+// The graph and its 3x3 weights transposed: for each input the outputs that read it, in order.
+Edges transposed(const Layer& a, const int32_t* neighbours, const float* weight, bool turned) {
+  long n = a.O * a.degree;
+  int32_t* begin = (int32_t*)scratch[2].floats(a.C + 1 + n);
+  int32_t* from = begin + a.C + 1;
+  float* w = scratch[3].floats(n * 9);
+  memset(begin, 0, (a.C + 1) * sizeof(int32_t));
+  for (long o = 0; o < a.O; o++)
+    for (long j = 0; j < a.degree; j++) begin[neighbours[o / a.share * a.degree + j] + 1]++;
+  for (long c = 0; c < a.C; c++) begin[c + 1] += begin[c];
+  for (long o = 0; o < a.O; o++)
+    for (long j = 0; j < a.degree; j++) {
+      int32_t k = begin[neighbours[o / a.share * a.degree + j]]++;
+      from[k] = (int32_t)o;
+      const float* taps = weight + (o * a.degree + j) * 9;
+      for (int t = 0; t < 9; t++) w[k * 9 + t] = taps[turned ? 8 - t : t];
+    }
+  memmove(begin + 1, begin, a.C * sizeof(int32_t));  // filling moved each beginning to its end
+  begin[0] = 0;
+  return Edges{from, w, 0, 1, begin};
+}
+
+// ---- 3x3, lanes = samples
+
+// How the places of source and result meet. S = 1 and 2: a convolution of that stride with padding 1, source place
+// i = S * result - 1 + tap. S = -2: the transpose of stride 2, result place r = 2 * i - 1 + tap, from an even origin.
+template <int S>
+constexpr int span(int results) { return S > 0 ? (results - 1) * S + 3 : results / 2 + 1; }
+template <int S>
+constexpr int hit(int i, int tap, int results) {  // the result that source place i reaches through a tap, or -1
+  int r = S > 0 ? ((i - tap) % S ? -1 : (i - tap) / S) : 2 * i - 1 + tap;
+  return r >= results ? -1 : (S > 0 && i < tap) ? -1 : r;
+}
+
+// One tile of R x Q result pixels of one output. x: at the tile's first source place; skipped where it lies outside:
+// taps at a border are left out, not multiplied by zero, which at 4x4 saves 44 of 144.
+template <int R, int Q, int S, bool LEFT, bool RIGHT>
+INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, const int32_t* from, const float* w,
+                 long count, V bias, float* out, long out_row) {
+  constexpr int IR = span<S>(R), IQ = span<S>(Q);
+  V sum[R][Q];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int q = 0; q < Q; q++) sum[r][q] = bias;
+  for (long j = 0; j < count; j++, w += 9) {
+    const float* p = x + from[j] * plane;
+    if (WIDE) {  // 32 registers: all nine weights
+      V k[9];
+      UNROLL for (int t = 0; t < 9; t++) k[t] = all(w[t]);
+      UNROLL for (int r = 0; r < IR; r++) {
+        if ((r == 0 && top) || (r == IR - 1 && bottom)) continue;
+        UNROLL for (int q = 0; q < IQ; q++) {
+          if ((LEFT && q == 0) || (RIGHT && q == IQ - 1)) continue;
+          V v = held(p + r * row + q * VL);
+          UNROLL for (int a = 0; a < 3; a++) {
+            if (hit<S>(r, a, R) < 0) continue;
+            UNROLL for (int b = 0; b < 3; b++) {
+              if (hit<S>(q, b, Q) < 0) continue;
+              V& s = sum[hit<S>(r, a, R)][hit<S>(q, b, Q)];
+              s = fma(v, k[a * 3 + b], s);
+            }
+          }
+        }
+      }
+    } else {  // 16 registers: three weights at a time, the source from L1 up to three times
+      UNROLL for (int a = 0; a < 3; a++) {
+        V k[3];
+        UNROLL for (int b = 0; b < 3; b++) k[b] = all(w[a * 3 + b]);
+        UNROLL for (int r = 0; r < IR; r++) {
+          if (hit<S>(r, a, R) < 0 || (r == 0 && top) || (r == IR - 1 && bottom)) continue;
+          UNROLL for (int q = 0; q < IQ; q++) {
+            if ((LEFT && q == 0) || (RIGHT && q == IQ - 1)) continue;
+            V v = held(p + r * row + q * VL);
+            UNROLL for (int b = 0; b < 3; b++) {
+              if (hit<S>(q, b, Q) < 0) continue;
+              V& s = sum[hit<S>(r, a, R)][hit<S>(q, b, Q)];
+              s = fma(v, k[b], s);
+            }
+          }
+        }
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int q = 0; q < Q; q++) store(out + r * out_row + q * VL, sum[r][q]);
+}
+
+struct Tile {
+  const float* x;
+  long plane, row;
+  bool top, bottom, left, right;
+  const int32_t* from;
+  const float* w;
+  long count;
+  float bias;
+  float* out;
+  long out_row;
+};
+
+template <int R, int Q, int S>
+KERNEL void sided(const Tile& t) {
+#define TILE(LEFT, RIGHT)                                                                                          \
+  tile<R, Q, S, LEFT, RIGHT>(t.x, t.plane, t.row, t.top, t.bottom, t.from, t.w, t.count, all(t.bias), t.out, t.out_row)
+  if (t.left && t.right) TILE(true, true);
+  else if (t.left) TILE(true, false);
+  else if (t.right) TILE(false, true);
+  else TILE(false, false);
+#undef TILE
+}
+
+constexpr int TALL = WIDE ? 4 : 2, TALL7 = WIDE ? 2 : 1;
+
+// Rows and columns that remain beside whole tiles get tiles of 2 and of 1.
+template <int S>
+void any_tile(long r, long q, const Tile& t) {
+  if (q == 7) return r == 1 ? sided<1, 7, S < 0 ? 1 : S>(t) : sided<TALL7, 7, S < 0 ? 1 : S>(t);
+  switch (r * 8 + q) {
+    case 36: return sided<TALL, 4, S>(t);
+    case 34: return sided<TALL, 2, S>(t);
+    case 33: return sided<TALL, 1, S>(t);
+    case 20: return sided<2, 4, S>(t);
+    case 18: return sided<2, 2, S>(t);
+    case 17: return sided<2, 1, S>(t);
+    case 12: return sided<1, 4, S>(t);
+    case 10: return sided<1, 2, S>(t);
+    default: return sided<1, 1, S>(t);
+  }
+}
+INLINE long next(long left, long whole) { return left >= whole ? whole : left >= 2 ? 2 : 1; }
+
+// y [N][O][Ho][Wo] from x [N][C][H][W]; S as at `hit`.
+template <int S>
+void by_samples(const float* x, const Edges& e, const float* bias, float* y, long N, long C, long H, long W, long O,
+                long Ho, long Wo, bool x_last, bool y_last, long threads) {
+  const bool sevens = S > 0 && Wo % 7 == 0 && Wo % 4;
+  const long tall = sevens ? TALL7 : TALL, wide = sevens ? 7 : 4;
+  // A strip of rows: long pieces for each sample to store, and few enough that a strip of all channels fits in L2.
+  long strip = tall;
+  while (strip * 2 * Wo <= 128 && strip < Ho) strip *= 2;
+  // A window of strips is packed at a time: all rows, unless the images are large.
+  const long reach = S > 0 ? S : 1;  // source rows for each row of a strip, at most
+  long window = strip;
+  while (window < Ho && C * (window * 2 * reach + 2) * W * VL * 4 <= 12 << 20) window += strip;
+  const long together = y_last ? VL : strip >= Ho ? most(1, 128 / (Ho * Wo)) : 1;  // outputs stored together
+  const long blocks = parts(N, VL), shares = blocks >= threads ? 1 : least(parts(threads, blocks), O);
+  in_large_pages(y, N * O * Ho * Wo);
+  parallel(blocks * shares, threads, [&](long begin, long end) {
+    float* packed = scratch[0].floats(C * least(H, window * reach + 3) * W * VL);
+    float* out = scratch[1].floats(together * strip * Wo * VL);
+    for (long unit = begin; unit < end; unit++) {
+      const long n = unit / shares * VL, some = least(VL, N - n);
+      const long o_begin = O * (unit % shares) / shares, o_end = O * (unit % shares + 1) / shares;
+      const long each = C * H * W;
+      const float* samples = x + n * each;
+      for (long top = 0; top < Ho; top += window) {
+        const long bottom = least(Ho, top + window);
+        const long h0 = S > 0 ? most(0, top * S - 1) : top / 2;
+        const long h1 = S > 0 ? least(H, (bottom - 1) * S + 2) : least(H, bottom / 2 + 1);
+        const long pixels = (h1 - h0) * W, plane = pixels * VL;
+        if (x_last)
+          for (long i = 0; i < pixels; i++)
+            pack(rows(samples + (h0 * W + i) * C, each, some), some, C, packed + i * VL, plane);
+        else if (pixels == H * W) pack(rows(samples, each, some), some, each, packed, VL);
+        else
+          for (long c = 0; c < C; c++)
+            pack(rows(samples + (c * H + h0) * W, each, some), some, pixels, packed + c * plane, VL);
+        for (long oh = top; oh < bottom; oh += strip) {
+          const long height = least(strip, bottom - oh), size = height * Wo;
+          for (long o = o_begin; o < o_end; o += together) {
+            const long outputs = least(together, o_end - o);
+            for (long k = 0; k < outputs; k++)
+              for (long r = 0, R; r < height; r += R) {
+                R = next(height - r, tall);
+                const long ih = S > 0 ? (oh + r) * S - 1 : (oh + r) / 2, IR = S > 0 ? (R - 1) * S + 3 : R / 2 + 1;
+                for (long q = 0, Q; q < Wo; q += Q) {
+                  Q = sevens ? 7 : next(Wo - q, wide);
+                  const long iw = S > 0 ? q * S - 1 : q / 2, IQ = S > 0 ? (Q - 1) * S + 3 : Q / 2 + 1;
+                  any_tile<S>(R == tall && !sevens ? 4 : R, Q,
+                              Tile{packed + ((ih - h0) * W + iw) * VL, plane, W * VL, ih < 0, ih + IR > H, iw < 0,
+                                   iw + IQ > W, e.inputs(o + k), e.weights(o + k, 9), e.count(o + k),
+                                   bias ? bias[o + k] : 0, out + (k * size + r * Wo + q) * VL, Wo * VL});
+                }
+              }
+            if (y_last)
+              for (long i = 0; i < size; i++)
+                unpack(out + i * VL, size * VL, outputs, y + ((n * Ho + oh) * Wo + i) * O + o, Ho * Wo * O, some);
+            else if (size == Ho * Wo) unpack(out, VL, outputs * size, y + (n * O + o) * size, O * size, some);
+            else
+              for (long k = 0; k < outputs; k++)
+                unpack(out + k * size * VL, VL, size, y + ((n * O + o + k) * Ho + oh) * Wo, O * Ho * Wo, some);
+          }
+        }
+      }
+    }
+  });
+}
+
+// ---- 3x3, lanes = pixels of a row
+
+// R rows of K outputs with the same inputs, one vector of pixels wide. Tap b reads at x + shift[b].
+template <int K, int R, int S>
+KERNEL void row_tile(const float* x, long plane, long row, const long* shift, const int32_t* from, const float* w,
+                     long degree, const float* bias, float* y, long y_output, long y_row, long height, long some) {
+  constexpr int IR = span<S>(R);
+  V sum[K][R];
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < R; r++) sum[k][r] = all(bias ? bias[k] : 0);
+  for (long j = 0; j < degree; j++, w += 9) {
+    const float* p = x + from[j] * plane;
+    UNROLL for (int b = 0; b < 3; b++) {
+      V t[K][3];
+      UNROLL for (int k = 0; k < K; k++)
+        UNROLL for (int a = 0; a < 3; a++) t[k][a] = all(w[k * degree * 9 + a * 3 + b]);
+      UNROLL for (int r = 0; r < IR; r++) {
+        V v = held(p + r * row + shift[b]);
+        UNROLL for (int k = 0; k < K; k++) UNROLL for (int a = 0; a < 3; a++)
+          if (hit<S>(r, a, R) >= 0) sum[k][hit<S>(r, a, R)] = fma(v, t[k][a], sum[k][hit<S>(r, a, R)]);
+      }
+    }
+  }
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < R; r++)
+    if (r < height) store_some(y + k * y_output + r * y_row, sum[k][r], some);
+}
+
+template <int S>
+void any_rows(long K, long R, const float* x, long plane, long row, const long* shift, const int32_t* from,
+              const float* w, long degree, const float* bias, float* y, long y_output, long y_row, long height,
+              long some) {
+#define ROWS(k, r) row_tile<k, r, S>(x, plane, row, shift, from, w, degree, bias, y, y_output, y_row, height, some)
+  if (K == 2) return R == 4 ? ROWS(2, 4) : ROWS(2, WIDE ? 7 : 4);
+  if (R == 4) return ROWS(1, 4);
+  if (R == 7) return ROWS(1, 7);
+  return R == 8 ? ROWS(1, 8) : ROWS(1, WIDE && S == 1 ? 14 : 8);
+#undef ROWS
+}
+
+template <int S>
+void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
+  const long H = a.H, W = a.W, C = a.C, O = a.O, Ho = (H - 1) / S + 1, Wo = (W - 1) / S + 1, vectors = parts(Wo, VL);
+  const long K = e.share % 2 ? 1 : 2;
+  long R = 4;  // the tallest tile that computes few rows for nothing
+  for (long r : {7L, 8L, 14L}) {
+    const bool there = K == 2 ? WIDE && r == 7 : r < 14 || (WIDE && S == 1);  // such a tile fits in the registers
+    if (there && parts(Ho, r) * r <= parts(Ho, R) * R) R = r;
+  }
+  // A row in scratch: a zero, the pixels, and zeros to the end of the last vector. With stride 2 the odd columns after
+  // the zero and then the even ones, so that each tap reads places side by side. A row of zeros above and below.
+  const long half = vectors * VL + 8, row = S * half, height = parts(Ho, R) * R * S + 2, plane = height * row;
+  const long shift[3] = {0, S == 1 ? 1 : half, S == 1 ? 2 : 1};
+  const long shares = a.N >= a.threads ? 1 : least(parts(a.threads, a.N), O / K);
+  parallel(a.N * shares, a.threads, [&](long begin, long end) {
+    float* packed = scratch[0].floats(C * plane + VL * VL);
+    float* out = scratch[1].floats(VL * R * vectors * VL);
+    for (long unit = begin; unit < end; unit++) {
+      const long n = unit / shares, pairs = O / K;
+      const long o_begin = pairs * (unit % shares) / shares * K, o_end = pairs * (unit % shares + 1) / shares * K;
+      memset(packed, 0, (C * plane + VL * VL) * sizeof(float));
+      const float* sample = x + n * C * H * W;
+      for (long h = 0; h < H; h++) {
+        float* to = packed + (h + 1) * row;
+        for (long s = 0; s < S; s++) {  // S == 2: s == 0 the odd columns
+          const long first = S == 2 && s == 0, put = S == 1 || s == 0 ? 1 : half, count = parts(W - first, S);
+          for (long i = 0; a.x_last && i < count; i += VL) {
+            const long some = least(VL, count - i);
+            pack(rows(sample + (h * W + first + i * S) * C, S * C, some), some, C, to + put + i, plane);
+          }
+          for (long c = 0; !a.x_last && c < C; c++) {
+            const float* line = sample + (c * H + h) * W + first;
+            if (S == 1) copy(to + c * plane + put, line, W);
+            else for (long i = 0; i < count; i++) to[c * plane + put + i] = line[i * S];
+          }
+        }
+      }
+      for (long oh = 0; oh < Ho; oh += R)
+        for (long o = o_begin; o < o_end; o += VL) {
+          const long outputs = least(VL, o_end - o), rows_left = least(R, Ho - oh);
+          for (long k = 0; k < outputs; k += K)
+            for (long q = 0; q < vectors; q++) {
+              float* to = a.y_last ? out + (k * R * vectors + q) * VL : y + ((n * O + o + k) * Ho + oh) * Wo + q * VL;
+              any_rows<S>(K, R, packed + oh * S * row + q * VL, plane, row, shift, e.inputs(o + k), e.weights(o + k, 9),
+                          e.degree, bias ? bias + o + k : nullptr, to, a.y_last ? R * vectors * VL : Ho * Wo,
+                          a.y_last ? vectors * VL : Wo, rows_left, a.y_last ? VL : least(VL, Wo - q * VL));
+            }
+          for (long r = 0; a.y_last && r < rows_left; r++)
+            for (long q = 0; q < vectors; q++)
+              unpack(out + (r * vectors + q) * VL, R * vectors * VL, outputs,
+                     y + ((n * Ho + oh + r) * Wo + q * VL) * O + o, O, least(VL, Wo - q * VL));
+        }
+    }
+  });
+}
+
+// ---- panels: columns m = sample * pixels + pixel, [channels][P * VL]
+
+// Copies columns [m, m + n) of an activation [N][C][pixels] (or [N][pixels][C]) to a panel of `width` columns.
+void to_panel(const float* x, bool last, long C, long pixels, long m, long n, float* panel, long width) {
+  if (last || pixels == 1) {
+    for (long i = 0; i < width; i += VL) {
+      const long some = most(0, least(VL, n - i));
+      pack(rows(x + (some ? m + i : m) * C, C, some), some, C, panel + i, width);
+    }
+    return;
+  }
+  for (long i = 0, length; i < n; i += length) {
+    const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
+    length = least(n - i, pixels - pixel);
+    const float* from = x + sample * C * pixels + pixel;
+    for (long c = 0; c < C; c++, from += pixels) {
+      for (long b = 0; b < length; b += 16) __builtin_prefetch(from + 8 * pixels + b);
+      copy(panel + c * width + i, from, length);
+    }
+  }
+}
+
+// The way back, for outputs [o, o + outputs) of `O`.
+void from_panel(const float* panel, long width, float* y, bool last, long O, long o, long outputs, long pixels, long m,
+                long n) {
+  if (last || pixels == 1) {
+    for (long i = 0; i < n; i += VL) unpack(panel + i, width, outputs, y + (m + i) * O + o, O, least(VL, n - i));
+    return;
+  }
+  for (long i = 0, length; i < n; i += length) {
+    const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
+    length = least(n - i, pixels - pixel);
+    for (long k = 0; k < outputs; k++) copy(y + (sample * O + o + k) * pixels + pixel, panel + k * width + i, length);
+  }
+}
+
+// The most vectors of the choices, largest first, that leave few lanes of the last panel empty.
+long panel_vectors(long columns, std::initializer_list<long> choices) {
+  const long vectors = parts(columns, VL);
+  for (long p : choices)
+    if (parts(vectors, p) * p * 8 <= vectors * 9) return p;
+  return 1;
+}
+
+// ---- 1x1 and linear, share of 2 and more: K outputs with the same inputs x P vectors of columns
+
+template <int K, int P>
+KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w, const float* bias, float* y) {
+  V sum[K][P];
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) sum[k][p] = all(bias ? bias[k] : 0);
+  for (long j = 0; j < degree; j++) {
+    const float* x = panel + (long)from[j] * (P * VL);
+    V v[P];
+    UNROLL for (int p = 0; p < P; p++) v[p] = load(x + p * VL);
+    UNROLL for (int k = 0; k < K; k++) {
+      V t = all(w[k * degree + j]);
+      UNROLL for (int p = 0; p < P; p++) sum[k][p] = fma(v[p], t, sum[k][p]);
+    }
+  }
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) store(y + (k * P + p) * VL, sum[k][p]);
+}
+
+template <int P>
+void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
+  const long groups = a.O / a.share, shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), groups);
+  const long together = most(1, 64 / a.share);  // groups that are stored together
+  in_large_pages(y, columns * a.O);
+  parallel(panels * shares, a.threads, [&](long begin, long end) {
+    float* panel = scratch[0].floats(a.C * width);
+    float* out = scratch[1].floats(together * a.share * width);
+    for (long unit = begin, packed = -1; unit < end; unit++) {
+      const long m = unit / shares * width, n = least(width, columns - m);
+      if (packed != m) to_panel(x, a.x_last, a.C, pixels, m, n, panel, width);
+      packed = m;
+      const long g_end = groups * (unit % shares + 1) / shares;
+      for (long g = groups * (unit % shares) / shares; g < g_end; g += together) {
+        const long some = least(together, g_end - g);
+        for (long i = 0; i < some; i++)
+          for (long k = 0, K; k < a.share; k += K) {
+            const long o = (g + i) * a.share + k;
+            const float* b = bias ? bias + o : nullptr;
+            float* to = out + (i * a.share + k) * width;
+            K = a.share - k >= 4 && P <= (WIDE ? 6 : 3) ? 4 : a.share - k >= 2 ? 2 : 1;
+            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, to);
+            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, to);
+            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, to);
+          }
+        from_panel(out, width, y, a.y_last, a.O, g * a.share, some * a.share, pixels, m, n);
+      }
+    }
+  });
+}
+
+// ---- 1x1 and linear, share 1 and every transposed graph: one load for each product, from L1
+
+struct Entry {
+  float w;
+  int32_t offset;  // of the input's row within its block of channels, in floats
+};
+
+template <int P, bool FIRST>
+KERNEL void edges(const float* channels, const Entry* e, const Entry* end, float bias, float* y) {
+  V sum[P];
+  UNROLL for (int p = 0; p < P; p++) sum[p] = FIRST ? all(bias) : load(y + p * VL);
+  for (; e < end; e++) {
+    V w = all(e->w);
+    const float* x = channels + e->offset;
+    UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(x + p * VL), w, sum[p]);
+  }
+  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, sum[p]);
+}
+
+// y [N][outputs][pixels] from x [N][inputs][pixels]: the layer itself, or its transpose.
+template <int P>
+void by_edges(const float* x, const Layer& a, const int32_t* neighbours, const float* weight, bool transpose,
+              const float* bias, float* y) {
+  const long inputs = transpose ? a.O : a.C, outputs = transpose ? a.C : a.O;
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
+  const long channels = 32768 / 4 / width, blocks = parts(inputs, channels), row = outputs + 1;
+  // Entries by block of inputs, then output: count, add up, fill.
+  int32_t* first = (int32_t*)scratch[2].floats(blocks * row + 1);
+  Entry* entries = (Entry*)scratch[3].floats(2 * a.O * a.degree);
+  memset(first, 0, (blocks * row + 1) * sizeof(int32_t));
+  for (int fill = 0; fill < 2; fill++) {
+    for (long o = 0; o < a.O; o++) {
+      const int32_t* from = neighbours + o / a.share * a.degree;
+      for (long j = 0; j < a.degree; j++) {
+        const long in = transpose ? o : from[j], out = transpose ? from[j] : o, b = in / channels;
+        if (fill) entries[first[b * row + out]++] = {weight[o * a.degree + j], (int32_t)((in - b * channels) * width)};
+        else first[b * row + out + 1]++;
+      }
+    }
+    if (!fill) for (long i = 0; i < blocks * row; i++) first[i + 1] += first[i];
+  }
+  memmove(first + 1, first, blocks * row * sizeof(int32_t));
+  first[0] = 0;
+  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), outputs);
+  in_large_pages(y, columns * outputs);
+  parallel(panels * shares, a.threads, [&](long begin, long end) {
+    float* panel = scratch[0].floats(inputs * width);
+    float* out = scratch[1].floats(outputs * width);
+    for (long unit = begin, packed = -1; unit < end; unit++) {
+      const long m = unit / shares * width, n = least(width, columns - m);
+      const long o_begin = outputs * (unit % shares) / shares, o_end = outputs * (unit % shares + 1) / shares;
+      if (packed != m) to_panel(x, a.x_last, inputs, pixels, m, n, panel, width);
+      packed = m;
+      for (long b = 0; b < blocks; b++) {
+        const float* p = panel + b * channels * width;
+        const int32_t* at = first + b * row;
+        for (long o = o_begin; o < o_end; o++) {
+          if (b == 0) edges<P, true>(p, entries + at[o], entries + at[o + 1], bias ? bias[o] : 0, out + o * width);
+          else if (at[o] < at[o + 1]) edges<P, false>(p, entries + at[o], entries + at[o + 1], 0, out + o * width);
+        }
+      }
+      from_panel(out + o_begin * width, width, y, a.y_last, outputs, o_begin, o_end - o_begin, pixels, m, n);
+    }
+  });
+}
+
+// A linear layer of one or a few samples: the inputs of a group side by side once, then dense products of two rows.
+void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
+  const long groups = a.O / a.share, d = a.degree;
+  parallel(groups, a.threads, [&](long begin, long end) {
+    float* in = scratch[0].floats(d + VL);
+    for (long n = 0; n < a.N; n++)
+      for (long g = begin; g < end; g++) {
+        const int32_t* from = e.inputs(g * a.share);
+        for (long j = 0; j < d; j++) in[j] = x[n * a.C + from[j]];
+        for (long o = g * a.share; o < (g + 1) * a.share; o++) {
+          const float* w = e.weights(o, 1);
+          V r[VL];
+          UNROLL for (int i = 0; i < VL; i++) r[i] = all(0);
+          long j = 0;
+          for (; j + 2 * VL <= d; j += 2 * VL) {
+            r[0] = fma(load(w + j), load(in + j), r[0]);
+            r[1] = fma(load(w + j + VL), load(in + j + VL), r[1]);
+          }
+          for (; j < d; j += VL) {
+            const long some = least(VL, d - j);
+            r[2] = fma(load_some(w + j, some), load_some(in + j, some), r[2]);
+          }
+          r[0] = r[0] + r[1] + r[2];
+          float lanes[VL], sum = bias ? bias[o] : 0;
+          store(lanes, r[0]);
+          for (int i = 0; i < VL; i++) sum += lanes[i];
+          y[n * a.O + o] = sum;
+        }
+      }
+  });
+}
+
+// ---- gradients of weights: the activations packed side by side, then a sum for each weight
+
+const long PACKED = 4 << 20;  // floats of both activations that are packed at a time, unless one step needs more
+
+// Sums of one row of an output's gradient with the rows of x above, at and below it, over columns [q0, q0 + Q).
+template <int Q, int S>
+INLINE void row_sums(const float* x, const float* d, long row, bool top, bool bottom, bool left, bool right, V sum[9]) {
+  constexpr int IQ = span<S>(Q);
+  V g[Q];
+  UNROLL for (int q = 0; q < Q; q++) g[q] = load(d + q * VL);
+  UNROLL for (int a = 0; a < 3; a++) {
+    if ((a == 0 && top) || (a == 2 && bottom)) continue;
+    UNROLL for (int i = 0; i < IQ; i++) {
+      if ((i == 0 && left) || (i == IQ - 1 && right)) continue;
+      V v = held(x + a * row + i * VL);
+      UNROLL for (int b = 0; b < 3; b++)
+        if (hit<S>(i, b, Q) >= 0) sum[a * 3 + b] = fma(v, g[hit<S>(i, b, Q)], sum[a * 3 + b]);
+    }
+  }
+}
+
+template <int Q, int S>
+KERNEL void weight_sums(const float* x, const float* d, long blocks, long H, long W, long Ho, long Wo, float* dw) {
+  V sum[9];
+  UNROLL for (int i = 0; i < 9; i++) sum[i] = all(0);
+  for (long k = 0; k < blocks; k++, x += H * W * VL)
+    for (long r = 0; r < Ho; r++, d += Wo * VL) {
+      long q = 0;
+#define SUMS(n)                                                                                                \
+  row_sums<n, S>(x + ((r * S - 1) * W + q * S - 1) * VL, d + q * VL, W * VL, r == 0, r * S + 1 >= H, q == 0,         \
+                 (q + n - 1) * S + 1 >= W, sum)
+      for (; q + Q <= Wo; q += Q) SUMS(Q);
+      if (Q > 2) for (; q + 2 <= Wo; q += 2) SUMS(2);
+      for (; q < Wo; q++) SUMS(1);
+#undef SUMS
+    }
+  float lanes[VL];
+  for (int i = 0; i < 9; i++) {
+    store(lanes, sum[i]);
+    float total = 0;
+    for (int l = 0; l < VL; l++) total += lanes[l];
+    dw[i] += total;
+  }
+}
+
+// [samples][C][pixels] -> [C][blocks][pixels][VL] for the blocks of samples from n on.
+void pack_blocks(const float* x, bool last, long N, long C, long pixels, long n, long blocks, float* to, long threads) {
+  parallel(blocks * (last ? pixels : C), threads, [&](long begin, long end) {
+    for (long unit = begin; unit < end; unit++) {
+      const long k = unit % blocks, i = unit / blocks, first = n + k * VL, some = least(VL, N - first);
+      const float* sample = x + first * C * pixels;
+      if (last) pack(rows(sample + i * C, C * pixels, some), some, C, to + (k * pixels + i) * VL, blocks * pixels * VL);
+      else pack(rows(sample + i * pixels, C * pixels, some), some, pixels, to + (i * blocks + k) * pixels * VL, VL);
+    }
+  });
+}
+
+template <int S>
+void weights3(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
+  const long Ho = (a.H - 1) / S + 1, Wo = (a.W - 1) / S + 1, pixels = a.H * a.W, d_pixels = Ho * Wo;
+  const long each = (a.C * pixels + a.O * d_pixels) * VL, blocks = parts(a.N, VL);
+  const long at_once = most(1, least(blocks, PACKED / each));
+  float* xs = scratch[2].floats(a.C * at_once * pixels * VL);
+  float* ds = scratch[3].floats(a.O * at_once * d_pixels * VL);
+  memset(dw, 0, a.O * a.degree * 9 * sizeof(float));
+  for (long k = 0; k < blocks; k += at_once) {
+    const long some = least(at_once, blocks - k);
+    pack_blocks(x, a.x_last, a.N, a.C, pixels, k * VL, some, xs, a.threads);
+    pack_blocks(d, a.y_last, a.N, a.O, d_pixels, k * VL, some, ds, a.threads);
+    parallel(a.O, a.threads, [&](long begin, long end) {
+      for (long o = begin; o < end; o++)
+        for (long j = 0; j < a.degree; j++) {
+          const float* from = xs + neighbours[o / a.share * a.degree + j] * some * pixels * VL;
+          const float* grad = ds + o * some * d_pixels * VL;
+          float* to = dw + (o * a.degree + j) * 9;
+          if (WIDE && Wo % 7 == 0) weight_sums<WIDE ? 7 : 4, S>(from, grad, some, a.H, a.W, Ho, Wo, to);
+          else if (Wo >= 4) weight_sums<4, S>(from, grad, some, a.H, a.W, Ho, Wo, to);
+          else weight_sums<2, S>(from, grad, some, a.H, a.W, Ho, Wo, to);
+        }
+    });
+  }
+}
+
+// K outputs x J inputs, K * J <= VL, over `n` columns.
+template <int K, int J>
+KERNEL void products(const float* x, const float* d, const int32_t* from, long width, long n, float* dw, long degree) {
+  V sum[VL];
+  const float* in[J];
+  UNROLL for (int i = 0; i < VL; i++) sum[i] = all(0);
+  UNROLL for (int j = 0; j < J; j++) in[j] = x + from[j] * width;
+  for (long m = 0; m < n; m += VL) {
+    V g[K];
+    UNROLL for (int k = 0; k < K; k++) g[k] = load(d + k * width + m);
+    UNROLL for (int j = 0; j < J; j++) {
+      V v = load(in[j] + m);
+      UNROLL for (int k = 0; k < K; k++) sum[k * J + j] = fma(v, g[k], sum[k * J + j]);
+    }
+  }
+  float total[VL];
+  store(total, sums(sum));
+  for (int k = 0; k < K; k++)
+    for (int j = 0; j < J; j++) dw[k * degree + j] += total[k * J + j];
+}
+
+void weights1(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
+  const long pixels = a.H * a.W, columns = a.N * pixels, channels = a.C + a.O;
+  // Panels of columns of which both activations fit in L2, 4 vectors at least: each weight's sum ends once a panel.
+  const long fit = most(4, (WIDE ? 400 : 160) * 1024 / (channels * VL));
+  const long width = least(fit, parts(columns, VL)) * VL, panels = parts(columns, width);
+  const long at_once = most(1, least(panels, PACKED / (channels * width)));
+  float* xs = scratch[2].floats(at_once * a.C * width);
+  float* ds = scratch[3].floats(at_once * a.O * width);
+  memset(dw, 0, a.O * a.degree * sizeof(float));
+  constexpr int K4 = VL == 16 ? 4 : VL == 8 ? 2 : 1, J1 = VL == 16 ? 8 : 4;  // accumulators <= lanes
+  for (long p0 = 0; p0 < panels; p0 += at_once) {
+    const long some = least(at_once, panels - p0);
+    parallel(2 * some, a.threads, [&](long begin, long end) {
+      for (long unit = begin; unit < end; unit++) {
+        const long i = unit / 2, m = (p0 + i) * width, n = least(width, columns - m), C = unit % 2 ? a.O : a.C;
+        float* to = unit % 2 ? ds + i * a.O * width : xs + i * a.C * width;
+        if (n < width) memset(to, 0, C * width * sizeof(float));
+        to_panel(unit % 2 ? d : x, unit % 2 ? a.y_last : a.x_last, C, pixels, m, n, to, width);
+      }
+    });
+    parallel(a.O / a.share, a.threads, [&](long begin, long end) {
+      for (long i = 0; i < some; i++)
+        for (long g = begin; g < end; g++)
+          for (long k = 0, K; k < a.share; k += K) {
+            const long o = g * a.share + k;
+            K = least(K4, a.share - k);
+            K = K >= 4 ? 4 : K >= 2 ? 2 : 1;
+            const float *px = xs + i * a.C * width, *pd = ds + (i * a.O + o) * width;
+            for (long j = 0, J; j < a.degree; j += J) {
+              const int32_t* from = neighbours + g * a.degree + j;
+              float* to = dw + o * a.degree + j;
+              const long left = a.degree - j;
+#define PRODUCTS(K_, J_) (J = J_, products<K_, J_>(px, pd, from, width, width, to, a.degree))
+              if (K == 4 && left >= 4) PRODUCTS(K4, 4);
+              else if (K == 4) PRODUCTS(K4, 1);
+              else if (K == 2 && left >= 4) PRODUCTS((K4 >= 2 ? 2 : 1), 4);
+              else if (K == 2) PRODUCTS((K4 >= 2 ? 2 : 1), 1);
+              else if (left >= J1) PRODUCTS(1, J1);
+              else PRODUCTS(1, 1);
+#undef PRODUCTS
+            }
+          }
+    });
+  }
+}
+
+// Before any address is made of them: an index out of range would read memory that is not the input's.
+bool in_range(const Layer& a, const int32_t* neighbours) {
+  uint32_t bad = 0;
+  for (long i = 0; i < a.O / a.share * a.degree; i++) bad |= (uint32_t)neighbours[i] >= (uint32_t)a.C;
+  return !bad;
+}
+
+}  // namespace
+
+// ---- what native.py calls: 0, or 1 where a neighbour is not an input
+
+extern "C" {
+
+void xzoo_init(void* start_, void* thread_number_, void* thread_count_, void* inside_) {
+  pthread_atfork(nullptr, nullptr, [] { forked = 1; });
+  thread_number = (int (*)())thread_number_;
+  thread_count = (int (*)())thread_count_;
+  inside = (int (*)())inside_;
+  start = (void (*)(void (*)(void*), void*, unsigned, unsigned))start_;
+}
+
+int xzoo_lanes() { return VL; }
+
+int xzoo_conv3(const Layer* a, const float* x, const float* w, const int32_t* neighbours, const float* bias, float* y) {
+  if (!in_range(*a, neighbours)) return 1;
+  const Edges e{neighbours, w, a->degree, a->share, nullptr};
+  const long Ho = (a->H - 1) / a->stride + 1, Wo = (a->W - 1) / a->stride + 1;
+  if (2 * a->N <= VL) a->stride == 1 ? by_rows<1>(x, *a, e, bias, y) : by_rows<2>(x, *a, e, bias, y);
+  else if (a->stride == 1)
+    by_samples<1>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads);
+  else by_samples<2>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads);
+  return 0;
+}
+
+int xzoo_conv3_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
+  if (!in_range(*a, neighbours)) return 1;
+  const Edges e = transposed(*a, neighbours, w, a->stride == 1);
+  const long Ho = (a->H - 1) / a->stride + 1, Wo = (a->W - 1) / a->stride + 1;
+  if (a->stride == 1)
+    by_samples<1>(d, e, nullptr, dx, a->N, a->O, Ho, Wo, a->C, a->H, a->W, a->y_last, a->x_last, a->threads);
+  else by_samples<-2>(d, e, nullptr, dx, a->N, a->O, Ho, Wo, a->C, a->H, a->W, a->y_last, a->x_last, a->threads);
+  return 0;
+}
+
+int xzoo_conv3_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
+  if (!in_range(*a, neighbours)) return 1;
+  a->stride == 1 ? weights3<1>(x, d, *a, neighbours, dw) : weights3<2>(x, d, *a, neighbours, dw);
+  return 0;
+}
+
+int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* neighbours, const float* bias, float* y) {
+  if (!in_range(*a, neighbours)) return 1;
+  const Edges e{neighbours, w, a->degree, a->share, nullptr};
+  const long columns = a->N * a->H * a->W;
+  if (a->H * a->W == 1 && a->N <= VL / 4) by_dots(x, *a, e, bias, y);
+  else if (a->share == 1) {
+    switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
+      case 8: by_edges<8>(x, *a, neighbours, w, false, bias, y); break;
+      case 7: by_edges<7>(x, *a, neighbours, w, false, bias, y); break;
+      case 4: by_edges<4>(x, *a, neighbours, w, false, bias, y); break;
+      case 2: by_edges<2>(x, *a, neighbours, w, false, bias, y); break;
+      default: by_edges<1>(x, *a, neighbours, w, false, bias, y);
+    }
+  } else if (a->share >= 4) {
+    switch (panel_vectors(columns, {WIDE ? 5 : 3, 2})) {
+      case 5: by_panels<5>(x, *a, e, bias, y); break;
+      case 3: by_panels<3>(x, *a, e, bias, y); break;
+      case 2: by_panels<2>(x, *a, e, bias, y); break;
+      default: by_panels<1>(x, *a, e, bias, y);
+    }
+  } else {
+    switch (panel_vectors(columns, {WIDE ? 7 : 5, 2})) {
+      case 7: by_panels<7>(x, *a, e, bias, y); break;
+      case 5: by_panels<5>(x, *a, e, bias, y); break;
+      case 2: by_panels<2>(x, *a, e, bias, y); break;
+      default: by_panels<1>(x, *a, e, bias, y);
+    }
+  }
+  return 0;
+}
+
+int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
+  if (!in_range(*a, neighbours)) return 1;
+  Layer t = *a;
+  t.x_last = a->y_last;
+  t.y_last = a->x_last;
+  switch (panel_vectors(a->N * a->H * a->W, {WIDE ? 7 : 8, 4, 2})) {
+    case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
+    case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
+    case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
+    case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
+    default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+  }
+  return 0;
+}
+
+int xzoo_point_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
+  if (!in_range(*a, neighbours)) return 1;
+  weights1(x, d, *a, neighbours, dw);
+  return 0;
+}
+}
