@@ -321,14 +321,18 @@ def wait(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
         time.sleep(0.003)
 
 
-def same_bits(one: Path, other: Path) -> None:
-    """Weights (averaged and raw), optimizer, and the loss of every step, which tells the order of the images."""
+def same_bits(one: Path, other: Path, kills: int = 1) -> None:
+    """Weights (averaged and raw), optimizer, and the loss of every step, which tells the order of the images.
+
+    Lightning hands a step's figures on after it has saved the step: a kill in between loses their row, and no more.
+    """
     first, second = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (one, other))
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items()), key
     torch.testing.assert_close(first["optimizer_states"], second["optimizer_states"], rtol=0, atol=0)
     assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
-    assert read_metrics(one / "metrics.csv") == read_metrics(other / "metrics.csv")
+    rows, found = ({row["step"]: row for row in read_metrics(run / "metrics.csv")} for run in (one, other))
+    assert all(rows[step] == row for step, row in found.items()) and len(rows) - len(found) <= kills
 
 
 def test_killed_within_an_epoch_and_resumed_ends_with_the_same_bits(recipe, data, tmp_path, capsys):
@@ -377,7 +381,7 @@ def test_killed_at_ten_moments(data, tmp_path, workers):
     last = start(asked, save_every=1e9)
     told = last.communicate()[1]
     assert last.returncode == 0, told
-    same_bits(whole, cut)
+    same_bits(whole, cut, kills=len(moments))
 
 
 def test_two_at_work_in_one_folder(recipe, data, tmp_path, capsys):
