@@ -29,10 +29,11 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
         figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
     if not is_first():
         return None
-    n = data.n_val if verb == "validate" else data.n_test
+    whole, limit = (data.n_val, "limit_val_batches") if verb == "validate" else (data.n_test, "limit_test_batches")
+    n = f"{whole} images" if getattr(trainer, limit) == 1.0 else f"some of {whole} images ({limit})"
     table = Table(box=None, pad_edge=False, show_header=False)
     part = "val" if verb == "validate" else "test"
-    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {n} images")
+    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {n}")
     table.add_row("top-5", f"{100 * figures[f'{part}/acc5']:.2f} %")
     table.add_row("loss", f"{figures[f'{part}/loss']:.4f}")
     Console().print(table)
