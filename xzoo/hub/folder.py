@@ -37,7 +37,7 @@ from ..theory import graphs_of, spectrum
 from ..weights import CONFIG, WEIGHTS, check_fingerprint, fingerprint
 from . import card
 
-RECIPE, METRICS, GOLDEN = "recipe.yaml", "metrics.json", "logits.safetensors"
+RECIPE, METRICS, GOLDEN = "recipe.yaml", card.METRICS, "logits.safetensors"
 CURVES, SPECTRUM = "curves.png", "spectrum.png"
 EXPORTED = {CONFIG, WEIGHTS, card.CARD, RECIPE, METRICS, CURVES, SPECTRUM, GOLDEN}
 
@@ -180,7 +180,8 @@ def check(folder: Path | str) -> None:
             raise ModelError(f"{folder / METRICS}: {name} is {metrics[name]} there, and {count} in the model")
     if metrics["bytes"] != (folder / WEIGHTS).stat().st_size:
         raise ModelError(f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}")
-    if (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
+    current = metrics | card.standing(metrics) == metrics
+    if not current or (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
         raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
 
 
