@@ -205,6 +205,17 @@ def test_interrupted_and_repeated(hub, checkout, fault):
     assert table()[NAME]["commit"] == done.commit
 
 
+def test_a_hub_that_falls_silent_is_not_waited_for(hub, checkout, monkeypatch):
+    monkeypatch.setattr("xzoo.hub.publish.WAIT", 0.5)
+    hub.fault("GET /api/models/.*", times=9, delay=5)
+    began = time.monotonic()
+    with pytest.raises(XzooError, match=r"was cut short \(ReadTimeout.*publish again"):
+        publish(checkout, org="lab")
+    assert time.monotonic() - began < 3 and table() == {}
+    hub.faults.clear()
+    assert publish(checkout, org="lab").version == "v1"
+
+
 def test_an_answer_that_is_lost_is_looked_for(hub, checkout):
     hub.fault("POST .*/commit/main", lose=True)
     done = publish(checkout, org="lab")

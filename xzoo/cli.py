@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
 def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("run", help="folder of a run of fit or finetune that is finished; for a file, any model")
     parser.add_argument("to", help="the new folder; or a file that ends in .onnx or .pt2")
+    parser.add_argument("--half", action="store_true", help="weights in float16, if the accuracy does not move")
 
     def run(args: Namespace) -> None:
         from .hub import export, program
@@ -229,9 +231,18 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
             print(f"{args.to}: {program.write(load_any(args.run), args.to)}")
         else:
-            print(export(args.run, args.to))
+            print(export(args.run, args.to, half=partial(_judged, args.run) if args.half else None))
 
     return run
+
+
+def _judged(run: str, weights: Path) -> float:
+    """Top-1 accuracy, in per cent, of a file of weights on the validation images of a run of `xzoo fit`."""
+    from .train.evaluate import evaluate
+
+    figures = evaluate("validate", ["--config", str(Path(run) / "config.yaml"), "--ckpt_path", str(weights)])
+    assert figures is not None  # this is the only process
+    return round(100 * figures["val/acc1"], 4)  # as in result.json
 
 
 def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
