@@ -146,7 +146,7 @@ def test_other_seeds_and_rivals_of_the_recipe_stand_beside_it(exported, tmp_path
         "| 64.00 (n = 1) |",
         "| with graphs of kind group | 1.14 M | 110.07 M | 4.62 MB | 50.50 \u00b1 0.71 (n = 2) |",
     )
-    assert text.count("its dense twin") == 1 and dense in text and group in text and "random" not in text
+    assert text.count("| its dense twin |") == 1 and dense in text and group in text and "random" not in text
 
 
 def test_images_of_ones_own_have_no_hub_data_set(run, tmp_path):

@@ -24,7 +24,7 @@ import xzoo
 from xzoo import cli, weights
 from xzoo.errors import XzooError
 from xzoo.hub import card, export, folder, save
-from xzoo.hub.publish import publish
+from xzoo.hub.publish import folders, publish
 from xzoo.models import create_model
 
 # huggingface_hub hands httpx what it uploads by an argument of older days.
@@ -108,6 +108,19 @@ def test_published_then_loaded_by_its_name_in_a_fresh_cache(hub, checkout, tmp_p
     assert torch.equal(folder.golden_logits(model), wanted)
     assert model.pretrained_cfg["hf_hub_id"] == f"lab/{NAME}@{done.commit}"
     assert (tmp_path / "home" / "hub").is_dir()
+
+
+@pytest.mark.parametrize("source", folders(), ids=lambda source: source.name)
+def test_every_folder_of_the_repository_goes_up_and_comes_down(hub, checkout, tmp_path, source):
+    place = tmp_path / "hub_cards" / source.name
+    shutil.copytree(source, place)
+    card.write(place)
+    wanted = folder.golden_logits(folder.load(place))
+    done = publish(place, org="lab")
+    shutil.rmtree(place)
+    model = create_model(source.name, pretrained=True)
+    assert torch.equal(folder.golden_logits(model), wanted)
+    assert model.pretrained_cfg["hf_hub_id"] == f"lab/{source.name}@{done.commit}"
 
 
 def test_again_nothing_is_sent_and_a_change_is_one_commit_and_a_new_tag(hub, checkout):

@@ -162,11 +162,14 @@ def export(
         _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
         _write(draft / RECIPE, yaml.safe_dump(_placeless(recipe), sort_keys=False))
         metrics = card.metrics(model, config, result, timed) | {"bytes": (draft / WEIGHTS).stat().st_size}
-        _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
         shutil.copyfile(run / CURVES, draft / CURVES)
         drawn = {name: spectrum(graph) for name, graph in graphs_of(model).items()}
         if drawn:
+            # Second singular values over what the best graphs of these sizes come near, least and largest.
+            parts = [found.second / found.bound for found in drawn.values()]
+            metrics["sigma_2"] = [round(min(parts), 3), round(max(parts), 3)]
             draw_layers(drawn, to.name).savefig(draft / SPECTRUM, dpi=110, pil_kwargs={"optimize": True})
+        _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
         (draft / GOLDEN).write_bytes(to_bytes({"logits": golden_logits(model)}))
         _write(draft / card.CARD, card.text(draft, repo, to))
         _replace(draft, to)
