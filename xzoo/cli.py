@@ -357,9 +357,10 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
             "share": lambda: bench.share(**pairs),
             "loop": lambda: bench.loop(**loop, **pairs, **size),
         }
-        for path in (args.csv, args.plot):
-            if path is not None:
-                bench.check_file(Path(path))
+        if args.csv is not None:
+            bench.check_file(Path(args.csv))
+        if args.plot is not None:
+            bench.check_file(Path(args.plot), bench.PICTURES)
         figures: list[bench.Figure] = []
         with bench.threads(args.threads):
             begun = [start[part]() for part in asked]  # all that is asked for is checked before any of it is measured
@@ -371,7 +372,7 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
                             bench.write_csv(figures, Path(args.csv))
             finally:  # Ctrl-C leaves what was measured
                 if figures:
-                    _print_figures([figure.row() for figure in figures], bench.machine())
+                    _print_figures([figure.told() for figure in figures], bench.machine())
         if args.plot is not None:
             bench.draw(figures, Path(args.plot))
 
@@ -382,8 +383,9 @@ def _print_figures(rows: Sequence[dict[str, str]], machine: dict[str, str]) -> N
     """Columns that nothing stands in are left out."""
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     table = _table(*columns)
-    for number in range(min(3, len(columns))):
-        table.columns[number].justify = "left"
+    for column in table.columns:
+        if column.header in ("against", "note"):
+            column.justify = "left"
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     console = _console()

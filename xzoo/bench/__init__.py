@@ -3,10 +3,11 @@
 from .figures import Figure, check_file, machine, ratios, threads, write_csv
 from .layer import layers, policy, share
 from .model import memory, models
-from .plot import draw
+from .plot import PICTURES, draw
 from .training import loop
 
 __all__ = [
+    "PICTURES",
     "Figure",
     "check_file",
     "draw",

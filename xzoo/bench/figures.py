@@ -69,7 +69,7 @@ class Figure:
         return self.quartiles[1] >= self.bar if self.at_least else self.quartiles[1] <= self.bar
 
     def row(self) -> dict[str, str]:
-        """Of the table and of the file alike."""
+        """Of the file."""
         low, middle, high = (self._text(value) for value in self.quartiles)
         limit = "" if self.bar is None else f"{'>=' if self.at_least else '<='} {self._text(self.bar)}"
         return {
@@ -88,6 +88,18 @@ class Figure:
             "ours": self.ours,
             "faults": "" if self.faults is None else f"{self.faults:.0f}",
             "note": self.note,
+        }
+
+    def told(self) -> dict[str, str]:
+        """What of the row is printed, in fewer columns."""
+        row = self.row()
+        unit = "" if self.unit == "x" else f" {self.unit}"
+        return {
+            "what": self.what,
+            "against": self.against,
+            "median": row["median"] + unit,
+            "quartiles": f"{row['quartile 1']} - {row['quartile 3']}",
+            **{key: row[key] for key in ("n", "ideal", "of ideal", "bar", "met", "ours", "faults", "note")},
         }
 
     def _text(self, value: float) -> str:
@@ -120,8 +132,13 @@ def machine() -> dict[str, str]:
     }
 
 
-def check_file(path: Path) -> None:
-    """Raise XzooError if nothing can be written there: before hours of measuring rather than after them."""
+def check_file(path: Path, kinds: Sequence[str] = ()) -> None:
+    """Raise XzooError if nothing can be written there, or its name ends in none of `kinds`.
+
+    For before an hour of measuring rather than after it.
+    """
+    if kinds and path.suffix not in kinds:
+        raise XzooError(f"cannot draw {path}: no picture is called {path.suffix}; use {' or '.join(kinds)}")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)) or path.is_dir():
         raise XzooError(f"cannot write {path}: {path.parent} is no folder that can be written to, or the file is one")
 

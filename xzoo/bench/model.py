@@ -216,7 +216,7 @@ def _step(model: nn.Module, called: Callable[..., Any], images: Tensor, labels: 
 
 # ---- memory
 
-STATE = "parameters, gradients, momentum"
+STATE = "parameters + gradients + momentum"
 
 
 class Memory(NamedTuple):
@@ -276,7 +276,7 @@ def _memories(name: str, batch: int) -> dict[str, tuple[int, int]]:
         images, labels = _batch(model, batch)
         found.append(memory(model, images.to("meta"), labels.to("meta")))
     mine, theirs = found
-    both = f"{STATE}, activations of batch {batch}"
+    both = f"all memory in training, batch {batch}"
     return {
         STATE: (mine.state, theirs.state),
         both: (mine.state + mine.activations, theirs.state + theirs.activations),

@@ -10,11 +10,12 @@ import numpy as np
 
 from ..errors import XzooError
 from ..train.run import atomic
-from .figures import Figure
+from .figures import Figure, check_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PICTURES = (".png", ".svg", ".pdf")
 # What is drawn alike: label, a pattern that is in a figure's name (the first that is counts), colour, marker.
 KINDS = {
     "model": (
@@ -31,6 +32,8 @@ KINDS = {
         ("weight gradient", r"weight grad", "#777777", "x"),
     ),
 }
+APART = {"model": 1.012, "layer": 1.06}  # how far to the right of a kind's points the next kind's are
+NAME_APART = 0.04  # parts of the picture's width between names of models
 TITLE = {"model": "whole models", "layer": "single layers"}
 
 
@@ -41,6 +44,7 @@ def draw(figures: Iterable[Figure], path: Path) -> None:
     """
     from matplotlib.figure import Figure as Picture
 
+    check_file(path, PICTURES)
     shown = [figure for figure in figures if figure.part in KINDS and figure.ideal is not None]
     parts = [part for part in KINDS if any(figure.part == part for figure in shown)]
     if not parts:
@@ -49,11 +53,8 @@ def draw(figures: Iterable[Figure], path: Path) -> None:
     for number, part in enumerate(parts, 1):
         axes = picture.add_subplot(1, len(parts), number)
         _panel(axes, part, [figure for figure in shown if figure.part == part])
-    kind = path.suffix[1:] or "png"
-    if kind not in picture.canvas.get_supported_filetypes():
-        raise XzooError(f"cannot draw {path}: no picture is called .{kind}; use .png, .svg or .pdf")
     with atomic(path) as draft:
-        picture.savefig(draft, dpi=110, format=kind)
+        picture.savefig(draft, dpi=110, format=path.suffix[1:])
 
 
 def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
@@ -70,7 +71,7 @@ def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
         mine = [figure for figure in figures if _kind(kinds, figure.what) == place]
         if mine:
             # Each kind a little to the right of that before, as many have one ideal.
-            x = [(figure.ideal or 1.0) * 1.012 ** (place - len(kinds) / 2) for figure in mine]
+            x = [(figure.ideal or 1.0) * APART[part] ** (place - (len(kinds) - 1) / 2) for figure in mine]
             low, middle, high = zip(*(figure.quartiles for figure in mine), strict=True)
             spread = np.abs(np.array([low, high]) - middle)
             style: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1, "alpha": 0.85}
@@ -81,29 +82,31 @@ def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
         axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
         axis.set_minor_locator(NullLocator())
     axes.set_xlabel("multiplications fall")
-    axes.set_ylabel("times as fast as dense")
-    axes.set_title(TITLE[part], fontsize=12, pad=14)
+    axes.set_ylabel(f"times as fast as dense: {TITLE[part]}")
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper left", fontsize=8.5, frameon=False)
+    axes.legend(loc="upper left", fontsize=8.5, framealpha=1, edgecolor="none")
     if part == "model":
         _names(axes, {figure.what.partition(",")[0]: figure.ideal or 1.0 for figure in figures}, left, right)
 
 
 def _names(axes: "Axes", places: dict[str, float], left: float, right: float) -> None:
-    """The models' names upright at the bottom, apart from each other, each over its own place on the axis."""
-    width = math.log(right / left)
-    apart, last = 0.034, -1.0
+    """The models' names above the picture, apart from each other, each with a line to its place on the axis."""
+    width, shown = math.log(right / left), -1.0
     for name, ideal in sorted(places.items(), key=lambda item: item[1]):
-        at = math.log(ideal / left) / width
-        shown = max(at, last + apart)
-        last = shown
+        shown = max(math.log(ideal / left) / width, shown + NAME_APART)
         axes.axvline(ideal, color="#bbbbbb", linewidth=0.6, zorder=0)
-        place: dict[str, Any] = {
-            "xytext": (shown, 0.02),
-            "textcoords": "axes fraction",
-            "xycoords": ("data", "axes fraction"),
-        }
-        axes.annotate(name, (ideal, 0.0), **place, rotation=90, fontsize=7.5, ha="center", va="bottom", color="#444444")
+        axes.annotate(
+            name,
+            (ideal, 1.0),
+            xytext=(shown, 1.04),
+            xycoords=("data", "axes fraction"),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            rotation=90,
+            fontsize=8,
+            ha="center",
+            va="bottom",
+        )
 
 
 def _kind(kinds: Sequence[tuple[str, str, str, str]], what: str) -> int | None:
