@@ -229,6 +229,14 @@ def test_share_tells_the_graph_and_the_speed():
     assert {layer.named(f"{text} s{s}") is None for text in layer.CLASSES for s in layer.SHARES} == {False}
 
 
+def test_scaling_compares_gains_and_leaves_the_threads_as_they_were():
+    with bench.threads(2):
+        (figure,) = layer._scaling([SMALL], pairs=3)
+        assert torch.get_num_threads() == 2
+    measured(figure, 3)
+    assert figure.bar == 0.95 and figure.what.startswith("gain of 2 threads, 3x3 16->24")
+
+
 # ---- models
 
 
@@ -294,12 +302,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_the_command_measures_models_and_layers_and_draws_them(capsys, tmp_path):
     table, picture = tmp_path / "bench.csv", tmp_path / "bench.png"
-    asked = ["--models", "x_vgg16_c16", "--layers", "linear 32->16 b2 d4 s1", "--batch-size", "2", "--pairs", "1"]
+    asked = ["--models", "x_vgg16_c16", "--layers", "linear 32->16 b2 d4 s1", "--batch-size", "1", "--pairs", "1"]
     assert main(["bench", *asked, "--csv", str(table), "--plot", str(picture)]) == 0
     out, err = capsys.readouterr()
     rows = rows_of(table)
     assert all(row["what"] in out and row["median"] in out for row in rows)
-    assert "1 of 2: x_vgg16_c16, inference, batch 2 (about " in err and "3 of 3: weight grad, linear 32->16" in err
+    assert "1 of 2: x_vgg16_c16, inference, batch 1 (about " in err and "3 of 3: weight grad, linear 32->16" in err
     kinds = [(row["part"], row["what"].partition(", ")[2].partition(",")[0], row["against"]) for row in rows]
     assert kinds[:2] == [("memory", model.STATE, "dense"), ("memory", "all memory in training", "dense")]
     forms = ("dense", "masked", "group")
@@ -330,6 +338,7 @@ def test_what_was_measured_is_left_when_it_is_interrupted(capsys, tmp_path, monk
         (["--layers", "linear 8->8 b1 d9 s1"], "degree=9"),
         (["--layers", "--pairs", "0"], "pairs=0: 1 or more are needed"),
         (["--policy", "--threads", "0"], "threads=0: 1 or more are needed"),
+        (["--scaling"], "threads=1: there is nothing to gain"),
         (["--share", "--csv", "/nowhere/at/all.csv"], "cannot write /nowhere/at/all.csv"),
         (["--share", "--plot", "/tmp/x.doc"], "no picture is called .doc"),
         (["--loop", "--photos", "2"], "photos=2: 16 or more are needed"),

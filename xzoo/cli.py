@@ -327,6 +327,7 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
         "layers": "single layers; texts that their names contain, sizes of your own, or none for all",
         "policy": "what `auto` takes against the library's best, over 20 shapes",
         "share": "second singular value and speed by share",
+        "scaling": "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)",
         "loop": "the training loop, augmentation, and loading of images",
     }
     for part, what in parts.items():
@@ -355,6 +356,7 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
             "layers": lambda: bench.layers(args.layers, **pairs),
             "policy": lambda: bench.policy(**pairs),
             "share": lambda: bench.share(**pairs),
+            "scaling": lambda: bench.scaling(**pairs),
             "loop": lambda: bench.loop(**loop, **pairs, **size),
         }
         if args.csv is not None:

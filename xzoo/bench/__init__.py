@@ -1,7 +1,7 @@
 """`xzoo bench`: how fast layers and models are, and what a training loop costs, beside what does the same."""
 
 from .figures import Figure, check_file, machine, ratios, threads, write_csv
-from .layer import layers, policy, share
+from .layer import layers, policy, scaling, share
 from .model import memory, models
 from .plot import PICTURES, draw
 from .training import loop
@@ -18,6 +18,7 @@ __all__ = [
     "models",
     "policy",
     "ratios",
+    "scaling",
     "share",
     "threads",
     "write_csv",

@@ -406,3 +406,48 @@ def _share(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
                 ideal=layer.n_in / layer.degree,
                 ours=lasting(median(mine)),
             )
+
+
+# ---- threads
+
+SCALING = ("3x3 512->512 4x4 b128 d16 s1", "3x3 256->256 14x14 b1 d64 s1", "1x1 256->1024 14x14 b16 d64 s4")
+SCALED = 0.95  # least part of what threads gain a dense operation
+
+
+def scaling(pairs: int = 15) -> Iterator[Figure]:
+    """What this number of threads gains our kernels, over what it gains the dense operation, by the clock.
+
+    Raises: XzooError on one thread, and for pairs below 1.
+    """
+    _check_pairs(pairs)
+    if torch.get_num_threads() == 1:
+        raise XzooError("threads=1: there is nothing to gain; give two or more")
+    return _scaling([layer for text in SCALING if (layer := named(text))], pairs)
+
+
+def _scaling(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
+    count = torch.get_num_threads()
+
+    def on(threads: int, call: Callable[[], Tensor]) -> None:
+        torch.set_num_threads(threads)
+        call()
+
+    for layer in watched(chosen, name, lambda layer: Case(layer).work * pairs):
+        drawn = tensors(layer)
+        forms = {"ours": ours(drawn, "forward"), "dense": _faster_dense(drawn, "forward")[1]}
+        calls = {(form, n): partial(on, n, call) for form, call in forms.items() for n in (1, count)}
+        try:
+            times = alternate(calls, pairs)
+        finally:
+            torch.set_num_threads(count)
+        gains = {form: ratios(times[form, 1].seconds, times[form, count].seconds) for form in forms}
+        yield Figure(
+            f"gain of {count} threads, {name(layer)}",
+            "gain of dense",
+            "x",
+            ratios(gains["ours"], gains["dense"]),
+            SCALED,
+            part="threads",
+            ours=f"{median(gains['ours']):.2f}x",
+            note=f"dense {median(gains['dense']):.2f}x",
+        )

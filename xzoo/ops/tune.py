@@ -10,9 +10,9 @@ Nothing here chooses: the rule of `auto` is written down in auto.py, and its tes
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch import Tensor
 from .. import graphs
 from ..errors import XzooError
 from . import available
+
+Name = TypeVar("Name", bound=Hashable)
 
 # A product of a layer, and how the operation's name ends.
 PRODUCTS = {"forward": "", "input_grad": "_input_grad", "weight_grad": "_weight_grad"}
@@ -120,15 +122,15 @@ def tensors(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = 0.0, device: str = "cpu"
-) -> dict[str, Times]:
+    calls: Mapping[Name, Callable[[], Any]], rounds: int, seconds: float = 0.0, device: str = "cpu"
+) -> dict[Name, Times]:
     """Let all take turns, for `rounds` rounds at least and until `seconds` have gone by; the first does not count.
 
     What a call returns is dropped within its turn, as the next layer of a model drops it: outputs are fresh.
     """
     now, faults = _clock(device), dict.fromkeys(calls, 0.0)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    repeats: dict[str, int] = {}
+    taken: dict[Name, list[float]] = {name: [] for name in calls}
+    repeats: dict[Name, int] = {}
     for (
         name,
         call,
