@@ -46,6 +46,7 @@ MEMORY = ("x_vgg16", 15)  # times less than its dense twin: parameters, gradient
 BATCHES = {"small": (1, 64, 128), "large": (1, 16, 16)}  # two of inference and one of training, by the images
 SMALL = 64  # pixels up to which images are small
 SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9}  # too slow a rate to move a time
+SETUP = 100e9  # multiply-accumulates that would take as long as building the forms does
 CHOOSE = 1  # rounds to find the faster memory format; the difference is large or does not matter
 
 
@@ -314,7 +315,7 @@ def _kind(name: str) -> str:
 def _work(case: Case, pairs: int) -> float:
     """Forms and rounds, in multiply-accumulates of the dense twin's; a training step is three forward passes."""
     rounds = 4 * (pairs + 2) + (8 * (2 + CHOOSE) if case.training else 4 * 13)
-    return rounds * _macs(case.model)[1] * case.batch * (3 if case.training else 1) * 0.8
+    return SETUP + rounds * _macs(case.model)[1] * case.batch * (3 if case.training else 1) * 0.8
 
 
 def _batch(model: Any, size: int) -> tuple[Tensor, Tensor]:
