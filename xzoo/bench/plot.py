@@ -32,7 +32,7 @@ KINDS = {
         ("weight gradient", r"weight grad", "#777777", "x"),
     ),
 }
-APART = {"model": 1.012, "layer": 1.06}  # how far to the right of a kind's points the next kind's are
+APART = {"model": 1.012, "layer": 1.03}  # how far to the right of a kind's points the next kind's are
 NAME_APART = 0.04  # parts of the picture's width between names of models
 TITLE = {"model": "whole models", "layer": "single layers"}
 
