@@ -113,7 +113,9 @@ def _measure(case: Case, pairs: int, compiled: bool) -> Iterator[Figure]:
     spent = times.pop("ours")
     bars = BARS.get(case.model)
     part = {16: 1.0, 8: NARROW}.get(native.lanes()) if native.available() else None
-    bar = bars[case.training] * part if bars and part else None
+    batches = BATCHES[_kind(case.model)]
+    asked = case.batch in (batches[2:] if case.training else batches[:2])
+    bar = bars[case.training] * part if asked and bars and part else None
     for against, theirs in times.items():
         yield Figure(
             str(case),
