@@ -28,6 +28,7 @@ from xzoo import graphs, ops
 from xzoo.errors import XzooError
 from xzoo.ops import native
 from xzoo.ops.auto import choose, library
+from xzoo.ops.tune import PRODUCTS, Layer, tune
 
 NAMES = ("y", "dx", "dw", "db")
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
@@ -328,10 +329,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 def test_auto_takes_native_only_where_it_was_measured_faster():
     with GOLDEN.open() as file:
         rows = list(csv.DictReader(file))
-    taken = {part: [] for part in PARTS}
+    taken = {part: [] for part in PRODUCTS}
     for row in rows:
-        x, weight, neighbours, geometry = layer(row)
-        for part, suffix in PARTS.items():
+        x, weight, neighbours, geometry = shapes(row)
+        for part, suffix in PRODUCTS.items():
             name = ("conv2d" if geometry else "linear") + suffix
             if choose(name, x, weight, neighbours, *geometry) == "native":
                 taken[part].append((float(row[part]), row))
@@ -342,23 +343,19 @@ def test_auto_takes_native_only_where_it_was_measured_faster():
 
 
 # The table of `auto`: how many times slower what it took before (dense or gather) is than `native`, in the same
-# layout, for the operation and for each of its gradients. Kernel 0 is a linear layer.
+# layout, for the operation and for each of its gradients.
 
-COLUMNS = (
-    *("lanes", "kernel", "n_in", "n_out", "size", "stride", "degree", "share", "batch", "last"),
-    *("forward", "input_grad", "weight_grad"),
-)
+COLUMNS = ("lanes", *Layer._fields, *PRODUCTS)
 SHAPES = [
     *((3, 64, 64, 32, 1), (3, 256, 256, 8, 1), (3, 512, 512, 4, 1), (3, 512, 512, 2, 1), (3, 256, 256, 14, 1)),
     *((3, 512, 512, 7, 1), (3, 128, 256, 16, 2), (1, 64, 256, 28, 1), (1, 256, 64, 28, 1), (1, 512, 512, 7, 1)),
     *((1, 1024, 256, 14, 1), (1, 128, 128, 4, 1), (1, 256, 512, 14, 2), (0, 512, 512, 1, 1), (0, 2048, 1000, 1, 1)),
 ]
-PARTS = {"forward": "", "input_grad": "_input_grad", "weight_grad": "_weight_grad"}
 
 
-def layer(row):
+def shapes(row):
     """(x, weight, neighbours, geometry) of a row, as shapes of tensors."""
-    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in COLUMNS[1:10])
+    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in Layer._fields)
     taps, pixels = ([kernel, kernel], [size, size]) if kernel else ([], [])
     x = torch.empty([batch, n_in, *pixels])
     if last:
@@ -368,32 +365,20 @@ def layer(row):
     return x, weight, torch.empty([n_out // share, degree], dtype=torch.int32), geometry
 
 
-def ratios(row):
-    x, weight, rows, geometry = layer(row)
-    rows = torch.from_numpy(graphs.sample("random", x.shape[1], len(weight), rows.shape[1], int(row["share"]), seed=0))
-    x, weight = torch.randn_like(x), torch.randn_like(weight)
-    operation = "conv2d" if geometry else "linear"
-    before = library(operation, x, weight, rows)
-    grad = torch.randn_like(getattr(torch.ops.xzoo, operation)(x, weight, rows, None, *geometry, before))
-    for part in PARTS.values():
-        call, times = getattr(torch.ops.xzoo, operation + part), {before: [], "native": []}
-        args = (grad, x, weight, rows) if part else (x, weight, rows, None)
-        end = time.perf_counter() + 0.03
-        while len(times["native"]) < 3 or time.perf_counter() < end:
-            for backend, seconds in times.items():
-                start = time.thread_time()
-                call(*args, *geometry, backend)
-                seconds.append(time.thread_time() - start)
-        slow, fast = (statistics.median(seconds[1:]) for seconds in times.values())  # the first one warms up
-        yield round(slow / fast, 2)
+def ratios(layer):
+    x, weight, neighbours, geometry = shapes(layer._asdict())
+    before = library("conv2d" if geometry else "linear", x, weight, neighbours)
+    rows = tune(layer, (before, "native"), rounds=3, seconds=0.03)
+    for slow, fast in zip(rows[::2], rows[1::2], strict=True):
+        yield round(statistics.median(slow.times.seconds) / statistics.median(fast.times.seconds), 2)
 
 
 def measure():
     for shape, part, share, batch, last in itertools.product(SHAPES, (2, 4, 16), (1, 4), (1, 16, 64), (0, 1)):
         kernel, n_in, *_ = shape
         if not (last and kernel == 0):
-            sizes = (native.lanes(), *shape, n_in // part, share, batch, last)
-            yield *sizes, *ratios(dict(zip(COLUMNS, sizes, strict=False)))
+            layer = Layer(*shape, n_in // part, share, batch, last)
+            yield native.lanes(), *layer, *ratios(layer)
 
 
 if __name__ == "__main__":
