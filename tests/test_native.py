@@ -1,8 +1,8 @@
 """Our CPU kernels: against torch in float64, over threads, processes and machines without what they need.
 
 `python tests/test_native.py` renews golden/native.csv, the times that the rule of `auto` is held against: some 10
-minutes on one thread. With the argument avx2, and ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 for torch, it
-renews the rows of machines that have vectors of 8 floats.
+minutes on one thread. Under ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2, which
+hold torch and our kernels, it renews the rows of machines that have vectors of 8 floats.
 """
 
 import csv
@@ -231,6 +231,16 @@ def test_two_threads_may_call_at_once(kernels):
     assert not wrong
 
 
+def test_kernels_are_held_to_the_vectors_that_torch_is_held_to(monkeypatch):
+    found = {}
+    for capability in ("", "avx512", "avx2", "default"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        found[capability] = [flag for flag in native._flags() if flag.startswith("-march=")]
+    assert found["default"] == []
+    assert found["avx512"] == found[""]  # torch does not use what the CPU lacks, nor do we
+    assert found["avx2"] == [flag.replace("-v4", "-v3") for flag in found[""]]
+
+
 # ---- building, each in a process of its own
 
 CALL = """
@@ -383,8 +393,6 @@ def measure():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1:] == ["avx2"]:
-        native._loaded.append(native.build([flag.replace("-v4", "-v3") for flag in native._flags()]))
     assert native.available()
     kept = []
     if GOLDEN.exists():

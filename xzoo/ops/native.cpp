@@ -729,6 +729,81 @@ void by_edges(const float* x, const Layer& a, const int32_t* neighbours, const f
   });
 }
 
+// ---- input gradients of 1x1 and linear, large shares: the gradients of K outputs with the same inputs stay in
+// registers and are added to those inputs, a block of which stays in L1
+
+template <int K, int P>
+KERNEL void spread(const float* d, const int32_t* at, const int32_t* end, const float* w, long share, float* channels) {
+  V g[K][P];
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) g[k][p] = held(d + (k * P + p) * VL);
+  for (; at < end; at++, w += share) {
+    float* to = channels + *at;
+    V sum[P];
+    UNROLL for (int p = 0; p < P; p++) sum[p] = load(to + p * VL);
+    UNROLL for (int k = 0; k < K; k++) {
+      V t = all(w[k]);
+      UNROLL for (int p = 0; p < P; p++) sum[p] = fma(g[k][p], t, sum[p]);
+    }
+    UNROLL for (int p = 0; p < P; p++) store(to + p * VL, sum[p]);
+  }
+}
+
+// dx [N][C][pixels] from d [N][O][pixels].
+template <int P>
+void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
+  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), a.C), groups = a.O / a.share;
+  long shift = 0;  // a block is of 1 << shift inputs
+  while ((2l << shift) * width <= 24576 / 4 && (1l << shift) * shares < a.C) shift++;
+  const long channels = 1l << shift, blocks = parts(a.C, channels);
+  // Inputs by block, then group: count, add up, fill; their weights [share] beside them.
+  int32_t* first = (int32_t*)scratch[2].floats(blocks * groups + 1 + groups * a.degree);
+  int32_t* at = first + blocks * groups + 1;
+  int32_t* place = (int32_t*)scratch[1].floats(a.degree);
+  float* w = scratch[3].floats(a.O * a.degree);
+  memset(first, 0, (blocks * groups + 1) * sizeof(int32_t));
+  for (long g = 0; g < groups; g++)
+    for (long j = 0; j < a.degree; j++) first[(neighbours[g * a.degree + j] >> shift) * groups + g + 1]++;
+  for (long i = 0; i < blocks * groups; i++) first[i + 1] += first[i];
+  for (long g = 0; g < groups; g++) {
+    for (long j = 0; j < a.degree; j++) {
+      const long c = neighbours[g * a.degree + j], b = c >> shift;
+      place[j] = first[b * groups + g]++;
+      at[place[j]] = (int32_t)((c - (b << shift)) * width);
+    }
+    for (long k = 0; k < a.share; k++)
+      for (long j = 0; j < a.degree; j++) w[place[j] * a.share + k] = weight[(g * a.share + k) * a.degree + j];
+  }
+  memmove(first + 1, first, blocks * groups * sizeof(int32_t));
+  first[0] = 0;
+  in_large_pages(dx, columns * a.C);
+  parallel(panels * shares, a.threads, [&](long begin, long end) {
+    float* panel = scratch[0].floats(a.O * width);
+    float* out = scratch[1].floats(channels * width);
+    for (long unit = begin, packed = -1; unit < end; unit++) {
+      const long m = unit / shares * width, n = least(width, columns - m);
+      if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
+      packed = m;
+      const long b_end = blocks * (unit % shares + 1) / shares;
+      for (long b = blocks * (unit % shares) / shares; b < b_end; b++) {
+        const long some = least(channels, a.C - b * channels);
+        memset(out, 0, some * width * sizeof(float));
+        for (long g = 0; g < groups; g++) {
+          const int32_t *from = at + first[b * groups + g], *to = at + first[b * groups + g + 1];
+          for (long k = 0, K; k < a.share && from < to; k += K) {
+            K = a.share - k >= 4 ? 4 : a.share - k >= 2 ? 2 : 1;
+            const float *p = panel + (g * a.share + k) * width, *v = w + (from - at) * a.share + k;
+            if (K == 4) spread<4, P>(p, from, to, v, a.share, out);
+            else if (K == 2) spread<2, P>(p, from, to, v, a.share, out);
+            else spread<1, P>(p, from, to, v, a.share, out);
+          }
+        }
+        from_panel(out, width, dx, a.x_last, a.C, b * channels, some, pixels, m, n);
+      }
+    }
+  });
+}
+
 // A linear layer of one or a few samples: the inputs of a group side by side once, then dense products of two rows.
 void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
   const long groups = a.O / a.share, d = a.degree;
@@ -997,13 +1072,20 @@ int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const 
   Layer t = *a;
   t.x_last = a->y_last;
   t.y_last = a->x_last;
-  switch (panel_vectors(a->N * a->H * a->W, {WIDE ? 7 : 8, 4, 2})) {
-    case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
-    case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
-    case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
-    case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
-    default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+  const long columns = a->N * a->H * a->W;
+  if (a->share < (WIDE ? 4 : 2)) {
+    switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
+      case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
+      case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
+      case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
+      case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
+      default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+    }
+    return 0;
   }
+  if (columns > 2 * VL) by_groups<WIDE ? 4 : 3>(d, *a, neighbours, w, dx);
+  else if (columns > VL) by_groups<2>(d, *a, neighbours, w, dx);
+  else by_groups<1>(d, *a, neighbours, w, dx);
   return 0;
 }
 

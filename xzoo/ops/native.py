@@ -30,6 +30,7 @@ from ..home import home
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
 LEVELS = {"v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "v3": {"avx2", "bmi2", "fma", "f16c"}}
+HELD = {"avx2": ["v3"], "default": []}  # what ATEN_CPU_CAPABILITY, torch's own variable, leaves of them
 
 _SIZES = ctypes.c_int64 * 11  # native.cpp's Layer
 _TENSORS = {  # its functions, and how many tensors they take
@@ -178,7 +179,7 @@ def _first() -> ctypes.CDLL | None:
 
 
 def _flags() -> list[str]:
-    """The compiler's flags for this CPU."""
+    """The compiler's flags for this CPU, or for what torch is told to use of it."""
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
     if platform.machine() not in ("x86_64", "AMD64"):
         return flags
@@ -188,7 +189,8 @@ def _flags() -> list[str]:
             if line.startswith("flags"):
                 has = set(line.partition(":")[2].split())
                 break
-    level = next((level for level, needs in LEVELS.items() if needs <= has), None)
+    allowed = HELD.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), LEVELS)
+    level = next((level for level in allowed if LEVELS[level] <= has), None)
     return [*flags, f"-march=x86-64-{level}"] if level else flags
 
 
