@@ -574,9 +574,9 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
 // Copies columns [m, m + n) of an activation [N][C][pixels] (or [N][pixels][C]) to a panel of `width` columns.
 void to_panel(const float* x, bool last, long C, long pixels, long m, long n, float* panel, long width) {
   if (last || pixels == 1) {
-    for (long i = 0; i < width; i += VL) {
-      const long some = most(0, least(VL, n - i));
-      pack(rows(x + (some ? m + i : m) * C, C, some), some, C, panel + i, width);
+    for (long i = 0; i < n; i += VL) {
+      const long some = least(VL, n - i);
+      pack(rows(x + (m + i) * C, C, some), some, C, panel + i, width);
     }
     return;
   }
@@ -611,6 +611,113 @@ long panel_vectors(long columns, std::initializer_list<long> choices) {
   for (long p : choices)
     if (parts(vectors, p) * p * 8 <= vectors * 9) return p;
   return 1;
+}
+
+// ---- 3x3 of stride 1, few samples and small planes: lanes = pixels of a plane, row after row
+
+// P vectors of pixels of one output. x: three copies of each input's plane, copy b a column further than the last; the
+// next row's pixels are `row` floats away. SUMS of each vector side by side, because one waits for itself.
+template <int P, int SUMS>
+KERNEL void plane_tile(const float* x, long plane, long copied, long row, const int32_t* from, const float* w,
+                       long degree, float bias, float* y) {
+  V sum[SUMS][P];
+  UNROLL for (int i = 0; i < SUMS; i++) UNROLL for (int p = 0; p < P; p++) sum[i][p] = all(i ? 0 : bias);
+  for (long j = 0; j < degree; j++, w += 9) {
+    const float* in = x + from[j] * plane;
+    UNROLL for (int b = 0; b < 3; b++, in += copied) {
+#if defined(__AVX512F__)
+      if (P == 1 && SUMS == 9) {  // 4x4: whole planes, the rows moved by lanes instead of loads across cache lines
+        __m512i middle = _mm512_castps_si512(held(in)), zero = _mm512_setzero_si512();
+        sum[b][0] = fma(_mm512_castsi512_ps(_mm512_alignr_epi32(middle, zero, 12)), all(w[b]), sum[b][0]);
+        sum[3 % SUMS + b][0] = fma(_mm512_castsi512_ps(middle), all(w[3 + b]), sum[3 % SUMS + b][0]);
+        sum[6 % SUMS + b][0] =
+            fma(_mm512_castsi512_ps(_mm512_alignr_epi32(zero, middle, 4)), all(w[6 + b]), sum[6 % SUMS + b][0]);
+        continue;
+      }
+#endif
+      UNROLL for (int a = 0; a < 3; a++) {
+        V k = all(w[a * 3 + b]);
+        UNROLL for (int p = 0; p < P; p++) {
+          V& s = sum[(a * 3 + b) % SUMS][p];
+          s = fma(load(in + a * row + p * VL), k, s);
+        }
+      }
+    }
+  }
+  UNROLL for (int i = 1; i < SUMS; i++) UNROLL for (int p = 0; p < P; p++) sum[0][p] = sum[0][p] + sum[i][p];
+  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, sum[0][p]);
+}
+
+#if defined(__AVX512F__)
+// 2x2: lane 4 * q + i holds the product for pixel q of an input's pixel i, and every lane counts. x: planes of 4.
+KERNEL void four_pixels(const float* x, const int32_t* from, const float* w, long degree, float bias, float* y) {
+  const __m512i tap = _mm512_setr_epi32(4, 5, 7, 8, 3, 4, 6, 7, 1, 2, 4, 5, 0, 1, 3, 4);
+  V sum[4] = {all(0), all(0), all(0), all(0)};
+#define PIXELS(j, s)                                                                                     \
+  s = fma(_mm512_permutexvar_ps(tap, _mm512_maskz_loadu_ps(0x1ff, w + (j) * 9)),                         \
+          _mm512_broadcast_f32x4(_mm_loadu_ps(x + from[j] * 4)), s)
+  long j = 0;
+  for (; j + 4 <= degree; j += 4) UNROLL for (int i = 0; i < 4; i++) PIXELS(j + i, sum[i]);
+  for (; j < degree; j++) PIXELS(j, sum[0]);
+#undef PIXELS
+  V s = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  s = s + _mm512_permute_ps(s, 0x4e);  // lane i + lane i ^ 2 of each four, then i ^ 1
+  s = s + _mm512_permute_ps(s, 0xb1) + all(bias);
+  _mm_storeu_ps(y, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
+}
+#endif
+
+bool is_two(long H, long W) { return VL == 16 && H == 2 && W == 2; }
+bool is_four(long H, long W) { return VL == 16 && H == 4 && W == 4; }
+// In products of vectors, nine taps of one sample. (Loads across cache lines are the slower half of the work.)
+long plane_cost(long H, long W) { return is_two(H, W) ? 2 : is_four(H, W) ? 11 : 14 * parts(H * W, VL); }
+
+void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
+  const long W = a.W, pixels = a.H * W, vectors = parts(pixels, VL);
+  const bool two = is_two(a.H, W), four = is_four(a.H, W);
+  // A copy is the plane between rows of zeros, if rows are loaded one by one. Lanes past the plane are never stored.
+  const long edge = four || two ? 0 : W, copied = pixels + 2 * edge, plane = two ? 4 : 3 * copied;
+  const long width = two ? 4 : vectors * VL, together = VL, size = a.C * plane + vectors * VL + VL;
+  const long shares = a.N >= a.threads ? 1 : least(parts(a.threads, a.N), a.O);
+  parallel(a.N * shares, a.threads, [&](long begin, long end) {
+    float* packed = scratch[0].floats(size);
+    float* out = scratch[1].floats(together * width + VL);
+    for (long unit = begin, there = -1; unit < end; unit++) {
+      const long n = unit / shares, o_end = a.O * (unit % shares + 1) / shares;
+      if (there != n) {
+        if (edge) memset(packed, 0, size * sizeof(float));
+        to_panel(x, a.x_last, a.C, pixels, n * pixels, pixels, packed + (two ? 0 : copied + edge), plane);
+        for (long c = 0; !two && c < a.C; c++) {
+          float *left = packed + c * plane + edge, *middle = left + copied, *right = middle + copied;
+          copy(left + 1, middle, pixels - 1);
+          copy(right, middle + 1, pixels - 1);
+          for (long i = 0; i < pixels; i += W) left[i] = right[i + W - 1] = 0;
+        }
+      }
+      there = n;
+      for (long o = a.O * (unit % shares) / shares, some; o < o_end; o += some) {
+        some = least(together, o_end - o);
+        for (long k = 0; k < some; k++) {
+          const int32_t* from = e.inputs(o + k);
+          const float* w = e.weights(o + k, 9);
+          const float b = bias ? bias[o + k] : 0;
+          float* to = out + k * width;
+#if defined(__AVX512F__)
+          if (two) four_pixels(packed, from, w, e.degree, b, to);
+          else if (four) plane_tile<1, 9>(packed, plane, copied, 0, from, w, e.degree, b, to);
+          else
+#endif
+            for (long i = 0, P; i < vectors; i += P, to += P * VL) {
+              P = vectors - i >= 4 ? 4 : vectors - i >= 2 ? 2 : 1;
+#define PLANE(p, sums) plane_tile<p, sums>(packed + i * VL, plane, copied, W, from, w, e.degree, b, to)
+              P == 4 ? PLANE(4, WIDE ? 3 : 1) : P == 2 ? PLANE(2, 3) : PLANE(1, 3);
+#undef PLANE
+            }
+        }
+        from_panel(out, width, y, a.y_last, a.O, o, some, pixels, n * pixels, pixels);
+      }
+    }
+  });
 }
 
 // ---- 1x1 and linear, share of 2 and more: K outputs with the same inputs x P vectors of columns
@@ -938,7 +1045,12 @@ int xzoo_conv3(const Layer* a, const float* x, const float* w, const int32_t* ne
   if (!in_range(*a, neighbours)) return 1;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long Ho = (a->H - 1) / a->stride + 1, Wo = (a->W - 1) / a->stride + 1;
-  if (2 * a->N <= VL) a->stride == 1 ? by_rows<1>(x, *a, e, bias, y) : by_rows<2>(x, *a, e, bias, y);
+  // About the products of vectors that each kernel makes, or what they cost, for a weight's nine taps.
+  const long samples = (3 * a->H - 2) * (3 * a->W - 2) * parts(a->N, VL);
+  const long rows = a->N * a->H * parts(a->W, VL) * 9, planes = a->N * plane_cost(a->H, a->W);
+  if (a->stride == 1 && planes < least(samples, rows)) by_planes(x, *a, e, bias, y);
+  else if (2 * a->N <= VL && (a->stride == 2 || rows < samples))
+    a->stride == 1 ? by_rows<1>(x, *a, e, bias, y) : by_rows<2>(x, *a, e, bias, y);
   else if (a->stride == 1)
     by_samples<1>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads);
   else by_samples<2>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads);
