@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -32,7 +33,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
 LEVELS = {"v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "v3": {"avx2", "bmi2", "fma", "f16c"}}
 
-_SIZES = ctypes.c_int64 * 11  # native.cpp's Layer
+_LAYER = struct.Struct("12q")  # native.cpp's
+ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}  # done in the store of a result
 _TENSORS = {  # its functions, and how many tensors they take
     **{"xzoo_conv3": 5, "xzoo_conv3_input_grad": 4, "xzoo_conv3_weight_grad": 4},
     **{"xzoo_point": 5, "xzoo_point_input_grad": 4, "xzoo_point_weight_grad": 4},
@@ -61,14 +63,14 @@ def _geometry(height: int, width: int, stride: Any, padding: Any, dilation: Any)
     return (height, width) == (3, 3) and (stride, padding, dilation) in kinds
 
 
-def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
+def conv2d(x, weight, neighbours, bias, stride, padding, dilation, activation=""):
     x, point = _seen(x, weight, stride), weight.shape[2] == 1
     step = 1 if point else stride[0]
     batch, _, height, width = x.shape
     shape = [batch, len(weight), (height - 1) // step + 1, (width - 1) // step + 1]
     y = _empty(shape, x)
     name = "xzoo_point" if point else "xzoo_conv3"
-    return _call(name, y, x, y, weight, neighbours, step, x, weight, neighbours, bias)
+    return _call(name, y, x, y, weight, neighbours, step, x, weight, neighbours, bias, activation=activation)
 
 
 def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
@@ -90,9 +92,9 @@ def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
     return _call(name, dw, x, grad, weight, neighbours, _step(weight, stride), grad, x, neighbours)
 
 
-def linear(x, weight, neighbours, bias):
+def linear(x, weight, neighbours, bias, activation=""):
     x, y = x.contiguous(), x.new_empty(len(x), len(weight))
-    return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias)
+    return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias, activation=activation)
 
 
 def linear_input_grad(grad, x, weight, neighbours):
@@ -106,7 +108,7 @@ def linear_weight_grad(grad, x, weight, neighbours):
     return _call("xzoo_point_weight_grad", dw, x, grad, weight, neighbours, 1, grad, x, neighbours)
 
 
-def _call(name, result, x, y, weight, neighbours, stride, *tensors):
+def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation=""):
     """The function of native.cpp on the addresses of `tensors` and of `result`; x and y give the layer's sizes."""
     sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
     if not sizes[0]:
@@ -117,7 +119,8 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors):
         lying = [t.int() if t is not None and not t.is_floating_point() else t for t in lying]
     addresses = [None if t is None else t.data_ptr() for t in lying]
     share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
-    layer = _SIZES(*sizes, n_out, degree, share, stride, *last, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, ACTIVATIONS[activation])
     if getattr(_loaded[0], name)(layer, *addresses):
         raise IndexError(f"neighbours must be from 0 to {sizes[1] - 1}, the inputs there are")
     return result
