@@ -131,7 +131,10 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}], ids=str
+    "options",
+    [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
+    + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))],
+    ids=str,
 )
 def test_bits_do_not_depend_on_the_number_of_threads(kernels, options):
     case, found = random_case(**options), []
@@ -139,6 +142,49 @@ def test_bits_do_not_depend_on_the_number_of_threads(kernels, options):
         torch.set_num_threads(threads)
         found.append(results(case, "native", torch.float32)[:3])
     assert all(torch.equal(a, b) for run in found[1:] for a, b in zip(run, found[0], strict=True))
+
+
+def forward(x, weight, rows, bias, geometry, activation=""):
+    with ops.backend("native"):
+        if not geometry:
+            return ops.linear(x, weight, rows, bias, activation)
+        return ops.conv2d(x, weight, rows, bias, *geometry, activation=activation)
+
+
+def test_small_planes_of_few_samples(kernels):
+    generator = torch.Generator().manual_seed(0)
+    for height, width, batch in itertools.product((1, 2, 3, 4, 5, 8), (1, 2, 3, 4, 7, 8), (1, 3, 9)):
+        rows = torch.stack([torch.randperm(7, generator=generator)[:5] for _ in range(19)])
+        x, weight, bias = (
+            torch.rand(*shape, generator=generator) + 0.5 for shape in ((batch, 7, height, width), (19, 5, 3, 3), (19,))
+        )
+        dense = ops.dense.scatter(weight, rows, 7)
+        want = F.conv2d(x.double(), dense.double(), bias.double(), padding=1)
+        for form in (torch.contiguous_format, torch.channels_last):
+            y = forward(x.to(memory_format=form), weight, rows, bias, ((1, 1), (1, 1), (1, 1)))
+            torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=0, msg=f"{x.shape}, {form}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"batch": 3}, {"batch": 3, "share": 2}, {"stride": 2}, {"stride": 2, "batch": 2}),
+        *({"size": size, "batch": 1} for size in (2, 4, 5, 8)),
+        *({"kernel": 1}, {"kernel": 1, "share": 4}, {"kernel": 1, "n_in": 600, "degree": 2}, {"kernel": 1, "batch": 1}),
+        *({"kernel": 0}, {"kernel": 0, "share": 4}, {"kernel": 0, "batch": 1}),
+    ],
+    ids=str,
+)
+def test_an_activation_in_the_store_is_the_one_after_it(kernels, options):
+    x, weight, rows, bias, _, geometry = random_case(**options)
+    x[0, rows[0, 0]] = math.nan
+    for form in (torch.contiguous_format, torch.channels_last)[: x.dim() // 2]:
+        x = x.to(memory_format=form)
+        plain = forward(x, 3 * weight, rows, bias, geometry)
+        assert plain.isnan().any() and (plain < 0).any() and (plain > 6).any()
+        for name, function in (("relu", F.relu), ("relu6", F.relu6)):
+            y = forward(x, 3 * weight, rows, bias, geometry, name)
+            assert torch.equal(y.nan_to_num(9), function(plain).nan_to_num(9)), name
 
 
 @pytest.mark.parametrize("batch", [2, 20])

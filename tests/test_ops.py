@@ -292,11 +292,13 @@ def test_registered_operations_keep_torchs_rules(backend, layout):
     tests = ["test_schema", "test_faketensor"]
     if backend == "auto":
         tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(library.conv2d, (x, weight, rows, bias, *geometry, backend), test_utils=tests)
+    for last in ((), ("relu6",)):
+        torch.library.opcheck(library.conv2d, (x, weight, rows, bias, *geometry, backend, *last), test_utils=tests)
     for operation in (library.conv2d_input_grad, library.conv2d_weight_grad):
         torch.library.opcheck(operation, (grad, x, weight, rows, *geometry, backend), test_utils=tests)
     x, weight, grad = x[:, :, 0, 0], weight[:, :, 0, 0], grad[:, :, 0, 0]
-    torch.library.opcheck(library.linear, (x, weight, rows, bias, backend), test_utils=tests)
+    for last in ((), ("relu",)):
+        torch.library.opcheck(library.linear, (x, weight, rows, bias, backend, *last), test_utils=tests)
     for operation in (library.linear_input_grad, library.linear_weight_grad):
         torch.library.opcheck(operation, (grad, x, weight, rows, backend), test_utils=tests)
 
@@ -320,6 +322,36 @@ def test_gradients_are_those_of_finite_differences(backend):
         assert torch.autograd.gradcheck(lambda x, w, b: ops.conv2d(x, w, rows, b, *args), tensors)
         tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(2, 3, 6), (4, 3), (4,)]]
         assert torch.autograd.gradcheck(lambda x, w, b: ops.linear(x, w, rows, b), tensors)
+
+
+@BACKENDS
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_an_activation_is_done_with_and_without_gradients(backend, activation):
+    rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
+    x, weight, bias = 4 * torch.randn(5, 6, 7, 7), torch.randn(4, 3, 3, 3), torch.randn(4)
+    function = getattr(F, activation)
+    with ops.backend(backend):
+        for op, tensors, args in (
+            (ops.conv2d, (x, weight, rows, bias), ((1, 1), (1, 1), (1, 1))),
+            (ops.linear, (x[:, :, 0, 0], weight[:, :, 0, 0], rows, bias), ()),
+        ):
+            want = function(op(*tensors, *args))
+            assert torch.equal(op(*tensors, *args, activation), want)
+            first, *others = tensors
+            grads = []
+            for call in (lambda t: op(t, *others, *args, activation), lambda t: function(op(t, *others, *args))):  # noqa: B023
+                leaf = first.clone().requires_grad_()
+                y = call(leaf)
+                assert torch.equal(y, want)
+                grads += torch.autograd.grad(y.square().sum(), leaf)
+            assert torch.equal(*grads)
+
+
+@BACKENDS
+def test_an_unknown_activation_is_refused_by_name(backend):
+    x, weight, rows = torch.ones(1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    with ops.backend(backend), pytest.raises(ValueError, match="activation 'gelu' is not relu, relu6 or none"):
+        ops.linear(x, weight, rows, None, "gelu")
 
 
 def test_second_derivatives_are_refused():
