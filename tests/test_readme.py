@@ -4,6 +4,7 @@
 """
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import xzoo
+from xzoo import weights
 from xzoo.train.results import DATASETS, aggregate, read
 from xzoo.train.run import quiet
 
@@ -18,6 +20,7 @@ README = Path(__file__).parent.parent / "README.md"
 MODELS = "<!-- models: python tests/test_readme.py -->\n", "<!-- end of models -->"
 RESULTS = "<!-- results: python tests/test_readme.py -->\n", "<!-- end of results -->"
 
+TRAINED = "<!-- weights: python tests/test_readme.py -->\n", "<!-- end of weights -->"
 SPEED = "<!-- speed: python tests/test_readme.py -->\n", "<!-- end of speed -->"
 
 
@@ -84,6 +87,31 @@ def speed():
     return "\n".join([*lines, "", f"{found[0]['machine'].partition(', load')[0]}; torch {found[0]['torch']}."]) + "\n"
 
 
+def trained():
+    """Of the folders in hub_cards: what their metrics.json say."""
+    head = (
+        "| checkpoint | data set | top-1, % | weights | MACs | file | sigma_2 / bound | dense twin's time | made by |"
+    )
+    lines = [head, f"|{' --- |' * 9}"]
+    for name in weights.entries():
+        told = json.loads((README.parent / "hub_cards" / name / "metrics.json").read_text(encoding="utf-8"))
+        runs = told["runs"]
+        spread = "" if runs["sd"] is None else f"; {runs['top1']:.2f} \u00b1 {runs['sd']:.2f}"
+        cells = (
+            f"`{name}`",
+            f"{DATASETS[told['dataset']].title}, {told['n_val']:,} {told['split']} images",
+            f"{told['top1']:.2f} (n = {runs['n']}{spread})",
+            f"{told['weights'] / 1e6:.2f}M",
+            f"{told['macs'] / 1e6:,.0f}M",
+            f"{told['bytes'] / 1e6:.1f} MB",
+            " to ".join(f"{value:.2f}" for value in told["sigma_2"]),
+            f"{told['latency']['dense_times']:.1f}x (batch 1, {told['latency']['on']})",
+            f"`xzoo fit --config {told['recipe'].removeprefix('recipes/').removesuffix('.yaml')}`",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def between(text, marks):
     return text.split(marks[0])[1].split(marks[1])[0]
 
@@ -94,6 +122,10 @@ def test_the_table_of_models_is_counted():
 
 def test_the_results_are_those_of_the_runs():
     assert between(README.read_text(encoding="utf-8"), RESULTS) == results()
+
+
+def test_the_checkpoints_are_those_of_the_folders():
+    assert between(README.read_text(encoding="utf-8"), TRAINED) == trained()
 
 
 def test_the_table_of_speed_is_the_file_s():
@@ -109,8 +141,7 @@ def test_the_table_of_speed_is_the_file_s():
         for text, value in zip(told[1:10], medians, strict=True):
             assert float(text) == pytest.approx(value, abs=0.006)
     readme = README.read_text(encoding="utf-8")
-    if SPEED[0] in readme:
-        assert between(readme, SPEED) == speed()
+    assert between(readme, SPEED) == speed()
 
 
 def test_the_python_runs(capsys, tmp_path, monkeypatch):
@@ -132,8 +163,7 @@ def test_the_pictures_are_there(path):
 
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
-    for (begin, end), new in ((MODELS, table()), (RESULTS, results()), (SPEED, speed())):
-        if begin in text:
-            text = text.split(begin)[0] + begin + new + end + text.split(end)[1]
+    for (begin, end), new in ((MODELS, table()), (RESULTS, results()), (TRAINED, trained()), (SPEED, speed())):
+        text = text.split(begin)[0] + begin + new + end + text.split(end)[1]
     README.write_text(text, encoding="utf-8")
     sys.exit(0)
