@@ -150,12 +150,30 @@ INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long parts(long n, long size) { return (n + size - 1) / size; }
 
-// The sums of VL vectors over their lanes, in one vector.
+// The sums of VL vectors over their lanes, in one vector: at each step two vectors become one of half sums.
 INLINE V sums(V r[VL]) {
+#if defined(__AVX512F__)
+#define HALVES(i, k, shuffle, low, high) r[i] = shuffle(r[i], r[k], low) + shuffle(r[i], r[k], high)
+  UNROLL for (int i = 0; i < 4; i++) {
+    HALVES(i, i + 4, _mm512_shuffle_f32x4, 0x44, 0xee);
+    HALVES(i + 8, i + 12, _mm512_shuffle_f32x4, 0x44, 0xee);
+    HALVES(i, i + 8, _mm512_shuffle_f32x4, 0x88, 0xdd);
+  }
+  HALVES(0, 1, _mm512_shuffle_ps, 0x88, 0xdd);
+  HALVES(2, 3, _mm512_shuffle_ps, 0x88, 0xdd);
+  HALVES(0, 2, _mm512_shuffle_ps, 0x88, 0xdd);
+  return r[0];
+#elif defined(__AVX2__) && defined(__FMA__)
+#define HALVES(i, k, shuffle, low, high) r[i] = shuffle(r[i], r[k], low) + shuffle(r[i], r[k], high)
+  UNROLL for (int i = 0; i < 4; i++) HALVES(i, i + 4, _mm256_permute2f128_ps, 0x20, 0x31);
+  HALVES(0, 1, _mm256_shuffle_ps, 0x88, 0xdd);
+  HALVES(2, 3, _mm256_shuffle_ps, 0x88, 0xdd);
+  HALVES(0, 2, _mm256_shuffle_ps, 0x88, 0xdd);
+  return r[0];
+#else
   transpose(r);
-  if (VL == 16) UNROLL for (int k = 0; k < 8; k++) r[k] = r[k] + r[k + 8 % VL];
-  if (VL >= 8) UNROLL for (int k = 0; k < 4; k++) r[k] = r[k] + r[k + 4 % VL];
   return (r[0] + r[2]) + (r[1] + r[3]);
+#endif
 }
 
 // ---- threads: OpenMP's pool in this process, which is torch's, if there is one
@@ -1009,12 +1027,12 @@ KERNEL void weight_sums(const float* x, const float* d, long blocks, long H, lon
       for (; q < Wo; q++) SUMS(1);
 #undef SUMS
     }
-  float lanes[VL];
-  for (int i = 0; i < 9; i++) {
-    store(lanes, sum[i]);
-    float total = 0;
-    for (int l = 0; l < VL; l++) total += lanes[l];
-    dw[i] += total;
+  UNROLL for (int i = 0; i < 9; i += VL) {
+    V r[VL];
+    float total[VL];
+    UNROLL for (int l = 0; l < VL; l++) r[l] = i + l < 9 ? sum[least(i + l, 8)] : all(0);
+    store(total, sums(r));
+    for (int l = 0; l < VL && i + l < 9; l++) dw[i + l] += total[l];
   }
 }
 
@@ -1037,21 +1055,29 @@ void weights3(const float* x, const float* d, const Layer& a, const int32_t* nei
   const long at_once = most(1, least(blocks, PACKED / each));
   float* xs = scratch[2].floats(a.C * at_once * pixels * VL);
   float* ds = scratch[3].floats(a.O * at_once * d_pixels * VL);
-  memset(dw, 0, a.O * a.degree * 9 * sizeof(float));
+  // The weights by input: with stride 2 its plane is four times that of an output's gradient, and is read once.
+  const long edges = a.O * a.degree;
+  int32_t* next = (int32_t*)scratch[0].floats(a.C + 1 + edges);
+  int32_t* order = next + a.C + 1;
+  memset(next, 0, (a.C + 1) * sizeof(int32_t));
+  const auto input = [&](long e) { return (long)neighbours[e / a.degree / a.share * a.degree + e % a.degree]; };
+  for (long e = 0; e < edges; e++) next[input(e) + 1]++;
+  for (long c = 0; c < a.C; c++) next[c + 1] += next[c];
+  for (long e = 0; e < edges; e++) order[next[input(e)]++] = (int32_t)e;
+  memset(dw, 0, edges * 9 * sizeof(float));
   for (long k = 0; k < blocks; k += at_once) {
     const long some = least(at_once, blocks - k);
     pack_blocks(x, a.x_last, a.N, a.C, pixels, k * VL, some, xs, a.threads);
     pack_blocks(d, a.y_last, a.N, a.O, d_pixels, k * VL, some, ds, a.threads);
-    parallel(a.O, a.threads, [&](long begin, long end) {
-      for (long o = begin; o < end; o++)
-        for (long j = 0; j < a.degree; j++) {
-          const float* from = xs + neighbours[o / a.share * a.degree + j] * some * pixels * VL;
-          const float* grad = ds + o * some * d_pixels * VL;
-          float* to = dw + (o * a.degree + j) * 9;
-          if (WIDE && Wo % 7 == 0) weight_sums<WIDE ? 7 : 4, S>(from, grad, some, a.H, a.W, Ho, Wo, to);
-          else if (Wo >= 4) weight_sums<4, S>(from, grad, some, a.H, a.W, Ho, Wo, to);
-          else weight_sums<2, S>(from, grad, some, a.H, a.W, Ho, Wo, to);
-        }
+    parallel(edges, a.threads, [&](long begin, long end) {
+      for (long i = begin; i < end; i++) {
+        const long e = order[i];
+        const float* from = xs + input(e) * some * pixels * VL;
+        const float* grad = ds + e / a.degree * some * d_pixels * VL;
+        if (WIDE && Wo % 7 == 0) weight_sums<WIDE ? 7 : 4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
+        else if (Wo >= 4) weight_sums<4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
+        else weight_sums<2, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
+      }
     });
   }
 }
@@ -1073,8 +1099,11 @@ KERNEL void products(const float* x, const float* d, const int32_t* from, long w
   }
   float total[VL];
   store(total, sums(sum));
-  for (int k = 0; k < K; k++)
-    for (int j = 0; j < J; j++) dw[k * degree + j] += total[k * J + j];
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  UNROLL for (int k = 0; k < K; k++) {
+    UNROLL for (int j = 0; j + 4 <= J; j += 4) *(Four*)(dw + k * degree + j) += *(Four*)(total + k * J + j);
+    if (J % 4) for (int j = 0; j < J; j++) dw[k * degree + j] += total[k * J + j];
+  }
 }
 
 void weights1(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
@@ -1082,11 +1111,12 @@ void weights1(const float* x, const float* d, const Layer& a, const int32_t* nei
   // Panels of columns of which both activations fit in L2, 4 vectors at least: each weight's sum ends once a panel.
   const long fit = most(4, (WIDE ? 400 : 160) * 1024 / (channels * VL));
   const long width = least(fit, parts(columns, VL)) * VL, panels = parts(columns, width);
-  const long at_once = most(1, least(panels, PACKED / (channels * width)));
+  // No more of them are packed at a time than threads pack: the fewer, the nearer they still are when they are read.
+  const long at_once = most(1, least(least(panels, a.threads), PACKED / (channels * width)));
   float* xs = scratch[2].floats(at_once * a.C * width);
   float* ds = scratch[3].floats(at_once * a.O * width);
   memset(dw, 0, a.O * a.degree * sizeof(float));
-  constexpr int K4 = VL == 16 ? 4 : VL == 8 ? 2 : 1, J1 = VL == 16 ? 8 : 4;  // accumulators <= lanes
+  constexpr int K4 = VL == 16 ? 4 : VL == 8 ? 2 : 1, J1 = VL >= 8 ? 8 : 4;  // accumulators <= lanes
   for (long p0 = 0; p0 < panels; p0 += at_once) {
     const long some = least(at_once, panels - p0);
     parallel(2 * some, a.threads, [&](long begin, long end) {
