@@ -6,6 +6,25 @@ are. bfloat16 and float16 (summed in float32) and float32, which goes through TF
 torch.backends.cudnn.conv.fp32_precision for convolutions, torch.backends.cuda.matmul.fp32_precision for linear
 layers (and the older switches that set these). All three products give the same bits in every run.
 
+**Not measured on a GPU yet.** What an H100 could reach at most, derived for two-byte types (4096 FLOP a cycle and
+multiprocessor on tensor cores; a load of 32 lanes takes a cycle for each line of 128 bytes that it touches; L2
+5.5 TB/s of 989 TFLOP/s), as the part of its peak that a dense layer of the same sizes would have to reach to be as
+fast; it reaches some 0.6. c = inputs / degree.
+
+    gather, channels_last  32 channels of a pixel span c / 2 lines: 64 share FLOP in c / 2 cycles. Share 8: 0.25,
+                           share 16: 0.5, whatever c is. The density is paid for in lines that are read for nothing
+    gather, contiguous     32 pixels of a channel span 1 to 2 lines: 64 share FLOP in 1 or 2 cycles. Share 8: c / 16
+                           to c / 8; share 16: c / 8 to c / 4
+    L2                     share * taps FLOP a byte in the first case for the dense layer, c times that in the second:
+                           for 1x1 and share 16, 0.09 and 0.09 c; for 3x3, nine times that if L1 keeps the taps
+    tensor cores           share 16: c; share 8: c / 2, as reading the left side of a step from shared memory takes as
+                           long as 16 outputs need
+    input gradient         all the products of the dense layer, as a tile of 64 channels meets nearly every block:
+                           1, and for share 8 half of it (K is 8 of 16). Less work for `group` and `shuffle` only
+
+So channels_last is not expected to win below share 32, and contiguous 3x3 layers from c = 8 (share 16) or 16
+(share 8) on are where a GPU should be asked first. The input gradient will not win.
+
 Not here: small shares, dilation other than 1, float64, GPUs before Ampere, second derivatives (`missing`).
 """
 
@@ -25,7 +44,7 @@ from ..errors import XzooError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Sizes of tiles: pixels, inputs and input channels of a program, by a derivation and not yet by a measurement.
+# Tiles: pixels, inputs and input channels of a program. With 8 warps no kernel spills a register (ptxas, sm_90).
 PIXELS, INPUTS, CHANNELS = 128, 32, 64
 SUMMED = 64  # pixels, where the sum goes over them
 PROGRAMS = 1024  # of a weight gradient, at least, where there are pixels enough: some 8 for each multiprocessor
@@ -86,10 +105,12 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-# ---- the two operations
+# ---- the two operations; `precision` is the switch of torch that float32 follows
+
+_CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
-def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
+def conv2d(x, weight, neighbours, bias, stride, padding, dilation, precision=_CONV):
     size = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)]
     y = _empty([len(x), len(weight), *size], x)
     if not y.numel():
@@ -102,12 +123,13 @@ def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
         _kernels().forward[(programs,)](
             *(x, weight, rows, x if bias is None else bias.contiguous(), y),
             *(*shapes, *x.stride(), *y.stride(), *weight.shape[2:], *stride, *padding, *dilation),
-            *(share, bias is not None, _last(x), _last(y), *_arithmetic(x, weight), PIXELS, columns, INPUTS),
+            *(share, bias is not None, _last(x), _last(y), *_arithmetic(x, precision), PIXELS, columns, INPUTS),
+            num_warps=8,
         )
     return y
 
 
-def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
+def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation, precision=_CONV):
     dx = _empty(x.shape, x)
     if not grad.numel():
         return dx.zero_()
@@ -122,12 +144,13 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
         _kernels().input_grad[(programs,)](
             *(grad, weight, slots, readers, counts, dx),
             *(*shapes, *grad.stride(), *dx.stride(), *weight.shape[2:], *stride, *padding),
-            *(share, _last(grad), _last(dx), *_arithmetic(x, weight), PIXELS, channels, _power(share, 16, 64)),
+            *(share, _last(grad), _last(dx), *_arithmetic(x, precision), PIXELS, channels, _power(share, 16, 64)),
+            num_warps=8,
         )
     return dx
 
 
-def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
+def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation, precision=_CONV):
     if not grad.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     rows, share = _checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
@@ -143,12 +166,13 @@ def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
         _kernels().weight_grad[(programs * splits,)](
             *(grad, x, rows, parts),
             *(*shapes, *grad.stride(), *x.stride(), *weight.shape[2:], *stride, *padding, *dilation),
-            *(share, _last(grad), _last(x), *_arithmetic(x, weight), SUMMED, columns, inputs),
+            *(share, _last(grad), _last(x), *_arithmetic(x, precision), SUMMED, columns, inputs),
         )
     return parts.sum(0).to(weight.dtype)
 
 
-_POINT = ((1, 1), (0, 0), (1, 1))  # the geometry of a linear layer, which is a convolution of one pixel
+# A linear layer is a convolution of one pixel, with the precision of a matrix product.
+_POINT = ((1, 1), (0, 0), (1, 1), torch.backends.cuda.matmul)
 
 
 def linear(x, weight, neighbours, bias):
@@ -170,11 +194,9 @@ def _pixel(x: Tensor) -> Tensor:
 # ---- what a kernel is told
 
 
-def _arithmetic(x: Tensor, weight: Tensor) -> tuple[str, bool]:
+def _arithmetic(x: Tensor, precision: Any) -> tuple[str, bool]:
     """tl.dot's precision for float32, and whether to cast to it before (the interpreter has no bfloat16)."""
-    linear = x.shape[2:] == weight.shape[2:] == (1, 1)
-    setting = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv
-    tf32 = setting.fp32_precision == "tf32"
+    tf32 = precision.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee", _interpreted() and x.dtype == torch.bfloat16
 
 
