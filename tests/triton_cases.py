@@ -26,19 +26,20 @@ ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 NAMES = ("y", "dx", "dw", "db")
 
 
-SWITCHES = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+# By their older names: torch.export reads these, and fails where a new one has set half of what they stand for.
+SWITCHES = {torch.backends.cudnn: torch.backends.cudnn.conv, torch.backends.cuda.matmul: torch.backends.cuda.matmul}
 
 
 @pytest.fixture(autouse=True)
 def exact_float32_and_unwritten_outputs_are_nan():
-    before = [switch.fp32_precision for switch in SWITCHES]
+    before = [switch.allow_tf32 for switch in SWITCHES]
     for switch in SWITCHES:
-        switch.fp32_precision = "ieee"
+        switch.allow_tf32 = False
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
     yield
     torch.use_deterministic_algorithms(False)
     for switch, value in zip(SWITCHES, before, strict=True):
-        switch.fp32_precision = value
+        switch.allow_tf32 = value
 
 
 def make(kernel, stride, share, blocks, n_in, degree, batch, size=(5, 4), padding=None, seed=0, biased=True, form=None):
@@ -106,6 +107,7 @@ def hold(case, dtype):
 
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
+FORMS = [LAST, pytest.param(FIRST, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_kernels_equal_torch_in_float64(dtype, options):
     hold(make(**{"blocks": 2, "batch": 3, "size": (7, 5), **options}), dtype)
 
 
-@settings(derandomize=True, deadline=None, max_examples=6)
+@settings(derandomize=True, deadline=None, max_examples=2)
 @given(case=cases(), dtype=st.sampled_from(list(ROUNDING)))
 @example(case=make(3, (2, 2), 8, 2, 9, 4, 0), dtype=torch.float16)
 @example(case=make(0, (1, 1), 8, 2, 9, 4, 0), dtype=torch.float32)
@@ -142,7 +144,7 @@ def test_many_random_layers(case, dtype):
     hold(case, dtype)
 
 
-@pytest.mark.parametrize("kernel", [3, 0])
+@pytest.mark.parametrize("kernel", [1, 0, pytest.param(3, marks=pytest.mark.slow)])
 def test_equal_bits_in_every_run(kernel):
     # 570 pixels and more: weight gradients are sums of several parts.
     case = make(kernel, (1, 1), 8, 2, 20, 7, 570 if kernel == 0 else 4, (13, 11))
@@ -154,7 +156,7 @@ def test_equal_bits_in_every_run(kernel):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], runs[1][:3], strict=True))
 
 
-@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_nan_reaches_exactly_what_is_connected(form):
     x, weight, rows, bias, grad, geometry = make(3, (1, 1), 8, 4, 30, 6, 2, form=form)
     bad, channel = x.clone(), int(rows[0, 0])
@@ -228,7 +230,7 @@ def test_strides_are_read_as_they_are_and_the_memory_format_is_kept():
             assert y.is_contiguous(memory_format=form)
 
 
-@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_registered_operations_keep_torchs_rules(form):
     x, weight, rows, bias, grad, geometry = make(3, (2, 2), 8, 2, 9, 4, 2, form=form)
     x, weight, bias, grad = x.float(), weight.float(), bias.float(), grad.float()
@@ -274,15 +276,15 @@ def test_layers_under_autocast_compile_and_export():
 
 def test_float32_goes_through_tf32_where_torch_may():
     x = torch.ones(1, 1, 1, 1)
-    for switch in SWITCHES:
-        for setting, name in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
-            switch.fp32_precision = setting
-            assert triton._arithmetic(x, switch) == (name, False)
+    for switch, precision in SWITCHES.items():
+        for allowed, name in ((True, "tf32"), (False, "ieee")):
+            switch.allow_tf32 = allowed
+            assert triton._arithmetic(x, precision) == (name, False)
     if DEVICE == "cuda":
         case = make(0, (1, 1), 16, 2, 64, 64, 64)
         case = (*(torch.randn_like(t) for t in case[:2]), *case[2:])
         exact = results(case, "triton", torch.float32)[0]
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = True
         fast = results(case, "triton", torch.float32)[0]
         assert 1e-5 < (fast - exact).norm() / exact.norm() < 1e-2
 
