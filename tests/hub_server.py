@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Self
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs, quote, unquote, urlencode
 
 LARGE = (".safetensors", ".bin", ".png")  # stored as the Hub stores large files, whatever their size
 
@@ -107,6 +107,8 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.accounts: dict[str, Account] = {}
         self.blobs: dict[str, bytes] = {}  # large files that were uploaded, by sha256
+        self.parts: dict[tuple[str, int], bytes] = {}  # of those that are on their way
+        self.part_size, self.page = 1 << 30, 1000  # bytes of a part of an upload; entries in an answer of the tree
         self.requests: list[str] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
@@ -361,7 +363,11 @@ class Handler(BaseHTTPRequestHandler):
                 found[folder] = {"type": "directory", "path": folder, "oid": git_sha1(folder.encode()), "size": 0}
             if deep or "/" not in rest:
                 found[path] = self._entry(path, file)
-        self._json(list(found.values()))
+        begin = int(self.query.get("cursor", ["0"])[0])
+        page = list(found.values())[begin : begin + self.hub.page]
+        more = {k: v[0] for k, v in self.query.items()} | {"cursor": str(begin + self.hub.page)}
+        next_ = f'<{self.hub.endpoint}{self.path.partition("?")[0]}?{urlencode(more)}>; rel="next"'
+        self._json(page, headers={"Link": next_} if begin + self.hub.page < len(found) else {})
 
     def paths_info(self, body: bytes, name: str, revision: str) -> None:
         repo = self._repo(name)
@@ -411,7 +417,12 @@ class Handler(BaseHTTPRequestHandler):
         for asked in json.loads(body)["objects"]:
             item = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.hub.blobs:
-                put = {"href": f"{self.hub.storage}/upload/{asked['oid']}"}
+                place = f"{self.hub.storage}/upload/{asked['oid']}"
+                put: dict[str, Any] = {"href": place}
+                if asked["size"] > self.hub.part_size:
+                    count = -(-asked["size"] // self.hub.part_size)
+                    urls = {f"{i:05d}": f"{place}/{i}" for i in range(1, count + 1)}
+                    put["header"] = {"chunk_size": str(self.hub.part_size), **urls}
                 verify = {"href": f"{self.hub.endpoint}/{name}.git/verify"}
                 item["actions"] = {"upload": put, "verify": verify}
             told.append(item)
@@ -424,6 +435,19 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(400, "", "the content does not match the oid")
         self.hub.blobs[oid] = body
         self._json({})
+
+    def put_part(self, body: bytes, oid: str, number: str) -> None:
+        self.hub.parts[oid, int(number)] = body
+        self._json({}, headers={"ETag": f'"{sha256(body)}"'})
+
+    def complete(self, body: bytes, oid: str) -> None:
+        data = b""
+        for part in json.loads(body)["parts"]:
+            piece = self.hub.parts.pop((oid, part["partNumber"]))
+            if part["etag"].strip('"') != sha256(piece):
+                raise RefusedError(400, "", "a part is another one than was sent")
+            data += piece
+        self.put(data, oid)
 
     def verify(self, body: bytes, name: str) -> None:
         asked = json.loads(body)
@@ -543,6 +567,8 @@ ROUTES = (
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
     ("POST", rf"/{_ID}\.git/verify", "verify"),
     ("PUT", r"/upload/([0-9a-f]{64})", "put"),
+    ("PUT", r"/upload/([0-9a-f]{64})/(\d+)", "put_part"),
+    ("POST", r"/upload/([0-9a-f]{64})", "complete"),
     ("GET|HEAD", r"/storage/([0-9a-f]{64})/.*", "stored"),
     ("GET|HEAD", rf"/{_ID}/resolve/([^/]+)/(.+)", "resolve"),
 )

@@ -1,5 +1,6 @@
 """Cards: complete, written from the data alone, and their snippets run as they stand."""
 
+import csv
 import json
 import re
 import shutil
@@ -108,6 +109,44 @@ def test_a_card_is_written_anew_where_it_is_stale(exported, tmp_path, capsys):
     (folder / "metrics.json").unlink()
     assert cli.main(["card", str(folder)]) == 2
     assert "is no exported model" in capsys.readouterr().err
+
+
+def test_other_seeds_and_rivals_of_the_recipe_stand_beside_it(exported, tmp_path, monkeypatch):
+    """As recipes/results.csv has them now: after another run of them the card is stale."""
+    folder, results = tmp_path / "hub_cards" / NAME, tmp_path / "recipes" / "results.csv"
+    shutil.copytree(exported, folder)
+    assert "| 61.25 (n = 1) |" in (folder / "README.md").read_text()
+    monkeypatch.setattr(weights, "homes", lambda: (tmp_path / "wheel" / "hub_cards", tmp_path / "hub_cards"))
+    monkeypatch.setattr(weights, "TABLE", tmp_path / "weights.json")
+    (tmp_path / "weights.json").write_text("{}")
+    assert cli.main(["card", str(folder)]) == 0  # it has another name to be loaded by in hub_cards
+    check(folder)
+    with open(Path(xzoo.__file__).parents[1] / "recipes" / "results.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    rows = [
+        *({"recipe_sha": "0" * 16, "seed": seed, "top1": top1} for seed, top1 in enumerate((61.25, 62.25, 63.25))),
+        {"recipe_sha": "1" * 16, "graph": "dense", "compression": 1, "top1": 64},
+        *({"recipe_sha": "2" * 16, "graph": "group", "seed": seed, "top1": 50 + seed} for seed in range(2)),
+        # Neither the same epochs nor the same part of the data: no rivals.
+        {"recipe_sha": "3" * 16, "graph": "random", "epochs": 9, "top1": 70},
+        {"recipe_sha": "4" * 16, "graph": "random", "split": "train", "n_val": 5000, "top1": 70},
+    ]
+    results.parent.mkdir()
+    with open(results, "w", newline="") as file:
+        table = csv.DictWriter(file, list(row))
+        table.writeheader()
+        table.writerows(row | change for change in rows)
+    with pytest.raises(XzooError, match="is stale"):
+        check(folder)
+    assert cli.main(["card", str(folder)]) == 0
+    check(folder)
+    text = (folder / "README.md").read_text()
+    assert "62.25 \u00b1 1.00 % is the mean of 3 runs" in text and f"| {NAME} |" in text
+    dense, group = (
+        "| 64.00 (n = 1) |",
+        "| with graphs of kind group | 1.14 M | 110.07 M | 4.62 MB | 50.50 \u00b1 0.71 (n = 2) |",
+    )
+    assert text.count("| its dense twin |") == 1 and dense in text and group in text and "random" not in text
 
 
 def test_images_of_ones_own_have_no_hub_data_set(run, tmp_path):

@@ -54,7 +54,7 @@ def test_help_of_all_and_of_each(capsys):
         (["recipes", "copy", "cifar10/x_vgg99"], "there is no recipe cifar10/x_vgg99; did you mean cifar10/x_vgg"),
         (["export", "/nowhere", "/tmp/x"], "/nowhere is no finished run: it has no model/config.json"),
         (["compare", "/nowhere.csv"], "/nowhere.csv"),
-        (["bench"], "say what to measure: --loop"),
+        (["bench", "--layers", "5x5"], "layer '5x5': no case is called so"),
         (["classify", "/nowhere", "x.png"], "does not exist"),
         (["classify", "x_resnet18"], "images"),
     ],

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import xzoo
-from xzoo.deploy import deploy, fold
+from xzoo.deploy import deploy, fold, fuse
 from xzoo.errors import ModelError
+from xzoo.layers import ExpanderConv2d, ExpanderLinear
 
 
 def trained(name: str, **arguments: object) -> nn.Module:
@@ -57,7 +58,8 @@ def test_outputs_are_the_same_but_for_rounding(name, size, left):
 def test_what_it_did_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="xzoo.deploy"):
         deploy(trained("x_mobilenet050_c4"), torch.zeros(1, 3, 32, 32))
-    assert "27 of 27 norms folded; " in caplog.text and "times as fast as the other" in caplog.text
+    assert "27 of 27 norms folded, 12 activations fused; " in caplog.text
+    assert "times as fast as the other" in caplog.text and "of 12 X-layers are faster dense" in caplog.text
 
 
 class Shared(nn.Module):
@@ -114,6 +116,71 @@ def test_a_deployed_model_finds_the_faster_format(monkeypatch):
     model = trained("x_vgg16_c16")
     # The clock decides; here it is one that dislikes contiguous weights.
     module = sys.modules["xzoo.deploy"]  # the package's name for it is the function
-    monkeypatch.setattr(module, "_seconds", lambda net, x: float(net.features[0].weight.is_contiguous()) + 1)
-    weight = deploy(model, torch.zeros(1, 3, 32, 32)).features[3].weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+    dislikes = lambda net, x: isinstance(net, nn.Module) and float(net.features[0].weight.is_contiguous()) + 1  # noqa: E731
+    monkeypatch.setattr(module, "_seconds", dislikes)
+    fast = deploy(model, torch.zeros(1, 3, 32, 32))
+    assert fast.features[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert fast.features[3].weight.is_contiguous()  # an X-layer's is one
+
+
+def activations(model: nn.Module) -> list[str]:
+    return [part.activation for part in model.modules() if isinstance(part, ExpanderConv2d | ExpanderLinear)]
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "others"),
+    [("x_vgg16_c16", "relu", 0), ("x_mobilenet050_c4", "relu6", 0), ("x_resnet18", "relu", 8)],
+)
+def test_activations_that_follow_are_fused(name, activation, others):
+    model = trained(name)
+    fold(model)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        done = fuse(model)
+        torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
+        found = activations(model)
+        assert found.count(activation) == done > 0 and found.count("") == others
+        # What a user may still do with it.
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(xzoo.to_dense(model)(x), before, rtol=1e-4, atol=1e-4)
+    assert not activations(model)
+
+
+class Followed(nn.Module):
+    """Activations that must stay: used twice, after a result that others read, watched; and one that need not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([ExpanderConv2d(4, 4, 1, degree=2, seed=i) for i in range(5)])
+        self.twice, self.read, self.watched, self.free = nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.watched.register_forward_hook(lambda part, args, y: y + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.twice(self.layers[1](self.twice(self.layers[0](x))))
+        y = self.layers[2](x)
+        x = self.read(y) - y
+        return self.free(self.layers[4](self.watched(self.layers[3](x))))
+
+
+def test_activations_that_are_used_elsewhere_too_stay():
+    model, x = Followed().eval(), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        before = model(x)
+        assert fuse(model) == 1 and activations(model) == ["", "", "", "", "relu"]
+        torch.testing.assert_close(model(x), before)
+
+
+def test_a_layer_that_is_faster_dense_becomes_dense(monkeypatch):
+    # The clock decides; here it is one that likes one dense layer, and dislikes all the others.
+    def seconds(model, names, example):
+        return {n: float(isinstance(model.get_submodule(n), ExpanderConv2d) is (n == "features.7")) for n in names}
+
+    monkeypatch.setattr(sys.modules["xzoo.deploy"], "_seconds_of", seconds)
+    model, x = trained("x_vgg16_c16"), torch.randn(1, 3, 32, 32)
+    fast = deploy(model, x)
+    kinds = {name: type(part).__name__ for name, part in fast.named_modules() if name.startswith("features.")}
+    assert [kinds[f"features.{i}"] for i in (3, 7, 10)] == ["ExpanderConv2d", "Sequential", "ExpanderConv2d"]
+    assert [type(part) for part in fast.features[7]] == [nn.Conv2d, nn.ReLU]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from xzoo.cli import main
 from xzoo.errors import XzooError
+from xzoo.hub import check
 from xzoo.train.evaluate import evaluate, predict
 from xzoo.train.fit import fit
 from xzoo.train.parse import RecipeCLI
@@ -105,6 +106,22 @@ def test_the_folder_is_a_recipe_that_does_the_same(recipe, data, tmp_path):
     assert {k: v for k, v in one.items() if k not in ("wall_s", "recipe")} == {
         k: v for k, v in other.items() if k not in ("wall_s", "recipe")
     }
+
+
+def test_a_run_is_exported_in_half_precision_if_it_stays_as_good(recipe, data, tmp_path, capsys, monkeypatch):
+    run, to = tmp_path / "run", tmp_path / "x_mobilenet050_c4.tiny"
+    result = fit(arguments(recipe, data, run, trainer__max_epochs=1))
+    assert main(["export", str(run), str(to), "--half"]) == 0
+    check(to)
+    kinds = {(value.dim() > 1, value.dtype) for value in load_file(to / "model.safetensors").values()}
+    graphs = {(True, torch.uint8), (True, torch.int16)}
+    assert kinds - graphs == {(True, torch.float16), (False, torch.float32), (False, torch.int64)}
+    assert json.loads((to / "metrics.json").read_text())["top1"] == pytest.approx(result["top1"])
+    kept = (to / "model.safetensors").read_bytes()
+    monkeypatch.setattr("xzoo.hub.folder.HALF_MOVES", -1.0)
+    assert main(["export", str(run), str(to), "--half"]) == 2
+    assert "float16 moves the accuracy" in capsys.readouterr().err
+    assert (to / "model.safetensors").read_bytes() == kept and {f.name for f in tmp_path.glob(".*.part")} == set()
 
 
 def test_rivals_under_the_same_recipe(recipe, data, tmp_path):

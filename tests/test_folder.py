@@ -77,6 +77,15 @@ def test_an_expanded_model_of_timm_is_rebuilt(tmp_path):
     assert json.loads((tmp_path / "m" / "config.json").read_text())["xzoo"]["compression"] == 4
 
 
+def test_transformers_wraps_what_was_saved(saved):
+    wrapper = pytest.importorskip(
+        "transformers", reason="transformers is not installed"
+    ).TimmWrapperForImageClassification
+    wrapped, x = wrapper.from_pretrained(str(saved[1])).eval(), golden_input((3, 64, 64))
+    with torch.no_grad():
+        assert torch.equal(wrapped(x).logits, saved[0](x))
+
+
 def test_a_folder_is_replaced_whole(saved, tmp_path):
     model = create_model("x_mobilenet050_c4", num_classes=2)
     save(model, saved[1], ["a", "b"])

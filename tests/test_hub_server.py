@@ -1,6 +1,7 @@
 """The Hub of the tests is one to the unmodified clients: huggingface_hub, timm and the `hf` command."""
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -61,6 +62,15 @@ def test_a_folder_goes_up_and_comes_down(hub, tmp_path):
     # The large file went to the other host both times, without the token: the server would have refused it.
     assert any(r.startswith("PUT /upload/") for r in hub.requests)
     assert any(r.startswith("GET /storage/") for r in hub.requests)
+
+
+def test_in_parts_and_page_by_page(hub, tmp_path):
+    hub.part_size, hub.page = 100, 2
+    told = python(UPLOAD, hub.environment(tmp_path, "secret"))
+    assert told["same"] and len(told["listed"]) == 4
+    parts = [r for r in hub.requests if r.startswith("PUT /upload/")]
+    assert len(parts) > 2 and all(re.fullmatch(r"PUT /upload/\w{64}/\d+", r) for r in parts)
+    assert sum("/tree/main" in r for r in hub.requests) == 3
 
 
 ERRORS = """

@@ -1,8 +1,8 @@
 """Our CPU kernels: against torch in float64, over threads, processes and machines without what they need.
 
 `python tests/test_native.py` renews golden/native.csv, the times that the rule of `auto` is held against: some 10
-minutes on one thread. With the argument avx2, and ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 for torch, it
-renews the rows of machines that have vectors of 8 floats.
+minutes on one thread. Under ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2, which
+hold torch and our kernels, it renews the rows of machines that have vectors of 8 floats.
 """
 
 import csv
@@ -28,6 +28,7 @@ from xzoo import graphs, ops
 from xzoo.errors import XzooError
 from xzoo.ops import native
 from xzoo.ops.auto import choose, library
+from xzoo.ops.tune import PRODUCTS, Layer, tune
 
 NAMES = ("y", "dx", "dw", "db")
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
@@ -130,7 +131,10 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}], ids=str
+    "options",
+    [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
+    + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))],
+    ids=str,
 )
 def test_bits_do_not_depend_on_the_number_of_threads(kernels, options):
     case, found = random_case(**options), []
@@ -138,6 +142,49 @@ def test_bits_do_not_depend_on_the_number_of_threads(kernels, options):
         torch.set_num_threads(threads)
         found.append(results(case, "native", torch.float32)[:3])
     assert all(torch.equal(a, b) for run in found[1:] for a, b in zip(run, found[0], strict=True))
+
+
+def forward(x, weight, rows, bias, geometry, activation=""):
+    with ops.backend("native"):
+        if not geometry:
+            return ops.linear(x, weight, rows, bias, activation)
+        return ops.conv2d(x, weight, rows, bias, *geometry, activation=activation)
+
+
+def test_small_planes_of_few_samples(kernels):
+    generator = torch.Generator().manual_seed(0)
+    for height, width, batch in itertools.product((1, 2, 3, 4, 5, 8), (1, 2, 3, 4, 7, 8), (1, 3, 9)):
+        rows = torch.stack([torch.randperm(7, generator=generator)[:5] for _ in range(19)])
+        x, weight, bias = (
+            torch.rand(*shape, generator=generator) + 0.5 for shape in ((batch, 7, height, width), (19, 5, 3, 3), (19,))
+        )
+        dense = ops.dense.scatter(weight, rows, 7)
+        want = F.conv2d(x.double(), dense.double(), bias.double(), padding=1)
+        for form in (torch.contiguous_format, torch.channels_last):
+            y = forward(x.to(memory_format=form), weight, rows, bias, ((1, 1), (1, 1), (1, 1)))
+            torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=0, msg=f"{x.shape}, {form}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"batch": 3}, {"batch": 3, "share": 2}, {"stride": 2}, {"stride": 2, "batch": 2}),
+        *({"size": size, "batch": 1} for size in (2, 4, 5, 8)),
+        *({"kernel": 1}, {"kernel": 1, "share": 4}, {"kernel": 1, "n_in": 600, "degree": 2}, {"kernel": 1, "batch": 1}),
+        *({"kernel": 0}, {"kernel": 0, "share": 4}, {"kernel": 0, "batch": 1}),
+    ],
+    ids=str,
+)
+def test_an_activation_in_the_store_is_the_one_after_it(kernels, options):
+    x, weight, rows, bias, _, geometry = random_case(**options)
+    x[0, rows[0, 0]] = math.nan
+    for form in (torch.contiguous_format, torch.channels_last)[: x.dim() // 2]:
+        x = x.to(memory_format=form)
+        plain = forward(x, 3 * weight, rows, bias, geometry)
+        assert plain.isnan().any() and (plain < 0).any() and (plain > 6).any()
+        for name, function in (("relu", F.relu), ("relu6", F.relu6)):
+            y = forward(x, 3 * weight, rows, bias, geometry, name)
+            assert torch.equal(y.nan_to_num(9), function(plain).nan_to_num(9)), name
 
 
 @pytest.mark.parametrize("batch", [2, 20])
@@ -228,6 +275,16 @@ def test_two_threads_may_call_at_once(kernels):
         for worker in workers:
             worker.join()
     assert not wrong
+
+
+def test_kernels_are_held_to_the_vectors_that_torch_is_held_to(monkeypatch):
+    found = {}
+    for capability in ("", "avx512", "avx2", "default"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        found[capability] = [flag for flag in native._flags() if flag.startswith("-march=")]
+    assert found["default"] == []
+    assert found["avx512"] == found[""]  # torch does not use what the CPU lacks, nor do we
+    assert found["avx2"] == [flag.replace("-v4", "-v3") for flag in found[""]]
 
 
 # ---- building, each in a process of its own
@@ -328,10 +385,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 def test_auto_takes_native_only_where_it_was_measured_faster():
     with GOLDEN.open() as file:
         rows = list(csv.DictReader(file))
-    taken = {part: [] for part in PARTS}
+    taken = {part: [] for part in PRODUCTS}
     for row in rows:
-        x, weight, neighbours, geometry = layer(row)
-        for part, suffix in PARTS.items():
+        x, weight, neighbours, geometry = shapes(row)
+        for part, suffix in PRODUCTS.items():
             name = ("conv2d" if geometry else "linear") + suffix
             if choose(name, x, weight, neighbours, *geometry) == "native":
                 taken[part].append((float(row[part]), row))
@@ -342,23 +399,19 @@ def test_auto_takes_native_only_where_it_was_measured_faster():
 
 
 # The table of `auto`: how many times slower what it took before (dense or gather) is than `native`, in the same
-# layout, for the operation and for each of its gradients. Kernel 0 is a linear layer.
+# layout, for the operation and for each of its gradients.
 
-COLUMNS = (
-    *("lanes", "kernel", "n_in", "n_out", "size", "stride", "degree", "share", "batch", "last"),
-    *("forward", "input_grad", "weight_grad"),
-)
+COLUMNS = ("lanes", *Layer._fields, *PRODUCTS)
 SHAPES = [
     *((3, 64, 64, 32, 1), (3, 256, 256, 8, 1), (3, 512, 512, 4, 1), (3, 512, 512, 2, 1), (3, 256, 256, 14, 1)),
     *((3, 512, 512, 7, 1), (3, 128, 256, 16, 2), (1, 64, 256, 28, 1), (1, 256, 64, 28, 1), (1, 512, 512, 7, 1)),
     *((1, 1024, 256, 14, 1), (1, 128, 128, 4, 1), (1, 256, 512, 14, 2), (0, 512, 512, 1, 1), (0, 2048, 1000, 1, 1)),
 ]
-PARTS = {"forward": "", "input_grad": "_input_grad", "weight_grad": "_weight_grad"}
 
 
-def layer(row):
+def shapes(row):
     """(x, weight, neighbours, geometry) of a row, as shapes of tensors."""
-    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in COLUMNS[1:10])
+    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in Layer._fields)
     taps, pixels = ([kernel, kernel], [size, size]) if kernel else ([], [])
     x = torch.empty([batch, n_in, *pixels])
     if last:
@@ -368,38 +421,24 @@ def layer(row):
     return x, weight, torch.empty([n_out // share, degree], dtype=torch.int32), geometry
 
 
-def ratios(row):
-    x, weight, rows, geometry = layer(row)
-    rows = torch.from_numpy(graphs.sample("random", x.shape[1], len(weight), rows.shape[1], int(row["share"]), seed=0))
-    x, weight = torch.randn_like(x), torch.randn_like(weight)
-    operation = "conv2d" if geometry else "linear"
-    before = library(operation, x, weight, rows)
-    grad = torch.randn_like(getattr(torch.ops.xzoo, operation)(x, weight, rows, None, *geometry, before))
-    for part in PARTS.values():
-        call, times = getattr(torch.ops.xzoo, operation + part), {before: [], "native": []}
-        args = (grad, x, weight, rows) if part else (x, weight, rows, None)
-        end = time.perf_counter() + 0.03
-        while len(times["native"]) < 3 or time.perf_counter() < end:
-            for backend, seconds in times.items():
-                start = time.thread_time()
-                call(*args, *geometry, backend)
-                seconds.append(time.thread_time() - start)
-        slow, fast = (statistics.median(seconds[1:]) for seconds in times.values())  # the first one warms up
-        yield round(slow / fast, 2)
+def ratios(layer):
+    x, weight, neighbours, geometry = shapes(layer._asdict())
+    before = library("conv2d" if geometry else "linear", x, weight, neighbours)
+    rows = tune(layer, (before, "native"), rounds=3, seconds=0.03)
+    for slow, fast in zip(rows[::2], rows[1::2], strict=True):
+        yield round(statistics.median(slow.times.seconds) / statistics.median(fast.times.seconds), 2)
 
 
 def measure():
     for shape, part, share, batch, last in itertools.product(SHAPES, (2, 4, 16), (1, 4), (1, 16, 64), (0, 1)):
         kernel, n_in, *_ = shape
         if not (last and kernel == 0):
-            sizes = (native.lanes(), *shape, n_in // part, share, batch, last)
-            yield *sizes, *ratios(dict(zip(COLUMNS, sizes, strict=False)))
+            layer = Layer(*shape, n_in // part, share, batch, last)
+            yield native.lanes(), *layer, *ratios(layer)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1:] == ["avx2"]:
-        native._loaded.append(native.build([flag.replace("-v4", "-v3") for flag in native._flags()]))
     assert native.available()
     kept = []
     if GOLDEN.exists():

@@ -33,7 +33,9 @@ from xzoo.errors import XzooError
 from xzoo.ops.auto import library
 
 GOLDEN = Path(__file__).parent / "golden" / "auto.csv"
-BACKENDS = pytest.mark.parametrize("backend", ops.available())
+# `triton`, where there is a GPU, is none of a CPU's (test_triton.py).
+ON_CPU = [b for b in ops.available() if b != "triton"]
+BACKENDS = pytest.mark.parametrize("backend", ON_CPU)
 # What computes every geometry and type; `native` refuses what it has no kernel for (test_native.py).
 LIBRARY = pytest.mark.parametrize("backend", ["dense", "gather"])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -265,7 +267,7 @@ def test_dense_linear_is_the_nested_loop(share):
         np.testing.assert_allclose(ours.numpy(), loops, rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("backend", [b for b in ops.available() if b != "dense"])
+@pytest.mark.parametrize("backend", [b for b in ON_CPU if b != "dense"])
 def test_nan_reaches_connected_outputs_only(backend):
     rows = torch.from_numpy(graphs.sample("biregular", 12, 8, 3, share=2, seed=0))
     reads = (rows == 5).any(1).repeat_interleave(2)  # [8]: outputs that read input 5
@@ -283,7 +285,7 @@ def test_nan_reaches_connected_outputs_only(backend):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("backend", ["auto", *ops.available()])
+@pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 def test_registered_operations_keep_torchs_rules(backend, layout):
     rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, share=2, seed=0))
     x, weight, grad = (strided(torch.randn(*s), layout) for s in [(2, 8, 7, 5), (6, 4, 3, 3), (2, 6, 4, 3)])
@@ -292,11 +294,13 @@ def test_registered_operations_keep_torchs_rules(backend, layout):
     tests = ["test_schema", "test_faketensor"]
     if backend == "auto":
         tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(library.conv2d, (x, weight, rows, bias, *geometry, backend), test_utils=tests)
+    for last in ((), ("relu6",)):
+        torch.library.opcheck(library.conv2d, (x, weight, rows, bias, *geometry, backend, *last), test_utils=tests)
     for operation in (library.conv2d_input_grad, library.conv2d_weight_grad):
         torch.library.opcheck(operation, (grad, x, weight, rows, *geometry, backend), test_utils=tests)
     x, weight, grad = x[:, :, 0, 0], weight[:, :, 0, 0], grad[:, :, 0, 0]
-    torch.library.opcheck(library.linear, (x, weight, rows, bias, backend), test_utils=tests)
+    for last in ((), ("relu",)):
+        torch.library.opcheck(library.linear, (x, weight, rows, bias, backend, *last), test_utils=tests)
     for operation in (library.linear_input_grad, library.linear_weight_grad):
         torch.library.opcheck(operation, (grad, x, weight, rows, backend), test_utils=tests)
 
@@ -320,6 +324,36 @@ def test_gradients_are_those_of_finite_differences(backend):
         assert torch.autograd.gradcheck(lambda x, w, b: ops.conv2d(x, w, rows, b, *args), tensors)
         tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(2, 3, 6), (4, 3), (4,)]]
         assert torch.autograd.gradcheck(lambda x, w, b: ops.linear(x, w, rows, b), tensors)
+
+
+@BACKENDS
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_an_activation_is_done_with_and_without_gradients(backend, activation):
+    rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
+    x, weight, bias = 4 * torch.randn(5, 6, 7, 7), torch.randn(4, 3, 3, 3), torch.randn(4)
+    function = getattr(F, activation)
+    with ops.backend(backend):
+        for op, tensors, args in (
+            (ops.conv2d, (x, weight, rows, bias), ((1, 1), (1, 1), (1, 1))),
+            (ops.linear, (x[:, :, 0, 0], weight[:, :, 0, 0], rows, bias), ()),
+        ):
+            want = function(op(*tensors, *args))
+            assert torch.equal(op(*tensors, *args, activation), want)
+            first, *others = tensors
+            grads = []
+            for call in (lambda t: op(t, *others, *args, activation), lambda t: function(op(t, *others, *args))):  # noqa: B023
+                leaf = first.clone().requires_grad_()
+                y = call(leaf)
+                assert torch.equal(y, want)
+                grads += torch.autograd.grad(y.square().sum(), leaf)
+            assert torch.equal(*grads)
+
+
+@BACKENDS
+def test_an_unknown_activation_is_refused_by_name(backend):
+    x, weight, rows = torch.ones(1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    with ops.backend(backend), pytest.raises(ValueError, match="activation 'gelu' is not relu, relu6 or none"):
+        ops.linear(x, weight, rows, None, "gelu")
 
 
 def test_second_derivatives_are_refused():

@@ -27,7 +27,13 @@ STAIR = (
     {"errors", "options", "home"},
 )
 # Of the modules of one step, which may import which.
-BESIDE = {("drawing", "theory"), ("deploy", "convert"), ("deploy", "profile"), ("drawing", "profile")}
+BESIDE = {
+    ("ops", "graphs"),
+    ("drawing", "theory"),
+    ("deploy", "convert"),
+    ("deploy", "profile"),
+    ("drawing", "profile"),
+}
 
 
 def step(part):

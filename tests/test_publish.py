@@ -24,7 +24,7 @@ import xzoo
 from xzoo import cli, weights
 from xzoo.errors import XzooError
 from xzoo.hub import card, export, folder, save
-from xzoo.hub.publish import publish
+from xzoo.hub.publish import folders, publish
 from xzoo.models import create_model
 
 # huggingface_hub hands httpx what it uploads by an argument of older days.
@@ -108,6 +108,19 @@ def test_published_then_loaded_by_its_name_in_a_fresh_cache(hub, checkout, tmp_p
     assert torch.equal(folder.golden_logits(model), wanted)
     assert model.pretrained_cfg["hf_hub_id"] == f"lab/{NAME}@{done.commit}"
     assert (tmp_path / "home" / "hub").is_dir()
+
+
+@pytest.mark.parametrize("source", folders(), ids=lambda source: source.name)
+def test_every_folder_of_the_repository_goes_up_and_comes_down(hub, checkout, tmp_path, source):
+    place = tmp_path / "hub_cards" / source.name
+    shutil.copytree(source, place)
+    card.write(place)
+    wanted = folder.golden_logits(folder.load(place))
+    done = publish(place, org="lab")
+    shutil.rmtree(place)
+    model = create_model(source.name, pretrained=True)
+    assert torch.equal(folder.golden_logits(model), wanted)
+    assert model.pretrained_cfg["hf_hub_id"] == f"lab/{source.name}@{done.commit}"
 
 
 def test_again_nothing_is_sent_and_a_change_is_one_commit_and_a_new_tag(hub, checkout):
@@ -203,6 +216,17 @@ def test_interrupted_and_repeated(hub, checkout, fault):
     repo = hub.repos[done.repo]
     assert (done.version, len(repo.commits)) == ("v1", 2) and repo.tags == {"v1": done.commit}
     assert table()[NAME]["commit"] == done.commit
+
+
+def test_a_hub_that_falls_silent_is_not_waited_for(hub, checkout, monkeypatch):
+    monkeypatch.setattr("xzoo.hub.publish.WAIT", 0.5)
+    hub.fault("GET /api/models/.*", times=9, delay=5)
+    began = time.monotonic()
+    with pytest.raises(XzooError, match=r"was cut short \(ReadTimeout.*publish again"):
+        publish(checkout, org="lab")
+    assert time.monotonic() - began < 3 and table() == {}
+    hub.faults.clear()
+    assert publish(checkout, org="lab").version == "v1"
 
 
 def test_an_answer_that_is_lost_is_looked_for(hub, checkout):

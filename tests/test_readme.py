@@ -3,6 +3,7 @@
 `python tests/test_readme.py` writes the tables anew.
 """
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from xzoo.train.run import quiet
 README = Path(__file__).parent.parent / "README.md"
 MODELS = "<!-- models: python tests/test_readme.py -->\n", "<!-- end of models -->"
 RESULTS = "<!-- results: python tests/test_readme.py -->\n", "<!-- end of results -->"
+
+SPEED = "<!-- speed: python tests/test_readme.py -->\n", "<!-- end of speed -->"
 
 
 def counts(name, **kwargs):
@@ -53,6 +56,34 @@ def results():
     return "\n".join(lines) + "\n"
 
 
+def speed():
+    """Of recipes/speed.csv, `xzoo bench --csv recipes/speed.csv`: a row a model, a loss like any other figure."""
+    with open(README.parent / "recipes" / "speed.csv", newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    models = {}  # name -> what was measured -> against -> row
+    for row in found:
+        if row["part"] in ("model", "memory"):
+            name, _, what = row["what"].partition(", ")
+            models.setdefault(name, {}).setdefault(what, {})[row["against"]] = row
+    lines = [
+        "| model | MACs fall | inference, batch 1 | inference, large batch | training step | memory |",
+        f"|{' --- |' * 6}",
+    ]
+    for name, cases in models.items():
+        one, many, training = sorted(
+            (what for what in cases if "batch" in what and "memory" not in what),
+            key=lambda what: ("training" in what, int(what.split()[-1])),
+        )
+        cells = []
+        for what in (one, many, training):
+            ratios = " / ".join(f"{float(cases[what][form]['median']):.2f}x" for form in ("dense", "masked", "group"))
+            cells.append(ratios if what == one else f"{ratios} ({what.split()[-1]})")
+        (memory,) = (each["dense"]["median"] for what, each in cases.items() if "all memory" in what)
+        cells.append(f"{float(memory):.2f}x less")
+        lines.append(f"| `{name}` | {cases[one]['dense']['ideal']}x | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{found[0]['machine'].partition(', load')[0]}; torch {found[0]['torch']}."]) + "\n"
+
+
 def between(text, marks):
     return text.split(marks[0])[1].split(marks[1])[0]
 
@@ -63,6 +94,23 @@ def test_the_table_of_models_is_counted():
 
 def test_the_results_are_those_of_the_runs():
     assert between(README.read_text(encoding="utf-8"), RESULTS) == results()
+
+
+def test_the_table_of_speed_is_the_file_s():
+    lines = speed().splitlines()
+    with open(README.parent / "recipes" / "speed.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "model"]
+    names = dict.fromkeys(row["what"].partition(", ")[0] for row in rows)
+    assert [line.split("`")[1] for line in lines[2:-2]] == list(names)
+    for line, name in zip(lines[2:-2], names, strict=True):
+        told = re.findall(r"([\d.e+]+)x", line.partition("|")[2].partition("|")[2])
+        medians = [float(row["median"]) for row in rows if row["what"].startswith(f"{name}, ")]
+        assert len(medians) == 9  # three cases against dense, masked and group
+        for text, value in zip(told[1:10], medians, strict=True):
+            assert float(text) == pytest.approx(value, abs=0.006)
+    readme = README.read_text(encoding="utf-8")
+    if SPEED[0] in readme:
+        assert between(readme, SPEED) == speed()
 
 
 def test_the_python_runs(capsys, tmp_path, monkeypatch):
@@ -84,7 +132,8 @@ def test_the_pictures_are_there(path):
 
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
-    for (begin, end), new in ((MODELS, table()), (RESULTS, results())):
-        text = text.split(begin)[0] + begin + new + end + text.split(end)[1]
+    for (begin, end), new in ((MODELS, table()), (RESULTS, results()), (SPEED, speed())):
+        if begin in text:
+            text = text.split(begin)[0] + begin + new + end + text.split(end)[1]
     README.write_text(text, encoding="utf-8")
     sys.exit(0)

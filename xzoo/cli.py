@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ COMMANDS = {
     "publish": ("send an exported folder or a run to the Hub", "xzoo publish runs/photos --repo me/my-flowers"),
     "compare": ("draw results beside the paper's", "xzoo compare recipes/results.csv --out figures"),
     "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
-    "bench": ("measure what the training loop and the data paths cost", "xzoo bench --loop --csv bench.csv"),
+    "bench": ("measure layers, models and the training loop", "xzoo bench --models x_vgg16_c8 --csv bench.csv"),
 }
 # Those whose options are a recipe's, and Lightning's to parse.
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -220,6 +221,7 @@ def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
 def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("run", help="folder of a run of fit or finetune that is finished; for a file, any model")
     parser.add_argument("to", help="the new folder; or a file that ends in .onnx or .pt2")
+    parser.add_argument("--half", action="store_true", help="weights in float16, if the accuracy does not move")
 
     def run(args: Namespace) -> None:
         from .hub import export, program
@@ -229,9 +231,18 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
             print(f"{args.to}: {program.write(load_any(args.run), args.to)}")
         else:
-            print(export(args.run, args.to))
+            print(export(args.run, args.to, half=partial(_judged, args.run) if args.half else None))
 
     return run
+
+
+def _judged(run: str, weights: Path) -> float:
+    """Top-1 accuracy, in per cent, of a file of weights on the validation images of a run of `xzoo fit`."""
+    from .train.evaluate import evaluate
+
+    figures = evaluate("validate", ["--config", str(Path(run) / "config.yaml"), "--ckpt_path", str(weights)])
+    assert figures is not None  # this is the only process
+    return round(100 * figures["val/acc1"], 4)  # as in result.json
 
 
 def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
@@ -322,29 +333,77 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    from .bench import loop, machine, write_csv
-
-    parser.add_argument("--loop", action="store_true", help="the training loop, augmentation, and loading of images")
+    parts = {
+        "models": "whole models, in inference and training (the default); names, or none for all",
+        "layers": "single layers; texts that their names contain, sizes of your own, or none for all",
+        "policy": "what `auto` takes against the library's best, over 20 shapes",
+        "share": "second singular value and speed by share",
+        "scaling": "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)",
+        "loop": "the training loop, augmentation, and loading of images",
+    }
+    for part, what in parts.items():
+        several: dict[str, Any] = {"nargs": "*", "type": str, "default": None}
+        parser.add_argument(
+            f"--{part}", help=what, **(several if part in ("models", "layers") else {"action": "store_true"})
+        )
+    parser.add_argument("--threads", type=int, default=1, help="of torch's; 1 measures a thread's own time")
+    parser.add_argument("--pairs", type=int | None, default=None, help="times that each form is measured")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="of models, and of the loop")
+    parser.add_argument("--compile", action="store_true", help="dense models by torch.compile as well")
+    parser.add_argument("--model", type=str | None, default=None, help="what the loop trains")
+    parser.add_argument("--photos", type=int | None, default=None, help="files that are drawn for the loop's loader")
     parser.add_argument("--csv", type=str | None, default=None, help="write the figures to this file too")
-    parser.add_function_arguments(loop, as_group=False)
+    parser.add_argument("--plot", type=str | None, default=None, help="draw models and layers into this file")
 
     def run(args: Namespace) -> None:
-        if not args.loop:
-            raise XzooError("say what to measure: --loop")
-        options = args.as_dict()
-        figures = loop(**{key: value for key, value in options.items() if key not in ("loop", "csv")})
-        table = _table(*figures[0].row())
-        table.columns[1].justify = "left"
-        for figure in figures:
-            table.add_row(*figure.row().values())
-        console = _console()
-        console.print(table)
-        facts = machine()
-        console.print(f"{facts['machine']}; torch {facts['torch']}", soft_wrap=True)
+        from . import bench
+
+        asked = [part for part in parts if getattr(args, part) not in (None, False)] or ["models"]
+        pairs = {} if args.pairs is None else {"pairs": args.pairs}
+        size = {} if args.batch_size is None else {"batch_size": args.batch_size}
+        loop = {key: value for key in ("model", "photos") if (value := getattr(args, key)) is not None}
+        start: dict[str, Callable[[], Any]] = {
+            "models": lambda: bench.models(args.models or (), compiled=args.compile, **pairs, **size),
+            "layers": lambda: bench.layers(args.layers, **pairs),
+            "policy": lambda: bench.policy(**pairs),
+            "share": lambda: bench.share(**pairs),
+            "scaling": lambda: bench.scaling(**pairs),
+            "loop": lambda: bench.loop(**loop, **pairs, **size),
+        }
         if args.csv is not None:
-            write_csv(figures, Path(args.csv))
+            bench.check_file(Path(args.csv))
+        if args.plot is not None:
+            bench.check_file(Path(args.plot), bench.PICTURES)
+        figures: list[bench.Figure] = []
+        with bench.threads(args.threads):
+            begun = [start[part]() for part in asked]  # all that is asked for is checked before any of it is measured
+            try:
+                for part in begun:
+                    for figure in part:
+                        figures.append(figure)
+                        if args.csv is not None:
+                            bench.write_csv(figures, Path(args.csv))
+            finally:  # Ctrl-C leaves what was measured
+                if figures:
+                    _print_figures([figure.told() for figure in figures], bench.machine())
+        if args.plot is not None:
+            bench.draw(figures, Path(args.plot))
 
     return run
+
+
+def _print_figures(rows: Sequence[dict[str, str]], machine: dict[str, str]) -> None:
+    """Columns that nothing stands in are left out."""
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    table = _table(*columns)
+    for column in table.columns:
+        if column.header in ("against", "note"):
+            column.justify = "left"
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    console = _console()
+    console.print(table)
+    console.print(f"{machine['machine']}; torch {machine['torch']}", soft_wrap=True)
 
 
 def _console() -> Any:

@@ -213,7 +213,7 @@ def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
     return ratio.reshape(-1, *[1] * (kept.dim() - 1))
 
 
-def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Conv2d | nn.Linear:
+def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
     new: nn.Conv2d | nn.Linear
     n_in, n_out = _sizes(x_layer)
     weight = x_layer.weight
@@ -227,6 +227,8 @@ def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Conv2d | nn.Lin
         if x_layer.bias is not None and new.bias is not None:
             new.bias.copy_(x_layer.bias)
     _like(new, x_layer)
+    if x_layer.activation:  # of a deployed model
+        return nn.Sequential(new, {"relu": nn.ReLU, "relu6": nn.ReLU6}[x_layer.activation]())
     return new
 
 

@@ -26,6 +26,7 @@ class _Expander(nn.Module):
     weight: Tensor
     bias: Tensor | None
     neighbours: Tensor
+    activation: str  # done to the result: xzoo.deploy sets it where it took over what follows
 
     __jit_ignored_attributes__ = ["seed"]  # noqa: RUF012  # of any size, and TorchScript's integers have 64 bits with a sign
 
@@ -37,7 +38,7 @@ class _Expander(nn.Module):
                 f"degree={degree}, expandSize={alias}: give one of them, the number of inputs that each output reads"
             )
         self.degree: int = alias if degree is None else degree  # type: ignore[assignment]
-        self.share, self.graph, self.seed = share, graph, seed
+        self.share, self.graph, self.seed, self.activation = share, graph, seed, ""
         graphs.check(graph, n_in, n_out, self.degree, share, seed)
         self._n_in, self._n_out = n_in, n_out
 
@@ -89,7 +90,8 @@ class _Expander(nn.Module):
         graphs.validate(neighbours.numpy(force=True), self._n_in)
 
     def _graph_repr(self) -> str:
-        return f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
+        text = f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
+        return f"{text}, activation={self.activation!r}" if self.activation else text
 
 
 class ExpanderConv2d(_Expander):
@@ -159,7 +161,9 @@ class ExpanderConv2d(_Expander):
         torch._assert(x.shape[1] == self.in_channels, self._sizes_wanted)
         if self._pad is not None:
             x = F.pad(x, self._pad, self._pad_mode)
-        return ops.conv2d(x, self.weight, self.neighbours, self.bias, self.stride, self._conv_padding, self.dilation)
+        return ops.conv2d(
+            x, self.weight, self.neighbours, self.bias, self.stride, self._conv_padding, self.dilation, self.activation
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -201,7 +205,7 @@ class ExpanderLinear(_Expander):
 
     def forward(self, x: Tensor) -> Tensor:
         torch._assert(x.shape[-1] == self.in_features, self._sizes_wanted)
-        return ops.linear(x, self.weight, self.neighbours, self.bias)
+        return ops.linear(x, self.weight, self.neighbours, self.bias, self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._graph_repr()}"

@@ -1,8 +1,10 @@
 """Model cards, written from what a folder holds: config.json, metrics.json and the registry.
 
-Not by hand: `xzoo card FOLDER` writes README.md anew, and `hub.check` fails where it is stale.
+Not by hand: `xzoo card FOLDER` writes README.md anew, and `hub.check` fails where it is stale, which it also is when
+recipes/results.csv has got further runs of its recipe, or of its rivals.
 """
 
+import csv
 import json
 import statistics
 import time
@@ -15,11 +17,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from .. import weights
+from ..deploy import deploy
 from ..errors import XzooError
 from ..models import create_model
 from ..profile import hardware, profile
 
-CARD = "README.md"
+CARD, METRICS = "README.md", "metrics.json"
 ORG = "xzoo"  # whose repositories hold the zoo
 LICENSE = "other"
 
@@ -49,8 +52,8 @@ expander graph before training. It is built by xzoo in timm's registry: without 
 - **Trained by:** {recipe}
 - **Paper:** Deep Expander Networks: Efficient Deep Networks from Graph Theory, https://arxiv.org/abs/1711.08757
 
-| | weights | MACs | file |
-| --- | ---: | ---: | ---: |
+| | weights | MACs | file | top-1, % |
+| --- | ---: | ---: | ---: | ---: |
 {table}
 
 Weights are parameters of two or more dimensions, MACs those of convolutions and linear layers for one image.
@@ -129,9 +132,17 @@ optimizer.step()"""
 
 
 def write(folder: Path | str, repo: str | None = None) -> bool:
-    """Write a folder's README.md anew; returns whether it has changed. Raises: XzooError where it cannot."""
+    """Write a folder's README.md anew, and what metrics.json says of other runs; returns whether anything has changed.
+
+    Raises: XzooError where it cannot.
+    """
     folder = Path(folder)
-    new, place = text(folder, repo), folder / CARD
+    measured = _read(folder / METRICS)
+    changed = _put(folder / METRICS, json.dumps(measured | standing(measured), indent=2) + "\n")
+    return _put(folder / CARD, text(folder, repo)) or changed
+
+
+def _put(place: Path, new: str) -> bool:
     try:
         if place.is_file() and place.read_text(encoding="utf-8") == new:
             return False
@@ -139,6 +150,13 @@ def write(folder: Path | str, repo: str | None = None) -> bool:
     except OSError as error:
         raise XzooError(f"cannot write {place}: {error.strerror}") from error
     return True
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise XzooError(f"{file.parent} is no exported model: {type(error).__name__}: {error}") from error
 
 
 def text(folder: Path | str, repo: str | None = None, place: Path | None = None) -> str:
@@ -151,12 +169,11 @@ def text(folder: Path | str, repo: str | None = None, place: Path | None = None)
     """
     folder = Path(folder)
     place = (place or folder).resolve()
+    config, measured = _read(folder / weights.CONFIG), _read(folder / METRICS)
     try:
-        config = json.loads((folder / weights.CONFIG).read_text(encoding="utf-8"))
-        measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         repo = repo or f"{ORG}/{place.name}"
         return _text(config, measured, place, repo, (folder / "spectrum.png").is_file())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise XzooError(f"{folder} is no exported model: {type(error).__name__}: {error}") from error
 
 
@@ -169,25 +186,74 @@ def metrics(model: nn.Module, config: dict[str, Any], result: dict[str, Any], ti
     if "accuracy" in result:
         known |= {"top5": 100 * result["accuracy5"] if net.num_classes > 5 else None}
         known |= {"n_val": result["images"], "wall_s": result["seconds"], "split": "val", "dataset": None}
-    known |= {"model": config["architecture"], "seeds": 1}
+    known |= {"model": config["architecture"]} | standing(known)
     known |= {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
     arguments = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
+    dense = None
     if "compression" in arguments:
-        with torch.device("meta"):
-            dense = create_model(config["architecture"], **arguments | {"compression": 1})
+        dense = create_model(config["architecture"], **arguments | {"compression": 1})
         twin = profile(dense, tuple(net.pretrained_cfg["input_size"]))
         known["dense"] = {"weights": twin.weights, "params": twin.params, "macs": twin.macs}
-    return known | ({"latency": _latency(net)} if timed else {})
+    return known | ({"latency": _latency(net, dense)} if timed else {})
+
+
+def standing(measured: dict[str, Any]) -> dict[str, Any]:
+    """What recipes/results.csv has of the same recipe ("runs") and of its rivals, which have other graphs or none.
+
+    Rivals are of the same architecture, data, images, epochs and batch. Each has top1 (the mean), sd (None of one run)
+    and n, its graph, and what it is in size. Of a recipe that is not in the table: the one run, and nobody.
+    """
+    shape = ("graph", "compression", "share", "spatial_share")
+    same = ("model", "dataset", "split", "n_val", "img_size", "epochs", "global_batch")
+    runs: dict[str, list[dict[str, str]]] = {}
+    for row in _results():
+        runs.setdefault(row["recipe_sha"], []).append(row)
+    own = runs.get(measured.get("recipe_sha") or "", [])
+    if not own:
+        return {"runs": {"top1": measured["top1"], "sd": None, "n": 1}, "rivals": []}
+    others = [
+        rows
+        for rows in runs.values()
+        if all(rows[0][key] == own[0][key] for key in same) and any(rows[0][key] != own[0][key] for key in shape)
+    ]
+    facts = ("graph", "weights", "params", "macs")
+    rivals = [_mean(rows) | {key: rows[0][key] for key in facts} for rows in others]
+    for rival in rivals:
+        rival |= {key: int(rival[key]) for key in facts[1:]}
+    return {"runs": _mean(own), "rivals": sorted(rivals, key=lambda rival: rival["graph"])}
+
+
+def _results() -> list[dict[str, str]]:
+    for place in weights.homes():
+        file = place.parent / "recipes" / "results.csv"
+        if file.is_file():
+            with open(file, newline="", encoding="utf-8") as lines:
+                return list(csv.DictReader(lines))
+    return []
+
+
+def _mean(rows: list[dict[str, str]]) -> dict[str, Any]:
+    top1 = [float(row["top1"]) for row in rows]
+    sd = round(statistics.stdev(top1), 3) if len(top1) > 1 else None
+    return {"top1": round(statistics.mean(top1), 3), "sd": sd, "n": len(top1)}
 
 
 @torch.inference_mode()
-def _latency(net: Any, count: int = 15) -> dict[str, Any]:
-    x, times = torch.rand(1, *net.pretrained_cfg["input_size"]), []
-    for _ in range(count):
-        began = time.perf_counter()
-        net(x)
-        times.append(1000 * (time.perf_counter() - began))
-    return {"ms": round(statistics.median(times), 2), "batch": 1, "on": hardware(torch.device("cpu"))}
+def _latency(net: Any, dense: nn.Module | None, pairs: int = 25) -> dict[str, Any]:
+    """Milliseconds for one image, and how many times as long the dense twin takes; both deployed, in turns."""
+    x = torch.rand(1, *net.pretrained_cfg["input_size"])
+    deployed = [deploy(model, x) for model in (net, dense) if model is not None]
+    times: list[list[float]] = [[] for _ in deployed]
+    for _ in range(pairs):
+        for model, taken in zip(deployed, times, strict=True):
+            began = time.perf_counter()
+            model(x)
+            taken.append(1000 * (time.perf_counter() - began))
+    found = {"ms": round(statistics.median(times[0]), 2), "batch": 1, "on": hardware(torch.device("cpu"))}
+    if dense is None:
+        return found
+    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+    return found | {"dense_times": round(statistics.median(ratios), 2)}
 
 
 def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, drawn: bool) -> str:
@@ -248,8 +314,13 @@ def _description(config: dict[str, Any]) -> str:
 
 def _accuracy(measured: dict[str, Any], judged: str) -> str:
     top5 = f", top-5 {measured['top5']:.2f} %" if measured.get("top5") is not None else ""
-    runs = "one run" if measured["seeds"] == 1 else f"the mean of {measured['seeds']} runs"
-    return f"top-1 {measured['top1']:.2f} %{top5} of {judged}; {runs}, the last epoch, whatever the others had"
+    runs = measured["runs"]
+    mean = f"{_top1(runs)} % is the mean of {runs['n']} runs" if runs["n"] > 1 else "one run"
+    return f"top-1 {measured['top1']:.2f} %{top5} of {judged}; {mean}, the last epoch, whatever the others had"
+
+
+def _top1(runs: dict[str, Any]) -> str:
+    return f"{runs['top1']:.2f}" + (f" \u00b1 {runs['sd']:.2f}" if runs["sd"] is not None else "")
 
 
 def _graphs(config: dict[str, Any]) -> str:
@@ -273,14 +344,17 @@ def _recipe(measured: dict[str, Any]) -> str:
 
 
 def _table(name: str, measured: dict[str, Any]) -> str:
-    def millions(count: int) -> str:
-        return f"{count / 1e6:,.2f} M"
+    def line(title: str, counts: dict[str, Any], size: int, runs: dict[str, Any] | None) -> str:
+        millions = f"{counts['weights'] / 1e6:,.2f} M | {counts['macs'] / 1e6:,.2f} M"
+        top1 = f"{_top1(runs)} (n = {runs['n']})" if runs else "not trained"
+        return f"| {title} | {millions} | {size / 1e6:.2f} MB | {top1} |"
 
-    file = f"{measured['bytes'] / 1e6:.2f} MB"
-    lines = [f"| {name} | {millions(measured['weights'])} | {millions(measured['macs'])} | {file} |"]
+    rivals = {rival["graph"]: rival for rival in measured["rivals"]}
+    lines = [line(name, measured, measured["bytes"], measured["runs"])]
     if dense := measured.get("dense"):
-        size = f"{4 * dense['params'] / 1e6:.2f} MB"
-        lines.append(f"| its dense twin | {millions(dense['weights'])} | {millions(dense['macs'])} | {size} |")
+        lines.append(line("its dense twin", dense, 4 * dense["params"], rivals.pop("dense", None)))
+    for graph, rival in rivals.items():
+        lines.append(line(f"with graphs of kind {graph}", rival, 4 * rival["params"], rival))
     return "\n".join(lines)
 
 
@@ -288,7 +362,8 @@ def _speed(measured: dict[str, Any]) -> str:
     found = measured.get("latency")
     if not found:
         return ""
-    return f"One image takes {found['ms']} ms ({found['on']}).\n"
+    twin = f"; its dense twin takes {found['dense_times']} times as long" if "dense_times" in found else ""
+    return f"One image takes {found['ms']} ms ({found['on']}; batch norms folded){twin}.\n"
 
 
 def _verified(registered: bool, repo: str) -> str:

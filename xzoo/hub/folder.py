@@ -15,7 +15,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -37,8 +37,9 @@ from ..theory import graphs_of, spectrum
 from ..weights import CONFIG, WEIGHTS, check_fingerprint, fingerprint
 from . import card
 
-RECIPE, METRICS, GOLDEN = "recipe.yaml", "metrics.json", "logits.safetensors"
+RECIPE, METRICS, GOLDEN = "recipe.yaml", card.METRICS, "logits.safetensors"
 CURVES, SPECTRUM = "curves.png", "spectrum.png"
+HALF_MOVES = 0.02  # points that float16 may cost or bring
 EXPORTED = {CONFIG, WEIGHTS, card.CARD, RECIPE, METRICS, CURVES, SPECTRUM, GOLDEN}
 
 _PLACES = ("root", "data", "out", "results", "default_root_dir", "workers")  # of a recipe, where they are texts
@@ -111,12 +112,20 @@ def load(folder: Path | str) -> nn.Module:
     return model.eval()
 
 
-def export(run: Path | str, to: Path | str, repo: str | None = None, timed: bool = True) -> Path:
+def export(
+    run: Path | str,
+    to: Path | str,
+    repo: str | None = None,
+    timed: bool = True,
+    half: Callable[[Path], float] | None = None,
+) -> Path:
     """Write a finished run as a folder to publish; returns it. A folder that was exported before is replaced.
 
     Args:
         repo: the Hub repository that the card is for; by default that of the zoo with this folder's name.
         timed: measure the latency, too; all the rest is the same every time.
+        half: store weights in float16 (norms and biases stay in float32); it gives the top-1 accuracy of the file, in
+            per cent, on the images that the run was judged on, which may move by HALF_MOVES.
     Raises: XzooError for a run that is not finished, a place that holds anything else, or a full disk.
     """
     run, to = Path(run), Path(to)
@@ -136,8 +145,14 @@ def export(run: Path | str, to: Path | str, repo: str | None = None, timed: bool
     draft = to.with_name(f".{to.name}.{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)
-        state = {key: _narrow(key, value) for key, value in model.state_dict().items()}
+        state = {key: _narrow(key, value, half is not None) for key, value in model.state_dict().items()}
         (draft / WEIGHTS).write_bytes(to_bytes(state))
+        if half is not None:
+            model.load_state_dict(state)  # what follows is of what is stored
+            before, result["top1"] = result["top1"], half(draft / WEIGHTS)
+            if abs(result["top1"] - before) > HALF_MOVES:
+                moved = f"from {before:.2f} to {result['top1']:.2f} %"
+                raise XzooError(f"float16 moves the accuracy {moved}, more than {HALF_MOVES} points; export in float32")
         made = {key: result[key] for key in ("recipe", "recipe_sha", "commit") if result.get(key)}
         config["xzoo"] = {**config.get("xzoo", {}), **made, "fingerprint": fingerprint(state)}
         architecture, _, tag = to.name.partition(".")
@@ -147,11 +162,14 @@ def export(run: Path | str, to: Path | str, repo: str | None = None, timed: bool
         _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
         _write(draft / RECIPE, yaml.safe_dump(_placeless(recipe), sort_keys=False))
         metrics = card.metrics(model, config, result, timed) | {"bytes": (draft / WEIGHTS).stat().st_size}
-        _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
         shutil.copyfile(run / CURVES, draft / CURVES)
         drawn = {name: spectrum(graph) for name, graph in graphs_of(model).items()}
         if drawn:
+            # Second singular values over what the best graphs of these sizes come near, least and largest.
+            parts = [found.second / found.bound for found in drawn.values()]
+            metrics["sigma_2"] = [round(min(parts), 3), round(max(parts), 3)]
             draw_layers(drawn, to.name).savefig(draft / SPECTRUM, dpi=110, pil_kwargs={"optimize": True})
+        _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
         (draft / GOLDEN).write_bytes(to_bytes({"logits": golden_logits(model)}))
         _write(draft / card.CARD, card.text(draft, repo, to))
         _replace(draft, to)
@@ -180,7 +198,8 @@ def check(folder: Path | str) -> None:
             raise ModelError(f"{folder / METRICS}: {name} is {metrics[name]} there, and {count} in the model")
     if metrics["bytes"] != (folder / WEIGHTS).stat().st_size:
         raise ModelError(f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}")
-    if (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
+    current = metrics | card.standing(metrics) == metrics
+    if not current or (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
         raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
 
 
@@ -197,10 +216,10 @@ def golden_logits(model: nn.Module) -> Tensor:
     return net.eval()(golden_input(net.pretrained_cfg["input_size"])).float().contiguous()
 
 
-def _narrow(key: str, value: Tensor) -> Tensor:
-    """A graph in the smallest integers that hold it: layers widen them when they load."""
+def _narrow(key: str, value: Tensor, half: bool) -> Tensor:
+    """A graph in the smallest integers that hold it, weights perhaps in float16; layers widen them when they load."""
     if key.rpartition(".")[2] != "neighbours":
-        return value.contiguous()
+        return (value.half() if half and value.is_floating_point() and value.dim() > 1 else value).contiguous()
     kinds = ((torch.uint8, 2**8), (torch.int16, 2**15))
     return value.to(next((kind for kind, limit in kinds if int(value.max()) < limit), torch.int32)).contiguous()
 

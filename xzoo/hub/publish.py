@@ -8,6 +8,8 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from . import card
 from .folder import EXPORTED, check, export
 
 ANSWER = 10.0  # seconds for the Hub to say whose token it is
+WAIT = 90.0  # seconds without a byte in any other call; the Hub itself gives a commit 60
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Published
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in EXPORTED}
         # For a repository of another name the card says other things.
         files[card.CARD] = card.text(folder, repo).encode()
-        return _send(HfApi(endpoint=constants.ENDPOINT), folder, repo, files, private, dry_run)
+        with _patience():
+            return _send(HfApi(endpoint=constants.ENDPOINT), folder, repo, files, private, dry_run)
     except XzooError:
         raise
     except (httpx.HTTPError, OSError, ValueError, RuntimeError, KeyError) as error:
@@ -124,6 +128,23 @@ def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private:
             hub.file(name, weights.Pin(digests[name], len(data)))
     version = _tagged(api, repo, commit)
     return Published(repo, commit, version, changed + surplus, digests, register(folder, repo, commit, version))
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """An end to each request, since the client asks for none in its calls of the API."""
+
+    def limit(request: Any) -> None:
+        asked = request.extensions.get("timeout") or {}
+        request.extensions["timeout"] = {key: asked.get(key) or WAIT for key in ("connect", "read", "write", "pool")}
+
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = hooks | {"request": [*hooks["request"], limit]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
 
 
 def _check_rights(repo: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
@@ -66,6 +67,7 @@ def conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    activation: str = "",
 ) -> Tensor:
     """2-D convolution in which output o reads the inputs neighbours[o // share] (torch's F.conv2d otherwise).
 
@@ -75,23 +77,24 @@ def conv2d(
         neighbours: [C_out / share, degree], integers from 0 to C_in - 1.
         bias: [C_out] or None.
         stride, padding, dilation: two integers each, for H and W.
+        activation: "relu", "relu6" or none (""), done to the result.
 
     Returns: [B, C_out, H', W'], channels_last where x is (and not contiguous as well), else contiguous.
     """
     if torch.jit.is_scripting():
-        return dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation)
+        return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
     if has_torch_function((x, weight)):  # torch.fx: a leaf
-        args = (x, weight, neighbours, bias, stride, padding, dilation)
+        args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
         return handle_torch_function(conv2d, (x, weight), *args)
     x, weight, bias = _autocast(x, weight, bias)
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation)
+    if _exports():
+        return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
     if _needs_grad(x, weight, bias):
-        return _Conv2d.apply(x, weight, neighbours, bias, stride, padding, dilation, _forced)
-    return torch.ops.xzoo.conv2d(x, weight, neighbours, bias, stride, padding, dilation, _forced)
+        return activate(_Conv2d.apply(x, weight, neighbours, bias, stride, padding, dilation, _forced), activation)
+    return torch.ops.xzoo.conv2d(x, weight, neighbours, bias, stride, padding, dilation, _forced, activation)
 
 
-def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
     """x @ W.T + bias, where row o of W has its weights at the inputs neighbours[o // share].
 
     Args:
@@ -99,23 +102,36 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         weight: [out, degree], of x's dtype (under autocast: any floating dtype).
         neighbours: [out / share, degree], integers from 0 to in - 1.
         bias: [out] or None.
+        activation: "relu", "relu6" or none (""), done to the result.
 
     Returns: [..., out], contiguous.
     """
     if torch.jit.is_scripting():
         shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
-        return dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias).reshape(shape)
+        y = dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias)
+        return activate(y.reshape(shape), activation)
     if has_torch_function((x, weight)):
-        return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias)
+        return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
     x, weight, bias = _autocast(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        y = dense.linear(rows, weight, neighbours, bias)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if _exports():
+        y = activate(dense.linear(rows, weight, neighbours, bias), activation)
     elif _needs_grad(x, weight, bias):
-        y = _Linear.apply(rows, weight, neighbours, bias, _forced)
+        y = activate(_Linear.apply(rows, weight, neighbours, bias, _forced), activation)
     else:
-        y = torch.ops.xzoo.linear(rows, weight, neighbours, bias, _forced)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        y = torch.ops.xzoo.linear(rows, weight, neighbours, bias, _forced, activation)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """relu(y), relu6(y) or y, by name; ValueError for others. TorchScript compiles it."""
+    if activation == "":
+        return y
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "relu6":
+        return F.relu6(y)
+    raise ValueError("activation '{}' is not relu, relu6 or none ('')".format(activation))  # noqa: UP032 (TorchScript)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -177,8 +193,10 @@ _GEOMETRY = {"conv2d": "SymInt[] stride, SymInt[] padding, SymInt[] dilation, ",
 def _register(operation: str, part: str) -> None:
     name = operation + part
 
+    count = 4 + (3 if _GEOMETRY[operation] else 0)
+
     def run(*args):
-        *tensors, backend = args
+        tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
         x, weight, neighbours = tensors[:3] if not part else tensors[1:4]
         if backend == "auto":
             backend = choose(name, x, weight, neighbours, *tensors[4:])
@@ -186,13 +204,18 @@ def _register(operation: str, part: str) -> None:
             _native(operation, x, weight, *tensors[4:])
         elif backend == "triton":
             triton.check(operation, x, weight, neighbours, *tensors[4:])
-        y = getattr(_known(backend), name)(*tensors)
-        return y.contiguous(memory_format=_format(weight if part == "_weight_grad" else x))
+        function = getattr(_known(backend), name)
+        if activation and not (backend == "native" and activation[0] in native.ACTIVATIONS):
+            y = activate(function(*tensors), *activation)
+        else:
+            y = function(*tensors, *activation)
+        like = weight if part == "_weight_grad" else x
+        return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
 
     def fake(*args):
         x, weight = args[:2] if not part else args[1:3]
         like = weight if part == "_weight_grad" else x
-        shape = like.shape if part else _output_shape(x, weight, *args[4:-1])
+        shape = like.shape if part else _output_shape(x, weight, *args[4:count])
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
     def flops(*args, out_shape=None, **kwargs):
@@ -200,7 +223,8 @@ def _register(operation: str, part: str) -> None:
         y, weight = (args[0], args[2]) if part else (out_shape, args[1])
         return 2 * math.prod(weight) * y[0] * math.prod(y[2:])
 
-    _LIBRARY.define(f"{name}({_TENSORS[part]}, {_GEOMETRY[operation]}str backend) -> Tensor")
+    last = "" if part else ', str activation=""'
+    _LIBRARY.define(f"{name}({_TENSORS[part]}, {_GEOMETRY[operation]}str backend{last}) -> Tensor")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"xzoo::{name}", fake, lib=_LIBRARY)
     # torch's FLOP counter then reports what an X-layer needs, not what its dense fallback does.
@@ -221,7 +245,7 @@ def _output_shape(x, weight, *geometry):
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    last = not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -237,6 +261,11 @@ def _native(operation: str, x: Tensor, weight: Tensor, *geometry: list[int]) -> 
         raise XzooError(f"backend 'native' has no kernel for {sizes}; use 'auto', which takes another backend here")
     if not native.available():
         raise XzooError("backend 'native' is not available here (no compiler, or compiling failed); use 'auto'")
+
+
+def _exports() -> bool:
+    """Whether the call is recorded in a form that knows no operation of ours."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

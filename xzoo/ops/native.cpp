@@ -41,6 +41,7 @@ INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 INLINE V all(float a) { return _mm512_set1_ps(a); }
 INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE V clamped(V v, V low, V high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); }  // NaN stays
 INLINE V load_some(const float* p, long n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INLINE void store_some(float* p, V v, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
 // Past the caches where the address allows: the line is then not read before it is overwritten.
@@ -81,6 +82,7 @@ INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 INLINE V all(float a) { return _mm256_set1_ps(a); }
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE V clamped(V v, V low, V high) { return _mm256_min_ps(high, _mm256_max_ps(low, v)); }
 INLINE V load_some(const float* p, long n) { return _mm256_maskload_ps(p, mask(n)); }
 INLINE void store_some(float* p, V v, long n) { _mm256_maskstore_ps(p, mask(n), v); }
 INLINE void stream(float* p, V v) {
@@ -116,6 +118,10 @@ INLINE V load(const float* p) {
 INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 INLINE V all(float a) { return V{a, a, a, a}; }
 INLINE V fma(V a, V b, V c) { return a * b + c; }
+INLINE V clamped(V v, V low, V high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
 INLINE V load_some(const float* p, long n) {
   V v = all(0);
   memcpy(&v, p, n * sizeof(float));
@@ -267,8 +273,20 @@ INLINE void copy(float* to, const float* from, long n) {
 // ---- a layer
 
 struct Layer {  // of native.py, in this order
-  int64_t N, C, H, W, O, degree, share, stride, x_last, y_last, threads;
+  int64_t N, C, H, W, O, degree, share, stride, x_last, y_last, threads, activation;
 };
+
+// The activation that is done in the store of a result: none, relu, relu6.
+struct Range {
+  float low = -__builtin_inff(), high = __builtin_inff();
+};
+Range range(const Layer& a) {
+  Range r;
+  if (a.activation) r.low = 0;
+  if (a.activation == 2) r.high = 6;
+  return r;
+}
+INLINE V clamped(V v, const Range& r) { return clamped(v, all(r.low), all(r.high)); }
 
 // The inputs of each output: equal numbers of them, or those of a transposed graph (`begin`), whose share is 1.
 struct Edges {
@@ -319,7 +337,7 @@ constexpr int hit(int i, int tap, int results) {  // the result that source plac
 // taps at a border are left out, not multiplied by zero, which at 4x4 saves 44 of 144.
 template <int R, int Q, int S, bool LEFT, bool RIGHT>
 INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, const int32_t* from, const float* w,
-                 long count, V bias, float* out, long out_row) {
+                 long count, V bias, const Range& range, float* out, long out_row) {
   constexpr int IR = span<S>(R), IQ = span<S>(Q);
   V sum[R][Q];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int q = 0; q < Q; q++) sum[r][q] = bias;
@@ -362,7 +380,8 @@ INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, co
       }
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int q = 0; q < Q; q++) store(out + r * out_row + q * VL, sum[r][q]);
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int q = 0; q < Q; q++) store(out + r * out_row + q * VL, clamped(sum[r][q], range));
 }
 
 struct Tile {
@@ -373,6 +392,7 @@ struct Tile {
   const float* w;
   long count;
   float bias;
+  Range range;
   float* out;
   long out_row;
 };
@@ -380,7 +400,8 @@ struct Tile {
 template <int R, int Q, int S>
 KERNEL void sided(const Tile& t) {
 #define TILE(LEFT, RIGHT)                                                                                          \
-  tile<R, Q, S, LEFT, RIGHT>(t.x, t.plane, t.row, t.top, t.bottom, t.from, t.w, t.count, all(t.bias), t.out, t.out_row)
+  tile<R, Q, S, LEFT, RIGHT>(t.x, t.plane, t.row, t.top, t.bottom, t.from, t.w, t.count, all(t.bias), t.range, t.out, \
+                             t.out_row)
   if (t.left && t.right) TILE(true, true);
   else if (t.left) TILE(true, false);
   else if (t.right) TILE(false, true);
@@ -411,7 +432,7 @@ INLINE long next(long left, long whole) { return left >= whole ? whole : left >=
 // y [N][O][Ho][Wo] from x [N][C][H][W]; S as at `hit`.
 template <int S>
 void by_samples(const float* x, const Edges& e, const float* bias, float* y, long N, long C, long H, long W, long O,
-                long Ho, long Wo, bool x_last, bool y_last, long threads) {
+                long Ho, long Wo, bool x_last, bool y_last, long threads, Range range = Range()) {
   const bool sevens = S > 0 && Wo % 7 == 0 && Wo % 4;
   const long tall = sevens ? TALL7 : TALL, wide = sevens ? 7 : 4;
   // A strip of rows: long pieces for each sample to store, and few enough that a strip of all channels fits in L2.
@@ -458,7 +479,7 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
                   any_tile<S>(R == tall && !sevens ? 4 : R, Q,
                               Tile{packed + ((ih - h0) * W + iw) * VL, plane, W * VL, ih < 0, ih + IR > H, iw < 0,
                                    iw + IQ > W, e.inputs(o + k), e.weights(o + k, 9), e.count(o + k),
-                                   bias ? bias[o + k] : 0, out + (k * size + r * Wo + q) * VL, Wo * VL});
+                                   bias ? bias[o + k] : 0, range, out + (k * size + r * Wo + q) * VL, Wo * VL});
                 }
               }
             if (y_last)
@@ -480,7 +501,8 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
 // R rows of K outputs with the same inputs, one vector of pixels wide. Tap b reads at x + shift[b].
 template <int K, int R, int S>
 KERNEL void row_tile(const float* x, long plane, long row, const long* shift, const int32_t* from, const float* w,
-                     long degree, const float* bias, float* y, long y_output, long y_row, long height, long some) {
+                     long degree, const float* bias, const Range& range, float* y, long y_output, long y_row,
+                     long height, long some) {
   constexpr int IR = span<S>(R);
   V sum[K][R];
   UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < R; r++) sum[k][r] = all(bias ? bias[k] : 0);
@@ -498,14 +520,15 @@ KERNEL void row_tile(const float* x, long plane, long row, const long* shift, co
     }
   }
   UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < R; r++)
-    if (r < height) store_some(y + k * y_output + r * y_row, sum[k][r], some);
+    if (r < height) store_some(y + k * y_output + r * y_row, clamped(sum[k][r], range), some);
 }
 
 template <int S>
 void any_rows(long K, long R, const float* x, long plane, long row, const long* shift, const int32_t* from,
-              const float* w, long degree, const float* bias, float* y, long y_output, long y_row, long height,
-              long some) {
-#define ROWS(k, r) row_tile<k, r, S>(x, plane, row, shift, from, w, degree, bias, y, y_output, y_row, height, some)
+              const float* w, long degree, const float* bias, const Range& range, float* y, long y_output, long y_row,
+              long height, long some) {
+#define ROWS(k, r) \
+  row_tile<k, r, S>(x, plane, row, shift, from, w, degree, bias, range, y, y_output, y_row, height, some)
   if (K == 2) return R == 4 ? ROWS(2, 4) : ROWS(2, WIDE ? 7 : 4);
   if (R == 4) return ROWS(1, 4);
   if (R == 7) return ROWS(1, 7);
@@ -557,7 +580,7 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
             for (long q = 0; q < vectors; q++) {
               float* to = a.y_last ? out + (k * R * vectors + q) * VL : y + ((n * O + o + k) * Ho + oh) * Wo + q * VL;
               any_rows<S>(K, R, packed + oh * S * row + q * VL, plane, row, shift, e.inputs(o + k), e.weights(o + k, 9),
-                          e.degree, bias ? bias + o + k : nullptr, to, a.y_last ? R * vectors * VL : Ho * Wo,
+                          e.degree, bias ? bias + o + k : nullptr, range(a), to, a.y_last ? R * vectors * VL : Ho * Wo,
                           a.y_last ? vectors * VL : Wo, rows_left, a.y_last ? VL : least(VL, Wo - q * VL));
             }
           for (long r = 0; a.y_last && r < rows_left; r++)
@@ -574,9 +597,9 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
 // Copies columns [m, m + n) of an activation [N][C][pixels] (or [N][pixels][C]) to a panel of `width` columns.
 void to_panel(const float* x, bool last, long C, long pixels, long m, long n, float* panel, long width) {
   if (last || pixels == 1) {
-    for (long i = 0; i < width; i += VL) {
-      const long some = most(0, least(VL, n - i));
-      pack(rows(x + (some ? m + i : m) * C, C, some), some, C, panel + i, width);
+    for (long i = 0; i < n; i += VL) {
+      const long some = least(VL, n - i);
+      pack(rows(x + (m + i) * C, C, some), some, C, panel + i, width);
     }
     return;
   }
@@ -613,10 +636,119 @@ long panel_vectors(long columns, std::initializer_list<long> choices) {
   return 1;
 }
 
+// ---- 3x3 of stride 1, few samples and small planes: lanes = pixels of a plane, row after row
+
+// P vectors of pixels of one output. x: three copies of each input's plane, copy b a column further than the last; the
+// next row's pixels are `row` floats away. SUMS of each vector side by side, because one waits for itself.
+template <int P, int SUMS>
+KERNEL void plane_tile(const float* x, long plane, long copied, long row, const int32_t* from, const float* w,
+                       long degree, float bias, const Range& range, float* y) {
+  V sum[SUMS][P];
+  UNROLL for (int i = 0; i < SUMS; i++) UNROLL for (int p = 0; p < P; p++) sum[i][p] = all(i ? 0 : bias);
+  for (long j = 0; j < degree; j++, w += 9) {
+    const float* in = x + from[j] * plane;
+    UNROLL for (int b = 0; b < 3; b++, in += copied) {
+#if defined(__AVX512F__)
+      if (P == 1 && SUMS == 9) {  // 4x4: whole planes, the rows moved by lanes instead of loads across cache lines
+        __m512i middle = _mm512_castps_si512(held(in)), zero = _mm512_setzero_si512();
+        sum[b][0] = fma(_mm512_castsi512_ps(_mm512_alignr_epi32(middle, zero, 12)), all(w[b]), sum[b][0]);
+        sum[3 % SUMS + b][0] = fma(_mm512_castsi512_ps(middle), all(w[3 + b]), sum[3 % SUMS + b][0]);
+        sum[6 % SUMS + b][0] =
+            fma(_mm512_castsi512_ps(_mm512_alignr_epi32(zero, middle, 4)), all(w[6 + b]), sum[6 % SUMS + b][0]);
+        continue;
+      }
+#endif
+      UNROLL for (int a = 0; a < 3; a++) {
+        V k = all(w[a * 3 + b]);
+        UNROLL for (int p = 0; p < P; p++) {
+          V& s = sum[(a * 3 + b) % SUMS][p];
+          s = fma(load(in + a * row + p * VL), k, s);
+        }
+      }
+    }
+  }
+  UNROLL for (int i = 1; i < SUMS; i++) UNROLL for (int p = 0; p < P; p++) sum[0][p] = sum[0][p] + sum[i][p];
+  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, clamped(sum[0][p], range));
+}
+
+#if defined(__AVX512F__)
+// 2x2: lane 4 * q + i holds the product for pixel q of an input's pixel i, and every lane counts. x: planes of 4.
+KERNEL void four_pixels(const float* x, const int32_t* from, const float* w, long degree, float bias,
+                        const Range& range, float* y) {
+  const __m512i tap = _mm512_setr_epi32(4, 5, 7, 8, 3, 4, 6, 7, 1, 2, 4, 5, 0, 1, 3, 4);
+  V sum[4] = {all(0), all(0), all(0), all(0)};
+#define PIXELS(j, s)                                                                                     \
+  s = fma(_mm512_permutexvar_ps(tap, _mm512_maskz_loadu_ps(0x1ff, w + (j) * 9)),                         \
+          _mm512_broadcast_f32x4(_mm_loadu_ps(x + from[j] * 4)), s)
+  long j = 0;
+  for (; j + 4 <= degree; j += 4) UNROLL for (int i = 0; i < 4; i++) PIXELS(j + i, sum[i]);
+  for (; j < degree; j++) PIXELS(j, sum[0]);
+#undef PIXELS
+  V s = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  s = s + _mm512_permute_ps(s, 0x4e);  // lane i + lane i ^ 2 of each four, then i ^ 1
+  s = clamped(s + _mm512_permute_ps(s, 0xb1) + all(bias), range);
+  _mm_storeu_ps(y, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
+}
+#endif
+
+bool is_two(long H, long W) { return VL == 16 && H == 2 && W == 2; }
+bool is_four(long H, long W) { return VL == 16 && H == 4 && W == 4; }
+// In products of vectors, nine taps of one sample. (Loads across cache lines are the slower half of the work.)
+long plane_cost(long H, long W) { return is_two(H, W) ? 2 : is_four(H, W) ? 11 : 14 * parts(H * W, VL); }
+
+void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
+  const long W = a.W, pixels = a.H * W, vectors = parts(pixels, VL);
+  const bool two = is_two(a.H, W), four = is_four(a.H, W);
+  // A copy is the plane between rows of zeros, if rows are loaded one by one. Lanes past the plane are never stored.
+  const long edge = four || two ? 0 : W, copied = pixels + 2 * edge, plane = two ? 4 : 3 * copied;
+  const long width = two ? 4 : vectors * VL, together = VL, size = a.C * plane + vectors * VL + VL;
+  const long shares = a.N >= a.threads ? 1 : least(parts(a.threads, a.N), a.O);
+  parallel(a.N * shares, a.threads, [&](long begin, long end) {
+    float* packed = scratch[0].floats(size);
+    float* out = scratch[1].floats(together * width + VL);
+    for (long unit = begin, there = -1; unit < end; unit++) {
+      const long n = unit / shares, o_end = a.O * (unit % shares + 1) / shares;
+      if (there != n) {
+        if (edge) memset(packed, 0, size * sizeof(float));
+        to_panel(x, a.x_last, a.C, pixels, n * pixels, pixels, packed + (two ? 0 : copied + edge), plane);
+        for (long c = 0; !two && c < a.C; c++) {
+          float *left = packed + c * plane + edge, *middle = left + copied, *right = middle + copied;
+          copy(left + 1, middle, pixels - 1);
+          copy(right, middle + 1, pixels - 1);
+          for (long i = 0; i < pixels; i += W) left[i] = right[i + W - 1] = 0;
+        }
+      }
+      there = n;
+      for (long o = a.O * (unit % shares) / shares, some; o < o_end; o += some) {
+        some = least(together, o_end - o);
+        for (long k = 0; k < some; k++) {
+          const int32_t* from = e.inputs(o + k);
+          const float* w = e.weights(o + k, 9);
+          const float b = bias ? bias[o + k] : 0;
+          float* to = out + k * width;
+#if defined(__AVX512F__)
+          if (two) four_pixels(packed, from, w, e.degree, b, range(a), to);
+          else if (four) plane_tile<1, 9>(packed, plane, copied, 0, from, w, e.degree, b, range(a), to);
+          else
+#endif
+            for (long i = 0, P; i < vectors; i += P, to += P * VL) {
+              P = vectors - i >= 4 ? 4 : vectors - i >= 2 ? 2 : 1;
+#define PLANE(p, sums) plane_tile<p, sums>(packed + i * VL, plane, copied, W, from, w, e.degree, b, range(a), to)
+              P == 4 ? PLANE(4, WIDE ? 3 : 1) : P == 2 ? PLANE(2, 3) : PLANE(1, 3);
+#undef PLANE
+            }
+        }
+        from_panel(out, width, y, a.y_last, a.O, o, some, pixels, n * pixels, pixels);
+      }
+    }
+  });
+}
+
 // ---- 1x1 and linear, share of 2 and more: K outputs with the same inputs x P vectors of columns
 
 template <int K, int P>
-KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w, const float* bias, float* y) {
+KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w, const float* bias,
+                  const Range& range, float* y) {
   V sum[K][P];
   UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) sum[k][p] = all(bias ? bias[k] : 0);
   for (long j = 0; j < degree; j++) {
@@ -628,7 +760,8 @@ KERNEL void block(const float* panel, const int32_t* from, long degree, const fl
       UNROLL for (int p = 0; p < P; p++) sum[k][p] = fma(v[p], t, sum[k][p]);
     }
   }
-  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) store(y + (k * P + p) * VL, sum[k][p]);
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++)
+    store(y + (k * P + p) * VL, clamped(sum[k][p], range));
 }
 
 template <int P>
@@ -653,9 +786,9 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
             const float* b = bias ? bias + o : nullptr;
             float* to = out + (i * a.share + k) * width;
             K = a.share - k >= 4 && P <= (WIDE ? 6 : 3) ? 4 : a.share - k >= 2 ? 2 : 1;
-            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, to);
-            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, to);
-            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, to);
+            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
+            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
+            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
           }
         from_panel(out, width, y, a.y_last, a.O, g * a.share, some * a.share, pixels, m, n);
       }
@@ -671,7 +804,7 @@ struct Entry {
 };
 
 template <int P, bool FIRST>
-KERNEL void edges(const float* channels, const Entry* e, const Entry* end, float bias, float* y) {
+KERNEL void edges(const float* channels, const Entry* e, const Entry* end, float bias, const Range& range, float* y) {
   V sum[P];
   UNROLL for (int p = 0; p < P; p++) sum[p] = FIRST ? all(bias) : load(y + p * VL);
   for (; e < end; e++) {
@@ -679,7 +812,7 @@ KERNEL void edges(const float* channels, const Entry* e, const Entry* end, float
     const float* x = channels + e->offset;
     UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(x + p * VL), w, sum[p]);
   }
-  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, sum[p]);
+  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, clamped(sum[p], range));
 }
 
 // y [N][outputs][pixels] from x [N][inputs][pixels]: the layer itself, or its transpose.
@@ -719,9 +852,11 @@ void by_edges(const float* x, const Layer& a, const int32_t* neighbours, const f
       for (long b = 0; b < blocks; b++) {
         const float* p = panel + b * channels * width;
         const int32_t* at = first + b * row;
+        const Range limits = b == blocks - 1 && !transpose ? range(a) : Range();
         for (long o = o_begin; o < o_end; o++) {
-          if (b == 0) edges<P, true>(p, entries + at[o], entries + at[o + 1], bias ? bias[o] : 0, out + o * width);
-          else if (at[o] < at[o + 1]) edges<P, false>(p, entries + at[o], entries + at[o + 1], 0, out + o * width);
+          const Entry *some = entries + at[o], *end = entries + at[o + 1];
+          if (b == 0) edges<P, true>(p, some, end, bias ? bias[o] : 0, limits, out + o * width);
+          else if (some < end || b == blocks - 1) edges<P, false>(p, some, end, 0, limits, out + o * width);
         }
       }
       from_panel(out + o_begin * width, width, y, a.y_last, outputs, o_begin, o_end - o_begin, pixels, m, n);
@@ -729,9 +864,85 @@ void by_edges(const float* x, const Layer& a, const int32_t* neighbours, const f
   });
 }
 
+// ---- input gradients of 1x1 and linear, large shares: the gradients of K outputs with the same inputs stay in
+// registers and are added to those inputs, a block of which stays in L1
+
+template <int K, int P>
+KERNEL void spread(const float* d, const int32_t* at, const int32_t* end, const float* w, long share, float* channels) {
+  V g[K][P];
+  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) g[k][p] = held(d + (k * P + p) * VL);
+  for (; at < end; at++, w += share) {
+    float* to = channels + *at;
+    V sum[P];
+    UNROLL for (int p = 0; p < P; p++) sum[p] = load(to + p * VL);
+    UNROLL for (int k = 0; k < K; k++) {
+      V t = all(w[k]);
+      UNROLL for (int p = 0; p < P; p++) sum[p] = fma(g[k][p], t, sum[p]);
+    }
+    UNROLL for (int p = 0; p < P; p++) store(to + p * VL, sum[p]);
+  }
+}
+
+// dx [N][C][pixels] from d [N][O][pixels].
+template <int P>
+void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
+  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), a.C), groups = a.O / a.share;
+  long shift = 0;  // a block is of 1 << shift inputs
+  while ((2l << shift) * width <= 24576 / 4 && (1l << shift) * shares < a.C) shift++;
+  const long channels = 1l << shift, blocks = parts(a.C, channels);
+  // Inputs by block, then group: count, add up, fill; their weights [share] beside them.
+  int32_t* first = (int32_t*)scratch[2].floats(blocks * groups + 1 + groups * a.degree);
+  int32_t* at = first + blocks * groups + 1;
+  int32_t* place = (int32_t*)scratch[1].floats(a.degree);
+  float* w = scratch[3].floats(a.O * a.degree);
+  memset(first, 0, (blocks * groups + 1) * sizeof(int32_t));
+  for (long g = 0; g < groups; g++)
+    for (long j = 0; j < a.degree; j++) first[(neighbours[g * a.degree + j] >> shift) * groups + g + 1]++;
+  for (long i = 0; i < blocks * groups; i++) first[i + 1] += first[i];
+  for (long g = 0; g < groups; g++) {
+    for (long j = 0; j < a.degree; j++) {
+      const long c = neighbours[g * a.degree + j], b = c >> shift;
+      place[j] = first[b * groups + g]++;
+      at[place[j]] = (int32_t)((c - (b << shift)) * width);
+    }
+    for (long k = 0; k < a.share; k++)
+      for (long j = 0; j < a.degree; j++) w[place[j] * a.share + k] = weight[(g * a.share + k) * a.degree + j];
+  }
+  memmove(first + 1, first, blocks * groups * sizeof(int32_t));
+  first[0] = 0;
+  in_large_pages(dx, columns * a.C);
+  parallel(panels * shares, a.threads, [&](long begin, long end) {
+    float* panel = scratch[0].floats(a.O * width);
+    float* out = scratch[1].floats(channels * width);
+    for (long unit = begin, packed = -1; unit < end; unit++) {
+      const long m = unit / shares * width, n = least(width, columns - m);
+      if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
+      packed = m;
+      const long b_end = blocks * (unit % shares + 1) / shares;
+      for (long b = blocks * (unit % shares) / shares; b < b_end; b++) {
+        const long some = least(channels, a.C - b * channels);
+        memset(out, 0, some * width * sizeof(float));
+        for (long g = 0; g < groups; g++) {
+          const int32_t *from = at + first[b * groups + g], *to = at + first[b * groups + g + 1];
+          for (long k = 0, K; k < a.share && from < to; k += K) {
+            K = a.share - k >= 4 ? 4 : a.share - k >= 2 ? 2 : 1;
+            const float *p = panel + (g * a.share + k) * width, *v = w + (from - at) * a.share + k;
+            if (K == 4) spread<4, P>(p, from, to, v, a.share, out);
+            else if (K == 2) spread<2, P>(p, from, to, v, a.share, out);
+            else spread<1, P>(p, from, to, v, a.share, out);
+          }
+        }
+        from_panel(out, width, dx, a.x_last, a.C, b * channels, some, pixels, m, n);
+      }
+    }
+  });
+}
+
 // A linear layer of one or a few samples: the inputs of a group side by side once, then dense products of two rows.
 void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
   const long groups = a.O / a.share, d = a.degree;
+  const Range limits = range(a);
   parallel(groups, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(d + VL);
     for (long n = 0; n < a.N; n++)
@@ -755,7 +966,8 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
           float lanes[VL], sum = bias ? bias[o] : 0;
           store(lanes, r[0]);
           for (int i = 0; i < VL; i++) sum += lanes[i];
-          y[n * a.O + o] = sum;
+          sum = sum < limits.low ? limits.low : sum;
+          y[n * a.O + o] = sum > limits.high ? limits.high : sum;
         }
       }
   });
@@ -938,10 +1150,15 @@ int xzoo_conv3(const Layer* a, const float* x, const float* w, const int32_t* ne
   if (!in_range(*a, neighbours)) return 1;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long Ho = (a->H - 1) / a->stride + 1, Wo = (a->W - 1) / a->stride + 1;
-  if (2 * a->N <= VL) a->stride == 1 ? by_rows<1>(x, *a, e, bias, y) : by_rows<2>(x, *a, e, bias, y);
+  // About the products of vectors that each kernel makes, or what they cost, for a weight's nine taps.
+  const long samples = (3 * a->H - 2) * (3 * a->W - 2) * parts(a->N, VL);
+  const long rows = a->N * a->H * parts(a->W, VL) * 9, planes = a->N * plane_cost(a->H, a->W);
+  if (a->stride == 1 && planes < least(samples, rows)) by_planes(x, *a, e, bias, y);
+  else if (2 * a->N <= VL && (a->stride == 2 || rows < samples))
+    a->stride == 1 ? by_rows<1>(x, *a, e, bias, y) : by_rows<2>(x, *a, e, bias, y);
   else if (a->stride == 1)
-    by_samples<1>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads);
-  else by_samples<2>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads);
+    by_samples<1>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads, range(*a));
+  else by_samples<2>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads, range(*a));
   return 0;
 }
 
@@ -997,13 +1214,20 @@ int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const 
   Layer t = *a;
   t.x_last = a->y_last;
   t.y_last = a->x_last;
-  switch (panel_vectors(a->N * a->H * a->W, {WIDE ? 7 : 8, 4, 2})) {
-    case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
-    case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
-    case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
-    case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
-    default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+  const long columns = a->N * a->H * a->W;
+  if (a->share < (WIDE ? 4 : 2)) {
+    switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
+      case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
+      case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
+      case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
+      case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
+      default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+    }
+    return 0;
   }
+  if (columns > 2 * VL) by_groups<WIDE ? 4 : 3>(d, *a, neighbours, w, dx);
+  else if (columns > VL) by_groups<2>(d, *a, neighbours, w, dx);
+  else by_groups<1>(d, *a, neighbours, w, dx);
   return 0;
 }
 

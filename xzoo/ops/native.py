@@ -10,11 +10,13 @@ Not here: anything but float32, other kernels, paddings and strides (`supports`)
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -30,8 +32,10 @@ from ..home import home
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
 LEVELS = {"v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "v3": {"avx2", "bmi2", "fma", "f16c"}}
+HELD = {"avx2": ["v3"], "default": []}  # what ATEN_CPU_CAPABILITY, torch's own variable, leaves of them
 
-_SIZES = ctypes.c_int64 * 11  # native.cpp's Layer
+_LAYER = struct.Struct("12q")  # native.cpp's
+ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}  # done in the store of a result
 _TENSORS = {  # its functions, and how many tensors they take
     **{"xzoo_conv3": 5, "xzoo_conv3_input_grad": 4, "xzoo_conv3_weight_grad": 4},
     **{"xzoo_point": 5, "xzoo_point_input_grad": 4, "xzoo_point_weight_grad": 4},
@@ -47,23 +51,27 @@ _loaded: list[ctypes.CDLL | None] = []  # what the first call found: the library
 
 def supports(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
     """Whether the kernels do such a layer: `geometry` is a convolution's stride, padding and dilation."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not x.is_cpu or x.dtype != torch.float32:
         return False
-    if operation == "linear":
-        return True
-    stride, padding, dilation = map(tuple, geometry)
-    if tuple(weight.shape[2:]) == (1, 1):
-        return padding == (0, 0)
+    return operation == "linear" or _geometry(*weight.shape[2:], *map(tuple, geometry))
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(height: int, width: int, stride: Any, padding: Any, dilation: Any) -> bool:
+    if (height, width) == (1, 1):
+        return bool(padding == (0, 0))
     kinds = {((1, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1))}
-    return tuple(weight.shape[2:]) == (3, 3) and (stride, padding, dilation) in kinds
+    return (height, width) == (3, 3) and (stride, padding, dilation) in kinds
 
 
-def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
-    x = _seen(x, weight, stride)
-    size = [(s - 1) // _step(weight, stride) + 1 for s in x.shape[2:]]
-    y = _empty([len(x), len(weight), *size], x)
-    name = "xzoo_point" if weight.shape[2] == 1 else "xzoo_conv3"
-    return _call(name, y, x, y, weight, neighbours, _step(weight, stride), x, weight, neighbours, bias)
+def conv2d(x, weight, neighbours, bias, stride, padding, dilation, activation=""):
+    x, point = _seen(x, weight, stride), weight.shape[2] == 1
+    step = 1 if point else stride[0]
+    batch, _, height, width = x.shape
+    shape = [batch, len(weight), (height - 1) // step + 1, (width - 1) // step + 1]
+    y = _empty(shape, x)
+    name = "xzoo_point" if point else "xzoo_conv3"
+    return _call(name, y, x, y, weight, neighbours, step, x, weight, neighbours, bias, activation=activation)
 
 
 def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
@@ -85,9 +93,9 @@ def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
     return _call(name, dw, x, grad, weight, neighbours, _step(weight, stride), grad, x, neighbours)
 
 
-def linear(x, weight, neighbours, bias):
+def linear(x, weight, neighbours, bias, activation=""):
     x, y = x.contiguous(), x.new_empty(len(x), len(weight))
-    return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias)
+    return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias, activation=activation)
 
 
 def linear_input_grad(grad, x, weight, neighbours):
@@ -101,19 +109,21 @@ def linear_weight_grad(grad, x, weight, neighbours):
     return _call("xzoo_point_weight_grad", dw, x, grad, weight, neighbours, 1, grad, x, neighbours)
 
 
-def _call(name, result, x, y, weight, neighbours, stride, *tensors):
+def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation=""):
     """The function of native.cpp on the addresses of `tensors` and of `result`; x and y give the layer's sizes."""
-    if not len(x):
+    sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
+    if not sizes[0]:
         return result.zero_()
-    sizes = (*x.shape, 1, 1)[:4]
-    layer = (*sizes, *weight.shape[:2], len(weight) // len(neighbours), stride, _last(x), _last(y))
     # Activations lie in either order already; a layer's own tensors in one.
-    lying = [t if t is None or t is x or t is y else t.contiguous() for t in (*tensors, result)]
+    lying = [t if t is None or t is x or t is y or t.is_contiguous() else t.contiguous() for t in (*tensors, result)]
     if neighbours.dtype != torch.int32:
         lying = [t.int() if t is not None and not t.is_floating_point() else t for t in lying]
     addresses = [None if t is None else t.data_ptr() for t in lying]
-    if getattr(_loaded[0], name)(_SIZES(*layer, torch.get_num_threads()), *addresses):
-        raise IndexError(f"neighbours must be from 0 to {x.shape[1] - 1}, the inputs there are")
+    share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
+    threads = torch.get_num_threads()
+    layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, ACTIVATIONS[activation])
+    if getattr(_loaded[0], name)(layer, *addresses):
+        raise IndexError(f"neighbours must be from 0 to {sizes[1] - 1}, the inputs there are")
     return result
 
 
@@ -131,12 +141,12 @@ def _seen(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    return x if _last(x) else x.contiguous()
+    return x if x.is_contiguous() or _last(x) else x.contiguous()
 
 
 def _last(x: Tensor) -> bool:
     """As torch.channels_last, and not both ways."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _empty(shape: Any, like: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ def _first() -> ctypes.CDLL | None:
 
 
 def _flags() -> list[str]:
-    """The compiler's flags for this CPU."""
+    """The compiler's flags for this CPU, or for what torch is told to use of it."""
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
     if platform.machine() not in ("x86_64", "AMD64"):
         return flags
@@ -188,7 +198,8 @@ def _flags() -> list[str]:
             if line.startswith("flags"):
                 has = set(line.partition(":")[2].split())
                 break
-    level = next((level for level, needs in LEVELS.items() if needs <= has), None)
+    allowed = HELD.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), LEVELS)
+    level = next((level for level in allowed if LEVELS[level] <= has), None)
     return [*flags, f"-march=x86-64-{level}"] if level else flags
 
 

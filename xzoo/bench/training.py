@@ -1,20 +1,11 @@
-"""`xzoo bench`: what the training loop and the data paths cost, beside something that does the same.
-
-A busy machine makes every time a matter of luck. So both forms take turns within one run, each figure is the ratio of
-neighbours in that alternation, and what is told is the median of the ratios with their quartiles. Where there is
-nothing to compare with, it is a rate, which means something on its machine alone.
+"""What the training loop and the data paths cost, beside something that does the same.
 
 Nothing is read or left: the images are drawn, and files lie in a temporary folder.
 """
 
-import csv
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import quantiles
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,15 +20,16 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from .errors import XzooError
-from .profile import hardware
-from .train.callbacks import Clock, Report, checkpoints
-from .train.imagenet import ImageNet
-from .train.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
-from .train.order import TrainOrder
-from .train.run import AtomicCheckpointIO, MetricsFile, atomic, quiet
-from .train.run import fit as run_fit
-from .train.task import Classifier, rate
+from ..errors import XzooError
+from ..models import create_model
+from ..train.callbacks import Clock, Report, checkpoints
+from ..train.imagenet import ImageNet
+from ..train.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
+from ..train.order import TrainOrder
+from ..train.run import AtomicCheckpointIO, MetricsFile, quiet
+from ..train.run import fit as run_fit
+from ..train.task import Classifier, rate
+from .figures import Figure, ratios, threads
 
 WARM = 2  # turns of both forms before the first that counts
 # Steps in a turn. The CPU has done a step when it returns; a device is waited for at both ends of a turn, which a turn
@@ -53,87 +45,7 @@ PHOTO, PHOTO_BATCH = (375, 500), 16  # height and width of most images of ImageN
 VIEW: dict[str, Any] = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": None}
 
 
-# ---- figures
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What was measured, again and again.
-
-    Args:
-        unit: "x", a ratio of what to against, or "images/s".
-        values: of each pair or repetition, in order.
-        bar: what the median may be at most, or with `at_least` has to be; None where none is set.
-    """
-
-    what: str
-    against: str
-    unit: str
-    values: tuple[float, ...]
-    bar: float | None = None
-    at_least: bool = True
-
-    @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """The median, between the values that a quarter lies below and above."""
-        if len(self.values) == 1:
-            return self.values * 3
-        low, median, high = quantiles(self.values, n=4, method="inclusive")
-        return low, median, high
-
-    @property
-    def met(self) -> bool | None:
-        if self.bar is None:
-            return None
-        median = self.quartiles[1]
-        return median >= self.bar if self.at_least else median <= self.bar
-
-    def row(self) -> dict[str, str]:
-        """Of the table and of the file alike."""
-        low, median, high = (self._text(value) for value in self.quartiles)
-        limit = "" if self.bar is None else f"{'>=' if self.at_least else '<='} {self._text(self.bar)}"
-        return {
-            "what": self.what,
-            "against": self.against,
-            "unit": self.unit,
-            "quartile 1": low,
-            "median": median,
-            "quartile 3": high,
-            "n": str(len(self.values)),
-            "bar": limit,
-            "met": "" if self.met is None else "yes" if self.met else "no",
-        }
-
-    def _text(self, value: float) -> str:
-        return f"{value:.3f}" if self.unit == "x" else f"{value:.0f}"
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
-    """Of each value of `ours` to its neighbour in `theirs`; both in the order in which they took turns."""
-    return tuple(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
-    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return {
-        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores{device}{load}",
-        "torch": str(torch.__version__),
-    }
-
-
-def write_csv(figures: Iterable[Figure], path: Path) -> None:
-    """A row a figure, with the machine's facts. Raises: XzooError if it cannot be written."""
-    facts = machine()
-    rows = [figure.row() | facts for figure in figures]
-    with atomic(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-
-
-def loop(model: str = "x_vgg16_c16", batch_size: int = 128, pairs: int = 20, photos: int = 200) -> list[Figure]:
+def loop(model: str = "x_vgg16_c16", batch_size: int = 128, pairs: int = 20, photos: int = 200) -> Iterator[Figure]:
     """Measure the training loop, the augmentation in memory, and the loader of an image folder.
 
     Args:
@@ -146,11 +58,15 @@ def loop(model: str = "x_vgg16_c16", batch_size: int = 128, pairs: int = 20, pho
     for name, value, least in (("pairs", pairs, 1), ("batch_size", batch_size, 8), ("photos", photos, PHOTO_BATCH)):
         if value < least:
             raise XzooError(f"{name}={value}: {least} or more are needed")
-    return [
-        lightning_loop(model, batch_size, pairs),
-        *(augmentation(kind, batch_size, pairs) for kind in (CIFAR10, TinyImageNet)),
-        image_folder(photos, pairs),
-    ]
+    create_model(model, device="meta")
+    return _loop(model, batch_size, pairs, photos)
+
+
+def _loop(model: str, batch_size: int, pairs: int, photos: int) -> Iterator[Figure]:
+    yield lightning_loop(model, batch_size, pairs)
+    for kind in (CIFAR10, TinyImageNet):
+        yield augmentation(kind, batch_size, pairs)
+    yield image_folder(photos, pairs)
 
 
 # ---- Lightning's loop
@@ -259,7 +175,7 @@ def alternated(ours: Classifier, theirs: Classifier, batch_size: int, pairs: int
 def augmentation(kind: type[InMemory], batch_size: int, repetitions: int) -> Figure:
     """Images that one core augments in a second of its time."""
     side, values = kind.sides[0], []
-    with TemporaryDirectory() as folder, one_thread():
+    with TemporaryDirectory() as folder, threads(1):
         data = drawn(kind, Path(folder), batch_size, max(batch_size, IMAGES[side]))
         loader: Any = data.train_dataloader()
         for epoch in _watched(1 + repetitions, f"augmentation, {side} px"):
@@ -269,16 +185,6 @@ def augmentation(kind: type[InMemory], batch_size: int, repetitions: int) -> Fig
             values.append(seen / (time.thread_time() - begun))
     bar = 20_000 if side == 32 else None
     return Figure(f"augmentation in memory, {side} px, one core", "", "images/s", tuple(values[1:]), bar)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- images in a folder
@@ -292,7 +198,7 @@ def image_folder(photos: int, pairs: int) -> Figure:
     waited 30 ms for the second (EPYC, 2026-11, torch 2.14).
     """
     seconds: tuple[list[float], list[float]] = [], []
-    with TemporaryDirectory() as folder, quiet(), one_thread():
+    with TemporaryDirectory() as folder, quiet(), threads(1):
         draw_folder(Path(folder), photos, 2, 2, photo)
         data = ImageNet(folder, num_classes=2, batch_size=PHOTO_BATCH, **VIEW)
         # In a Trainer's hands the workers hand on bytes.

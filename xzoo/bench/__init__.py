@@ -1,0 +1,25 @@
+"""`xzoo bench`: how fast layers and models are, and what a training loop costs, beside what does the same."""
+
+from .figures import Figure, check_file, machine, ratios, threads, write_csv
+from .layer import layers, policy, scaling, share
+from .model import memory, models
+from .plot import PICTURES, draw
+from .training import loop
+
+__all__ = [
+    "PICTURES",
+    "Figure",
+    "check_file",
+    "draw",
+    "layers",
+    "loop",
+    "machine",
+    "memory",
+    "models",
+    "policy",
+    "ratios",
+    "scaling",
+    "share",
+    "threads",
+    "write_csv",
+]
