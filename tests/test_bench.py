@@ -143,7 +143,8 @@ def test_memory_that_is_mapped_afresh_is_counted():
 
 def test_tune_measures_every_backend_that_can_run_a_layer():
     rows = tune(SMALL, rounds=1)
-    assert {(row.product, row.backend) for row in rows} == {(p, b) for p in PRODUCTS for b in ops.available()}
+    on_cpu = [b for b in ops.available() if b != "triton"]
+    assert {(row.product, row.backend) for row in rows} == {(p, b) for p in PRODUCTS for b in on_cpu}
     assert all(len(row.times.seconds) == 1 and row.times.seconds[0] > 0 for row in rows)
     five = tune(SMALL._replace(kernel=5), rounds=1)  # native has no kernel for it
     assert {row.backend for row in five} >= {"dense", "gather"} and "native" not in {row.backend for row in five}

@@ -207,7 +207,7 @@ def test_input_of_another_size_is_refused():
 # Wherever torch takes a module
 
 
-@pytest.mark.parametrize("backend", ops.available())
+@pytest.mark.parametrize("backend", [b for b in ops.available() if b != "triton"])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_any_batch_and_either_memory_format(batch, backend):
     with ops.backend(backend):
@@ -251,7 +251,7 @@ def test_autocast_casts_as_it_does_for_torchs_layers(backend):
             assert layer.double()(x.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", ops.available())
+@pytest.mark.parametrize("backend", [b for b in ops.available() if b != "triton"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiles_in_one_graph(compiler, backend, form):

@@ -24,12 +24,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
-from . import dense, gather, native
+from . import dense, gather, native, triton
 from .auto import choose
 
 __all__ = ["available", "backend", "conv2d", "linear"]
 
-_BACKENDS: dict[str, ModuleType] = {"dense": dense, "gather": gather, "native": native}
+_BACKENDS: dict[str, ModuleType] = {"dense": dense, "gather": gather, "native": native, "triton": triton}
 
 # A plain module variable: torch.compile guards on it, and the backward pass, which may run in another
 # thread, is told what the forward pass used.
@@ -55,8 +55,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def available() -> tuple[str, ...]:
-    """The backends that can run on this machine; `native` only what xzoo.ops.native.supports."""
-    return tuple(name for name in _BACKENDS if name != "native" or native.possible())
+    """The backends that can run on this machine; `native` and `triton` only what their `supports` says."""
+    return tuple(name for name, module in _BACKENDS.items() if not hasattr(module, "possible") or module.possible())
 
 
 def conv2d(
@@ -202,6 +202,8 @@ def _register(operation: str, part: str) -> None:
             backend = choose(name, x, weight, neighbours, *tensors[4:])
         elif backend == "native":
             _native(operation, x, weight, *tensors[4:])
+        elif backend == "triton":
+            triton.check(operation, x, weight, neighbours, *tensors[4:])
         function = getattr(_known(backend), name)
         if activation and not (backend == "native" and activation[0] in native.ACTIVATIONS):
             y = activate(function(*tensors), *activation)

@@ -36,6 +36,7 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
 
 def library(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor) -> str:
     """The better one of the backends that are made of torch's own operations."""
+    # `triton` has not been measured: time it against dense, in both memory formats, for share 8 and 16 (triton.py).
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return "dense"
     if operation == "conv2d" and (weight.shape[2] * weight.shape[3] == 1 or not x.is_contiguous()):
