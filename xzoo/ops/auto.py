@@ -19,7 +19,7 @@ GATHER = {"conv2d": (128, 4), "linear": (256, 8)}  # least share * inputs / degr
 # `library` takes, in either memory format, for 3x3, for 1x1 and for linear; the gradients only from MANY samples
 # (or pixels, where the kernel is 1x1) on, because their lanes are samples (tests/golden/native.csv; 2026-11-24,
 # torch 2.14, one thread of a Zen 4 with vectors of 16 floats). Vectors of 4 floats: not measured.
-NATIVE = {"": (2, 2, 8), "input_grad": (2, 2, 8), "weight_grad": (4, 8, 8)}
+NATIVE = {"": (2, 2, 4), "input_grad": (2, 2, 4), "weight_grad": (2, 4, 2)}
 MANY = 16
 
 
