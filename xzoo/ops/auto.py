@@ -15,22 +15,28 @@ from . import native
 # Other devices and types: not measured.
 GATHER = {"conv2d": (128, 4), "linear": (256, 8)}  # least share * inputs / degree, most copies
 
-# Our own kernels: inputs / degree at which each of the three products was at least 1.1 times as fast as what
-# `library` takes, in either memory format, for 3x3, for 1x1 and for linear; the gradients only from MANY samples
-# (or pixels, where the kernel is 1x1) on, because their lanes are samples (tests/golden/native.csv; 2026-11-24,
-# torch 2.14, one thread of a Zen 4 with vectors of 16 floats). Vectors of 4 floats: not measured.
-NATIVE = {"": (2, 2, 4), "input_grad": (2, 2, 4), "weight_grad": (2, 4, 2)}
+# Our own kernels, by the floats in a vector: inputs / degree at which each of the three products was at least 1.1
+# times as fast as what `library` takes, in either memory format, for 3x3, for 3x3 with a stride, for 1x1 and for
+# linear; the gradients only from MANY samples (or pixels, where the kernel is 1x1) on, because their lanes are samples
+# (tests/golden/native.csv; 2026-11-24, torch 2.14, one thread of a Zen 4, the second part with torch and our kernels
+# held to AVX2). Vectors of 4 floats: not measured, so not taken.
+NATIVE = {
+    16: {"": (2, 2, 2, 4), "input_grad": (2, 2, 2, 4), "weight_grad": (2, 2, 4, 2)},
+    8: {"": (2, 4, 4, 8), "input_grad": (2, 2, 4, 8), "weight_grad": (2, 2, 4, 4)},
+}
 MANY = 16
 
 
 def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
     """`name` is an operation's, or one of its gradients' (conv2d_input_grad); `geometry` a convolution's."""
     operation, _, gradient = name.partition("_")
-    kind = 2 if operation == "linear" else math.prod(weight.shape[2:]) == 1
-    lanes = x.shape[0] * (math.prod(x.shape[2:]) if kind else 1)
-    pays = x.shape[1] >= NATIVE[gradient][kind] * neighbours.shape[1] and (lanes >= MANY or not gradient)
-    if pays and native.supports(operation, x, weight, *geometry) and native.available() and native.lanes() >= 8:
-        return "native"
+    point = operation == "linear" or math.prod(weight.shape[2:]) == 1
+    lanes = x.shape[0] * (math.prod(x.shape[2:]) if point else 1)
+    if (lanes >= MANY or not gradient) and native.supports(operation, x, weight, *geometry) and native.available():
+        kind = 3 if operation == "linear" else 2 if point else int(geometry[0][0] > 1)
+        rule = NATIVE.get(native.lanes())
+        if rule and x.shape[1] >= rule[gradient][kind] * neighbours.shape[1]:
+            return "native"
     return library(operation, x, weight, neighbours)
 
 
