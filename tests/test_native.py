@@ -133,6 +133,7 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
 @pytest.mark.parametrize(
     "options",
     [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
+    + [{"kernel": 1, "share": 4, "n_in": 130, "size": 2, "batch": 1}]  # dx: threads by blocks of inputs
     + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))],
     ids=str,
 )
@@ -202,6 +203,33 @@ def test_nan_and_infinity_reach_exactly_the_connected_outputs(kernels, kernel, v
     assert torch.equal(finite[1].all(1), ~reads)
     assert torch.equal(finite[1].any(1), ~reads)
     assert finite[0].all() and finite[2:].all()
+
+
+@pytest.mark.parametrize("batch", [2, 40])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("kernel", "share"), [(3, 1), (1, 1), (1, 4), (0, 1), (0, 4)])
+def test_nan_and_infinity_in_a_gradient_reach_exactly_what_it_belongs_to(kernels, kernel, share, value, batch):
+    x, weight, rows, _, grad, geometry = random_case(kernel, share=share, batch=batch)
+    grad[1, 6] = value
+    _, dx, dw, _ = results((x.abs() + 1, weight.abs() + 1, rows, None, grad, geometry), "native", torch.float32)
+    read = torch.zeros(x.shape[1], dtype=torch.bool)
+    read[rows[6 // share].long()] = True
+    assert 0 < read.sum() < len(read)
+    finite = dx.reshape(*dx.shape[:2], -1).isfinite()
+    assert torch.equal(finite[1].all(1), ~read) and torch.equal(finite[1].any(1), ~read)
+    assert finite[0].all() and finite[2:].all()
+    finite = dw.reshape(len(dw), -1).isfinite()
+    assert not finite[6].any()
+    assert finite[:6].all() and finite[7:].all()
+
+
+@pytest.mark.parametrize("kernel", [3, 0])
+def test_a_second_derivative_is_refused(kernels, kernel):
+    x, weight, rows, bias, _, geometry = random_case(kernel)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(forward(x, weight, rows, bias, geometry).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="^trying to differentiate twice a function that was marked with @once_diff"):
+        dx.sum().backward()
 
 
 def test_strided_tensors_are_read_as_they_are(kernels):
