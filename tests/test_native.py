@@ -133,6 +133,7 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
 @pytest.mark.parametrize(
     "options",
     [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
+    + [{"kernel": 1, "share": 4, "n_in": 130, "size": 2, "batch": 1}]  # dx: threads by blocks of inputs
     + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))],
     ids=str,
 )
@@ -202,6 +203,33 @@ def test_nan_and_infinity_reach_exactly_the_connected_outputs(kernels, kernel, v
     assert torch.equal(finite[1].all(1), ~reads)
     assert torch.equal(finite[1].any(1), ~reads)
     assert finite[0].all() and finite[2:].all()
+
+
+@pytest.mark.parametrize("batch", [2, 40])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("kernel", "share"), [(3, 1), (1, 1), (1, 4), (0, 1), (0, 4)])
+def test_nan_and_infinity_in_a_gradient_reach_exactly_what_it_belongs_to(kernels, kernel, share, value, batch):
+    x, weight, rows, _, grad, geometry = random_case(kernel, share=share, batch=batch)
+    grad[1, 6] = value
+    _, dx, dw, _ = results((x.abs() + 1, weight.abs() + 1, rows, None, grad, geometry), "native", torch.float32)
+    read = torch.zeros(x.shape[1], dtype=torch.bool)
+    read[rows[6 // share].long()] = True
+    assert 0 < read.sum() < len(read)
+    finite = dx.reshape(*dx.shape[:2], -1).isfinite()
+    assert torch.equal(finite[1].all(1), ~read) and torch.equal(finite[1].any(1), ~read)
+    assert finite[0].all() and finite[2:].all()
+    finite = dw.reshape(len(dw), -1).isfinite()
+    assert not finite[6].any()
+    assert finite[:6].all() and finite[7:].all()
+
+
+@pytest.mark.parametrize("kernel", [3, 0])
+def test_a_second_derivative_is_refused(kernels, kernel):
+    x, weight, rows, bias, _, geometry = random_case(kernel)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(forward(x, weight, rows, bias, geometry).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="^trying to differentiate twice a function that was marked with @once_diff"):
+        dx.sum().backward()
 
 
 def test_strided_tensors_are_read_as_they_are(kernels):
@@ -377,6 +405,114 @@ if not child:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 """
     assert said(process(code, os.environ.get("XZOO_HOME", tmp_path))) == ("0 True", "", 0)
+
+
+# ---- memory, under the compiler's sanitizers
+
+# Every function on layers whose tensors end where their numbers end; `scratch` ends where it was asked to.
+DRIVER = r"""
+#include <cstdint>
+#include <sanitizer/asan_interface.h>
+#if defined(__AVX2__)  // GCC checks no access that is an instruction of its own: a plain one goes before it
+#include <immintrin.h>
+static void touch(const float* p, unsigned lanes) {
+  for (int i = 0; lanes >> i; i++) if (lanes >> i & 1) (void)*(const volatile float*)(p + i);
+}
+#define LANES(mask) (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(mask))
+#define _mm512_maskz_loadu_ps(mask, p) (touch(p, mask), _mm512_maskz_loadu_ps(mask, p))
+#define _mm512_mask_storeu_ps(p, mask, v) (touch(p, mask), _mm512_mask_storeu_ps(p, mask, v))
+#define _mm512_stream_ps(p, v) (touch(p, 0xffff), _mm512_stream_ps(p, v))
+#define _mm256_maskload_ps(p, mask) (touch(p, LANES(mask)), _mm256_maskload_ps(p, mask))
+#define _mm256_maskstore_ps(p, mask, v) (touch(p, LANES(mask)), _mm256_maskstore_ps(p, mask, v))
+#define _mm256_stream_ps(p, v) (touch(p, 0xff), _mm256_stream_ps(p, v))
+#endif
+#include "native.cpp"
+
+static uint64_t state = 1;
+static long below(long n) { return (long)((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % n; }
+static int number, count;
+static int zero() { return 0; }
+static void one_after_another(void (*f)(void*), void* task, unsigned threads, unsigned) {
+  for (count = (int)threads, number = 0; number < count; number++) f(task);
+}
+static float* made(long n, bool result) {
+  float* p = (float*)malloc(n * sizeof(float));
+  for (long i = 0; i < n; i++) p[i] = result ? __builtin_nanf("") : (float)(below(200) - 100) / 64;
+  return p;
+}
+static void finish(const Layer& a, const char* name, int code, float* p, long n) {
+  for (long i = 0; i < n; i++) code |= p[i] != p[i];
+  free(p);
+  if (!code) return;
+  printf("%s fails or leaves a result unwritten:", name);
+  for (int i = 0; i < 12; i++) printf(" %ld", (long)(&a.N)[i]);
+  exit(2);
+}
+
+static void run(int kernel, long N, long C, long H, long W, long share, long blocks, long degree, long stride) {
+  const long O = share * blocks, taps = kernel * kernel;
+  Layer a{N, C, H, W, O, degree, share, stride, below(2), below(2), 1 + below(3), below(3)};
+  const long nx = N * C * H * W, ny = N * O * ((H - 1) / stride + 1) * ((W - 1) / stride + 1), nw = O * degree * taps;
+  float *x = made(nx, false), *d = made(ny, false), *w = made(nw, false), *bias = below(2) ? made(O, false) : nullptr;
+  float *y = made(ny, true), *dx = made(nx, true), *dw = made(nw, true);
+  int32_t* rows = (int32_t*)malloc(blocks * degree * sizeof(int32_t));
+  for (long b = 0; b < blocks; b++)
+    for (long j = 0, first = below(C); j < degree; j++) rows[b * degree + j] = (int32_t)((first + j) % C);
+  const bool three = kernel == 3;
+  finish(a, "y", (three ? xzoo_conv3 : xzoo_point)(&a, x, w, rows, bias, y), y, ny);
+  finish(a, "dx", (three ? xzoo_conv3_input_grad : xzoo_point_input_grad)(&a, d, w, rows, dx), dx, nx);
+  finish(a, "dw", (three ? xzoo_conv3_weight_grad : xzoo_point_weight_grad)(&a, d, x, rows, dw), dw, nw);
+  free(x), free(d), free(w), free(bias), free(rows);
+}
+
+int main() {
+  const long batches[] = {1, 2, 5, 8, 16, 17, 33}, sizes[] = {1, 2, 3, 4, 5, 7, 8, 14, 15, 17};
+  const long inputs[] = {1, 3, 7, 19, 33}, shares[] = {1, 2, 3, 4, 5, 7};
+  int layers = 0;
+  xzoo_init((void*)one_after_another, (void*)(int (*)())[] { return number; }, (void*)(int (*)())[] { return count; },
+            (void*)zero);
+  for (int kernel : {3, 1, 3, 1, 3, 1})
+    for (long N : batches)
+      for (long H : sizes) {
+        const long C = inputs[below(5)], W = below(2) ? H : sizes[below(10)], stride = kernel == 3 ? 1 + below(2) : 1;
+        run(kernel, N, C, H, W, shares[below(6)], 1 + below(9), 1 + below(C), stride);
+        layers++;
+      }
+  for (long N : batches)  // linear, and more inputs than a block of the first level of cache takes
+    for (long share : {1, 3, 4}) run(1, N, 531, 1, 1 + below(2), share, 37, 1 + below(200), 1), layers++;
+  for (int i = 0; i < 4; i++)  // images of which a few rows are packed at a time
+    for (long stride : {1, 2}) run(3, 17, 97, 53, 59, 1, 5, 3, stride), layers++;
+  printf("%d layers\n", layers);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["best", "x86-64-v3", "x86-64"])
+def test_no_kernel_touches_memory_that_is_not_its_own(level, tmp_path):
+    flags = [flag for flag in native._flags() if flag not in ("-O3", "-shared", "-fPIC")]
+    if level != "best":
+        if not flags[-1].startswith("-march=x86-64"):
+            pytest.skip(f"this CPU is not {level}")
+        flags[-1] = f"-march={level}"
+    source, found = native.SOURCE.read_text(), "    return p;\n  }\n};\nthread_local"
+    assert source.count(found) == 1
+    exact = (
+        "    __asan_unpoison_memory_region(p, bytes), __asan_poison_memory_region(p + n, bytes - n * sizeof(float));\n"
+    )
+    (tmp_path / "native.cpp").write_text(source.replace(found, exact + found))
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
+    (tmp_path / "empty.cpp").write_text("int main() {}")
+    for name in ("empty", "driver"):
+        command = [native._compiler(), *flags, *checks, "-o", name, f"{name}.cpp"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        if run.returncode and name == "empty":
+            pytest.skip(f"this compiler has no sanitizers: {run.stderr[:300]}")
+        assert not run.returncode, run.stderr[:3000]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    run = subprocess.run([tmp_path / "driver"], timeout=600, **pipes)
+    assert (run.returncode, run.stdout) == (0, "449 layers\n"), run.stdout[-3000:]
 
 
 # ---- the choice
