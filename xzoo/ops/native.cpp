@@ -816,6 +816,8 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
 
 // ---- 1x1 and linear, share 1 and every transposed graph: one load for each product, from L1
 
+const long SORTED = 1024;  // columns from which on it pays to sort the edges by blocks of channels, at each call
+
 struct Entry {
   float w;
   int32_t offset;  // of the input's row within its block of channels, in floats
@@ -1213,7 +1215,7 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long columns = a->N * a->H * a->W;
   if (a->H * a->W == 1 && a->N <= VL / 4) by_dots(x, *a, e, bias, y);
-  else if (a->share == 1) {
+  else if (a->share == 1 && columns >= SORTED) {
     switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
       case 8: by_edges<8>(x, *a, neighbours, w, false, bias, y); break;
       case 7: by_edges<7>(x, *a, neighbours, w, false, bias, y); break;
