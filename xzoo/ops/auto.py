@@ -34,10 +34,8 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
     lanes = x.shape[0] * (math.prod(x.shape[2:]) if point else 1)
     if (lanes >= MANY or not gradient) and native.supports(operation, x, weight, *geometry) and native.available():
         kind = 3 if operation == "linear" else 2 if point else int(geometry[0][0] > 1)
-        # A 1x1 kernel of share 1 loads an input for each product: 0.8 to 0.9 at half of the inputs and batch 1.
-        saves = x.shape[1] // (2 if kind == 2 and len(weight) == len(neighbours) else 1)
         rule = NATIVE.get(native.lanes())
-        if rule and saves >= rule[gradient][kind] * neighbours.shape[1]:
+        if rule and x.shape[1] >= rule[gradient][kind] * neighbours.shape[1]:
             return "native"
     return library(operation, x, weight, neighbours)
 
