@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import NAMES, results
 
 from xzoo import graphs, ops
 from xzoo.errors import XzooError
@@ -30,7 +31,6 @@ from xzoo.ops import native
 from xzoo.ops.auto import choose, library
 from xzoo.ops.tune import PRODUCTS, Layer, tune
 
-NAMES = ("y", "dx", "dw", "db")
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
 # Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
 LEVELS = ["best", *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64"))]
@@ -86,21 +86,6 @@ def cases(draw):
         ),
         geometry,
     )
-
-
-def results(case, backend, dtype):
-    """(y, dx, dw, db) by a backend, or by torch's own operation on the dense weight (None)."""
-    x, weight, rows, bias, grad, geometry = case
-    x, weight = (t.to(dtype).detach().clone().requires_grad_() for t in (x, weight))
-    bias = None if bias is None else bias.to(dtype).requires_grad_()
-    if backend is None:
-        dense = ops.dense.scatter(weight, rows, x.shape[1])
-        y = F.conv2d(x, dense, bias, *geometry) if geometry else F.linear(x, dense, bias)
-    else:
-        with ops.backend(backend):
-            y = ops.conv2d(x, weight, rows, bias, *geometry) if geometry else ops.linear(x, weight, rows, bias)
-    y.backward(grad.to(dtype))
-    return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)

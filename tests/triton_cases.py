@@ -11,9 +11,9 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from products import NAMES, results
 
 from xzoo import graphs, layers, ops
 from xzoo.errors import XzooError
@@ -23,7 +23,6 @@ from xzoo.ops.auto import choose
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # The largest error of one rounding of the result; the interpreter cuts bfloat16 off where a GPU rounds.
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7}
-NAMES = ("y", "dx", "dw", "db")
 
 
 # By their older names: torch.export reads these, and fails where a new one has set half of what they stand for.
@@ -79,21 +78,6 @@ def cases(draw):
         draw(st.booleans()),
         draw(st.sampled_from([torch.channels_last, torch.contiguous_format])),
     )
-
-
-def results(case, backend, dtype):
-    """(y, dx, dw, db) by a backend, or by torch's own operation on the dense weight (None)."""
-    x, weight, rows, bias, grad, geometry = case
-    x, weight = (t.to(dtype).detach().clone().requires_grad_() for t in (x, weight))
-    bias = None if bias is None else bias.to(dtype, copy=True).requires_grad_()
-    if backend is None:
-        dense = ops.dense.scatter(weight, rows, x.shape[1])
-        y = F.conv2d(x, dense, bias, *geometry) if geometry else F.linear(x, dense, bias)
-    else:
-        with ops.backend(backend):
-            y = ops.conv2d(x, weight, rows, bias, *geometry) if geometry else ops.linear(x, weight, rows, bias)
-    y.backward(grad.to(dtype))
-    return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad
 
 
 def hold(case, dtype):

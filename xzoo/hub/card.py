@@ -7,7 +7,7 @@ recipes/results.csv has got further runs of its recipe, or of its rivals.
 import csv
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from .. import weights
 from ..deploy import deploy
 from ..errors import XzooError
 from ..models import create_model
+from ..ops.tune import alternate
 from ..profile import hardware, profile
 
 CARD, METRICS = "README.md", "metrics.json"
@@ -242,17 +243,13 @@ def _mean(rows: list[dict[str, str]]) -> dict[str, Any]:
 def _latency(net: Any, dense: nn.Module | None, pairs: int = 25) -> dict[str, Any]:
     """Milliseconds for one image, and how many times as long the dense twin takes; both deployed, in turns."""
     x = torch.rand(1, *net.pretrained_cfg["input_size"])
-    deployed = [deploy(model, x) for model in (net, dense) if model is not None]
-    times: list[list[float]] = [[] for _ in deployed]
-    for _ in range(pairs):
-        for model, taken in zip(deployed, times, strict=True):
-            began = time.perf_counter()
-            model(x)
-            taken.append(1000 * (time.perf_counter() - began))
-    found = {"ms": round(statistics.median(times[0]), 2), "batch": 1, "on": hardware(torch.device("cpu"))}
+    forms = {name: deploy(model, x) for name, model in (("ours", net), ("dense", dense)) if model is not None}
+    times = alternate({name: partial(model, x) for name, model in forms.items()}, pairs)
+    ours = times["ours"].seconds
+    found = {"ms": round(1000 * statistics.median(ours), 2), "batch": 1, "on": hardware(torch.device("cpu"))}
     if dense is None:
         return found
-    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+    ratios = [theirs / mine for mine, theirs in zip(ours, times["dense"].seconds, strict=True)]
     return found | {"dense_times": round(statistics.median(ratios), 2)}
 
 

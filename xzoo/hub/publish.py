@@ -148,7 +148,7 @@ def _patience() -> Iterator[None]:
 
 
 def _check_rights(repo: str) -> None:
-    """Raise XzooError unless there is a token whose owner may write; asked by hand, since the client waits for ever."""
+    """Raise XzooError unless there is a token whose owner may write; asked by hand, to hear of a dead Hub soon."""
     if constants.HF_HUB_OFFLINE:
         raise XzooError("HF_HUB_OFFLINE is set; unset it to publish")
     if not get_token():

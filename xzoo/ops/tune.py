@@ -131,10 +131,8 @@ def alternate(
     now, faults = _clock(device), dict.fromkeys(calls, 0.0)
     taken: dict[Name, list[float]] = {name: [] for name in calls}
     repeats: dict[Name, int] = {}
-    for (
-        name,
-        call,
-    ) in calls.items():  # the first call compiles, allocates and plans; the second tells how long a turn is
+    # The first call compiles, allocates and plans; the second tells how long a turn is.
+    for name, call in calls.items():
         call()
         begun = now()
         call()
