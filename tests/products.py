@@ -8,7 +8,7 @@ NAMES = ("y", "dx", "dw", "db")
 
 
 def results(case, backend, dtype):
-    """(y, dx, dw, db) of (x, weight, neighbours, bias, grad, geometry), by a backend; None: torch on the dense weight."""
+    """(y, dx, dw, db) of a case, by a backend, or by torch on the dense weight (None)."""
     x, weight, rows, bias, grad, geometry = case
     x, weight = (t.to(dtype).detach().clone().requires_grad_() for t in (x, weight))
     bias = None if bias is None else bias.to(dtype, copy=True).requires_grad_()
