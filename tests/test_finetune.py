@@ -85,20 +85,29 @@ def test_a_run_learns_and_leaves_all_that_a_user_needs(make_folder, tmp_path, ca
 
 
 CHILD = """
-import sys, torch
+import os, signal, sys, torch
 torch.set_num_threads(1)
 import xzoo.train
 module = sys.modules["xzoo.train.finetune"]
 sys.modules["xzoo.train.callbacks"].SAVE_EVERY = float(sys.argv[3])
+save = module.AtomicCheckpointIO.save_checkpoint
+def save_and_die(self, checkpoint, path, storage_options=None):
+    save(self, checkpoint, path, storage_options)
+    if checkpoint["global_step"] == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+module.AtomicCheckpointIO.save_checkpoint = save_and_die
 from tests_tiny import TINY
 module.finetune(sys.argv[1], epochs=6, out=sys.argv[2], **TINY)
 """
 
 
-def start_run(data: Path, run: Path, save_every: float) -> subprocess.Popen:
+def start_run(data: Path, run: Path, save_every: float, last_step: int = 0) -> subprocess.Popen:
+    """A run in a process of its own; it is killed as soon as a checkpoint of `last_step` is written."""
     code = CHILD.replace("from tests_tiny import TINY", f"TINY = {TINY!r}")
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(data), str(run), str(save_every)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(data), str(run), str(save_every), str(last_step)],
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -120,10 +129,10 @@ def test_killed_and_resumed_ends_with_the_same_bits(make_folder, tmp_path, capsy
     data = make_folder(each=20)
     whole = finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
     # Saved after every step, so that it is killed within an epoch (of four steps).
-    child = start_run(data, tmp_path / "cut", save_every=0)
-    kill_when(child, lambda: steps_saved(tmp_path / "cut") >= 6)
+    _, errors = (child := start_run(data, tmp_path / "cut", save_every=0, last_step=6)).communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL, errors
     assert not (tmp_path / "cut" / "result.json").exists()
-    assert 6 <= steps_saved(tmp_path / "cut") < 24
+    assert steps_saved(tmp_path / "cut") == 6
     capsys.readouterr()
     resumed = finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **TINY)
     assert "going on after" in capsys.readouterr().err

@@ -131,6 +131,8 @@ class _Regularly(ModelCheckpoint):
             # All processes save together, by the first one's clock; asking in each step would make them wait.
             due = batch_idx % 50 == 49 and bool(trainer.strategy.broadcast(due))
         if due:
+            # Lightning writes a step's row after its callbacks: killed in between, a run would go on without the row.
+            trainer._logger_connector.update_train_step_metrics()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._saved = time.monotonic()
 
