@@ -157,18 +157,18 @@ def test_the_average_looks_back_over_a_part_of_the_run(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rival_differs_in_one_thing(name):
     folder, _, stem = name.partition("/")
-    paper = "_paper" if stem.endswith("_paper") else ""
-    of, _, kind = stem.removesuffix("_paper").rpartition("_")
+    form = next((form for form in ("_paper", "_short") if stem.endswith(form)), "")
+    of, _, kind = stem.removesuffix(form).rpartition("_")
     if kind not in RIVALS:
         assert parsed(name).config.model.graph is None and parsed(name).config.model.compression is None
         return
     mine = own(name)
     # The dense twin of the four MobileNets is one network.
     of = "x_mobilenet050_c2" if of == "x_mobilenet050" else of
-    assert mine == {"base": f"{of}{paper}.yaml", "model": RIVALS[kind]}
-    assert "base" in own(f"{folder}/{of}{paper}")
+    assert mine == {"base": f"{of}{form}.yaml", "model": RIVALS[kind]}
+    assert "base" in own(f"{folder}/{of}{form}")
     if kind != "dense":
-        rival, x = (counts(parsed(n), folder)[0] for n in (name, f"{folder}/{of}{paper}"))
+        rival, x = (counts(parsed(n), folder)[0] for n in (name, f"{folder}/{of}{form}"))
         assert (rival.weights, rival.macs) == (x.weights, x.macs)
 
 
