@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from xzoo import graphs, ops
@@ -385,6 +387,28 @@ def test_flop_counter_reports_the_sparse_count(backend):
     with ops.backend(backend), FlopCounterMode(display=False) as counter:
         ops.linear(torch.randn(5, 2, 16), weight[:, :, 0, 0].detach(), rows)
     assert counter.get_total_flops() == 2 * 12 * 4 * 10
+
+
+def test_whatever_looks_on_sees_one_operation():
+    call = ops.conv2d
+    rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, seed=0))
+    x, weight = torch.randn(3, 8, 5, 5), torch.randn(6, 4, 3, 3)
+    expected = call(x, weight, rows)
+    with torch.profiler.profile() as profile:
+        call(x, weight, rows)
+    assert "xzoo::conv2d" in [event.key for event in profile.key_averages()]
+    graph = make_fx(lambda x: call(x, weight, rows))(x)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.xzoo.conv2d.default]
+    each = torch.vmap(lambda x: call(x, weight, rows))(x[:, None])
+    torch.testing.assert_close(each.squeeze(1), expected)
+
+
+def test_forward_mode_derivatives_are_refused():
+    rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, seed=0))
+    x = torch.randn(3, 8)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ops.linear(forward_ad.make_dual(x, x), torch.randn(6, 4), rows)
+    assert ops.linear(x, torch.randn(6, 4), rows).shape == (3, 6)
 
 
 class Calls(list):

@@ -13,14 +13,18 @@ TorchScript and ONNX know neither and get the `dense` form.
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
@@ -91,7 +95,7 @@ def conv2d(
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
     if _needs_grad(x, weight, bias):
         return activate(_Conv2d.apply(x, weight, neighbours, bias, stride, padding, dilation, _forced), activation)
-    return torch.ops.xzoo.conv2d(x, weight, neighbours, bias, stride, padding, dilation, _forced, activation)
+    return _do("conv2d", x, weight, neighbours, bias, stride, padding, dilation, _forced, activation)
 
 
 def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
@@ -119,7 +123,7 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
     elif _needs_grad(x, weight, bias):
         y = activate(_Linear.apply(rows, weight, neighbours, bias, _forced), activation)
     else:
-        y = torch.ops.xzoo.linear(rows, weight, neighbours, bias, _forced, activation)
+        y = _do("linear", rows, weight, neighbours, bias, _forced, activation)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -141,7 +145,7 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx, x, weight, neighbours, bias, stride, padding, dilation, backend):
         ctx.save_for_backward(x, weight, neighbours)
         ctx.args = (stride, padding, dilation, backend)
-        return torch.ops.xzoo.conv2d(x, weight, neighbours, bias, stride, padding, dilation, backend)
+        return _do("conv2d", x, weight, neighbours, bias, stride, padding, dilation, backend)
 
     @staticmethod
     @once_differentiable
@@ -149,9 +153,9 @@ class _Conv2d(torch.autograd.Function):
         x, weight, neighbours = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.xzoo.conv2d_input_grad(grad, x, weight, neighbours, *ctx.args)
+            dx = _do("conv2d_input_grad", grad, x, weight, neighbours, *ctx.args)
         if ctx.needs_input_grad[1]:
-            dw = torch.ops.xzoo.conv2d_weight_grad(grad, x, weight, neighbours, *ctx.args)
+            dw = _do("conv2d_weight_grad", grad, x, weight, neighbours, *ctx.args)
         if ctx.needs_input_grad[3]:
             db = grad.sum((0, 2, 3))
         return dx, dw, None, db, None, None, None, None
@@ -162,7 +166,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, neighbours, bias, backend):
         ctx.save_for_backward(x, weight, neighbours)
         ctx.backend = backend
-        return torch.ops.xzoo.linear(x, weight, neighbours, bias, backend)
+        return _do("linear", x, weight, neighbours, bias, backend)
 
     @staticmethod
     @once_differentiable
@@ -170,12 +174,30 @@ class _Linear(torch.autograd.Function):
         x, weight, neighbours = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.xzoo.linear_input_grad(grad, x, weight, neighbours, ctx.backend)
+            dx = _do("linear_input_grad", grad, x, weight, neighbours, ctx.backend)
         if ctx.needs_input_grad[1]:
-            dw = torch.ops.xzoo.linear_weight_grad(grad, x, weight, neighbours, ctx.backend)
+            dw = _do("linear_weight_grad", grad, x, weight, neighbours, ctx.backend)
         if ctx.needs_input_grad[3]:
             db = grad.sum(0)
         return dx, dw, None, db, None
+
+
+def _do(name: str, *arguments: Any) -> Tensor:
+    """A registered operation; its function itself where nothing looks on that has to see one operation.
+
+    torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold: a quarter of a
+    small network's time at batch 1 (x_vgg16_c8, Zen 4).
+    """
+    plain = type(arguments[0]) is Tensor and type(arguments[1]) in (Tensor, Parameter)
+    if torch.compiler.is_compiling() or not plain or _watched():
+        return getattr(torch.ops.xzoo, name)(*arguments)
+    return _FUNCTIONS[name](*arguments)
+
+
+def _watched() -> bool:
+    """By a mode (fake tensors, a FLOP counter), a transform (vmap) or the profiler."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
 
 
 # The registered operations. A gradient takes the tensor x or weight even where only its shape matters:
@@ -187,6 +209,7 @@ _TENSORS = {
     "_input_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
     "_weight_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
 }
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {}  # what each one does
 _GEOMETRY = {"conv2d": "SymInt[] stride, SymInt[] padding, SymInt[] dilation, ", "linear": ""}
 
 
@@ -223,6 +246,7 @@ def _register(operation: str, part: str) -> None:
         y, weight = (args[0], args[2]) if part else (out_shape, args[1])
         return 2 * math.prod(weight) * y[0] * math.prod(y[2:])
 
+    _FUNCTIONS[name] = run
     last = "" if part else ', str activation=""'
     _LIBRARY.define(f"{name}({_TENSORS[part]}, {_GEOMETRY[operation]}str backend{last}) -> Tensor")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -269,6 +293,8 @@ def _exports() -> bool:
 
 
 def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:  # the functions below refuse it; an operation would drop the tangents
+        return True
     some = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     return some and torch.is_grad_enabled()
 

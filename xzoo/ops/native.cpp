@@ -563,9 +563,10 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
     const bool there = K == 2 ? WIDE && r == 7 : r < 14 || (WIDE && S == 1);  // such a tile fits in the registers
     if (there && parts(Ho, r) * r <= parts(Ho, R) * R) R = r;
   }
-  // A row in scratch: a zero, the pixels, and zeros to the end of the last vector. With stride 2 the odd columns after
-  // the zero and then the even ones, so that each tap reads places side by side. A row of zeros above and below.
-  const long half = vectors * VL + 8, row = S * half, height = parts(Ho, R) * R * S + 2, plane = height * row;
+  // A row in scratch: a zero, the pixels, and a zero at least; no longer than that, or fewer planes fit in L2. With
+  // stride 2 the odd columns after the zero and then the even ones, so that each tap reads places side by side. A row
+  // of zeros above and below. What the last vector reads of the next row is in lanes that are not stored.
+  const long half = most(vectors * VL, parts(Wo + 2, 8) * 8), row = S * half, height = parts(Ho, R) * R * S + 2, plane = height * row;
   const long shift[3] = {0, S == 1 ? 1 : half, S == 1 ? 2 : 1};
   const long shares = a.N >= a.threads ? 1 : least(parts(a.threads, a.N), O / K);
   parallel(a.N * shares, a.threads, [&](long begin, long end) {
