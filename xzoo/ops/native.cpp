@@ -8,7 +8,7 @@
 //                        and each loaded input vector feeds up to nine products
 //   3x3, few samples     lanes = pixels of a row
 //   1x1 and linear       lanes = columns (pixels of all samples), copied to panels that fit in the L2 cache; with
-//                        share 1 also cut into blocks of channels that fit in L1
+//                        share 1 also taken by blocks of channels that fit in L1
 //
 // Work is split over threads by samples and outputs, never within a sum: the bits do not depend on the threads.
 //
@@ -632,6 +632,16 @@ void to_panel(const float* x, bool last, long C, long pixels, long m, long n, fl
   }
 }
 
+// Asks for channels [c, end) of what to_panel reads next. (Inline: GCC leaves out calls that do nothing but ask.)
+INLINE void ask_for(const float* x, long C, long pixels, long m, long n, long c, long end) {
+  for (long i = 0, length; i < n; i += length) {
+    const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
+    length = least(n - i, pixels - pixel);
+    for (long k = c; k < end; k++)
+      for (long b = 0; b < length; b += 16) __builtin_prefetch(x + (sample * C + k) * pixels + pixel + b, 0, 2);
+  }
+}
+
 // The way back, for outputs [o, o + outputs) of `O`.
 void from_panel(const float* panel, long width, float* y, bool last, long O, long o, long outputs, long pixels, long m,
                 long n) {
@@ -762,8 +772,9 @@ void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias
   });
 }
 
-// ---- 1x1 and linear, share of 2 and more: K outputs with the same inputs x P vectors of columns
+// ---- 1x1 and linear
 
+// Share of 2 and more: K outputs with the same inputs x P vectors of columns.
 template <int K, int P>
 KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w, const float* bias,
                   const Range& range, float* y) {
@@ -782,104 +793,129 @@ KERNEL void block(const float* panel, const int32_t* from, long degree, const fl
     store(y + (k * P + p) * VL, clamped(sum[k][p], range));
 }
 
+// Share 1, where each product loads its input: outputs one after another, for a block of inputs that stays in L1. A
+// list goes on at `at`, as far as its inputs are below `end`: by blocks where it is in order, as graphs are made.
+template <int P>
+KERNEL void singles(const float* panel, const int32_t* from, const float* w, long degree, long outputs, bool first,
+                    long end, int32_t* at, const float* bias, const Range* last, float* y) {
+  for (long o = 0; o < outputs; o++, from += degree, w += degree, y += P * VL) {
+    const long far = least(o + 4, outputs - 1) - o, next = far * degree + (first ? 0 : at[o + far]);
+    for (long i = 0; i < 32; i += 16) __builtin_prefetch(from + next + i), __builtin_prefetch(w + next + i);
+    V sum[P];
+    UNROLL for (int p = 0; p < P; p++) sum[p] = first ? all(bias ? bias[o] : 0) : load(y + p * VL);
+    long j = first ? 0 : at[o];
+    for (; j < degree && from[j] < end; j++) {
+      const float* x = panel + (long)from[j] * (P * VL);
+      V t = all(w[j]);
+      UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(x + p * VL), t, sum[p]);
+    }
+    at[o] = (int32_t)j;
+    if (last) UNROLL for (int p = 0; p < P; p++) sum[p] = clamped(sum[p], *last);
+    UNROLL for (int p = 0; p < P; p++) store(y + p * VL, sum[p]);
+  }
+}
+
 template <int P>
 void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
   const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
   const long groups = a.O / a.share, shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), groups);
-  const long together = most(1, 64 / a.share);  // groups that are stored together
+  const long together = a.share == 1 ? groups : most(1, 64 / a.share);  // groups that are stored together
+  const long channels = 40960 / 4 / width;                              // that fit in L1
+  const Range limits = range(a);
   in_large_pages(y, columns * a.O);
   parallel(panels * shares, a.threads, [&](long begin, long end) {
     float* panel = scratch[0].floats(a.C * width);
     float* out = scratch[1].floats(together * a.share * width);
+    int32_t* at = (int32_t*)scratch[2].floats(together);
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
       if (packed != m) to_panel(x, a.x_last, a.C, pixels, m, n, panel, width);
       packed = m;
+      const long soon = shares == 1 && unit + 1 < end && !a.x_last ? least(width, columns - m - width) : 0;
       const long g_end = groups * (unit % shares + 1) / shares;
       for (long g = groups * (unit % shares) / shares; g < g_end; g += together) {
         const long some = least(together, g_end - g);
-        for (long i = 0; i < some; i++)
+        for (long c = 0; a.share == 1 && c < a.C; c += channels)
+          singles<P>(panel, e.inputs(g), e.weights(g, 1), a.degree, some, c == 0, least(c + channels, a.C), at,
+                     bias ? bias + g : nullptr, c + channels >= a.C ? &limits : nullptr, out);
+        for (long i = 0; a.share > 1 && i < some; i++) {
+          ask_for(x, a.C, pixels, m + width, soon, a.C * (g + i) / groups, a.C * (g + i + 1) / groups);
           for (long k = 0, K; k < a.share; k += K) {
             const long o = (g + i) * a.share + k;
             const float* b = bias ? bias + o : nullptr;
             float* to = out + (i * a.share + k) * width;
             K = a.share - k >= 4 && P <= (WIDE ? 6 : 3) ? 4 : a.share - k >= 2 ? 2 : 1;
-            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
-            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
-            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
+            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
+            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
+            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
           }
+        }
         from_panel(out, width, y, a.y_last, a.O, g * a.share, some * a.share, pixels, m, n);
       }
     }
   });
 }
 
-// ---- 1x1 and linear, share 1 and every transposed graph: one load for each product, from L1
-
-const long SORTED = 1024;  // columns from which on it pays to sort the edges by blocks of channels, at each call
+// ---- input gradients of 1x1 and linear: one load for each product, from L1
 
 struct Entry {
   float w;
-  int32_t offset;  // of the input's row within its block of channels, in floats
+  int32_t offset;  // of the output's row within its block of outputs, in floats
 };
 
 template <int P, bool FIRST>
-KERNEL void edges(const float* channels, const Entry* e, const Entry* end, float bias, const Range& range, float* y) {
+KERNEL void edges(const float* outputs, const Entry* e, const Entry* end, float* dx) {
   V sum[P];
-  UNROLL for (int p = 0; p < P; p++) sum[p] = FIRST ? all(bias) : load(y + p * VL);
+  UNROLL for (int p = 0; p < P; p++) sum[p] = FIRST ? all(0) : load(dx + p * VL);
   for (; e < end; e++) {
     V w = all(e->w);
-    const float* x = channels + e->offset;
-    UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(x + p * VL), w, sum[p]);
+    const float* d = outputs + e->offset;
+    UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(d + p * VL), w, sum[p]);
   }
-  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, clamped(sum[p], range));
+  UNROLL for (int p = 0; p < P; p++) store(dx + p * VL, sum[p]);
 }
 
-// y [N][outputs][pixels] from x [N][inputs][pixels]: the layer itself, or its transpose.
+// dx [N][C][pixels] from d [N][O][pixels].
 template <int P>
-void by_edges(const float* x, const Layer& a, const int32_t* neighbours, const float* weight, bool transpose,
-              const float* bias, float* y) {
-  const long inputs = transpose ? a.O : a.C, outputs = transpose ? a.C : a.O;
+void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
   const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
-  const long channels = 32768 / 4 / width, blocks = parts(inputs, channels), row = outputs + 1;
-  // Entries by block of inputs, then output: count, add up, fill.
+  const long outputs = 32768 / 4 / width, blocks = parts(a.O, outputs), row = a.C + 1;
+  // Entries by block of outputs, then input: count, add up, fill.
   int32_t* first = (int32_t*)scratch[2].floats(blocks * row + 1);
   Entry* entries = (Entry*)scratch[3].floats(2 * a.O * a.degree);
   memset(first, 0, (blocks * row + 1) * sizeof(int32_t));
   for (int fill = 0; fill < 2; fill++) {
     for (long o = 0; o < a.O; o++) {
       const int32_t* from = neighbours + o / a.share * a.degree;
-      for (long j = 0; j < a.degree; j++) {
-        const long in = transpose ? o : from[j], out = transpose ? from[j] : o, b = in / channels;
-        if (fill) entries[first[b * row + out]++] = {weight[o * a.degree + j], (int32_t)((in - b * channels) * width)};
-        else first[b * row + out + 1]++;
-      }
+      int32_t* at = first + o / outputs * row;
+      for (long j = 0; j < a.degree; j++)
+        if (fill) entries[at[from[j]]++] = {weight[o * a.degree + j], (int32_t)(o % outputs * width)};
+        else at[from[j] + 1]++;
     }
     if (!fill) for (long i = 0; i < blocks * row; i++) first[i + 1] += first[i];
   }
   memmove(first + 1, first, blocks * row * sizeof(int32_t));
   first[0] = 0;
-  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), outputs);
-  in_large_pages(y, columns * outputs);
+  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), a.C);
+  in_large_pages(dx, columns * a.C);
   parallel(panels * shares, a.threads, [&](long begin, long end) {
-    float* panel = scratch[0].floats(inputs * width);
-    float* out = scratch[1].floats(outputs * width);
+    float* panel = scratch[0].floats(a.O * width);
+    float* out = scratch[1].floats(a.C * width);
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
-      const long o_begin = outputs * (unit % shares) / shares, o_end = outputs * (unit % shares + 1) / shares;
-      if (packed != m) to_panel(x, a.x_last, inputs, pixels, m, n, panel, width);
+      const long c_begin = a.C * (unit % shares) / shares, c_end = a.C * (unit % shares + 1) / shares;
+      if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
       packed = m;
       for (long b = 0; b < blocks; b++) {
-        const float* p = panel + b * channels * width;
+        const float* p = panel + b * outputs * width;
         const int32_t* at = first + b * row;
-        const Range limits = b == blocks - 1 && !transpose ? range(a) : Range();
-        for (long o = o_begin; o < o_end; o++) {
-          const Entry *some = entries + at[o], *end = entries + at[o + 1];
-          if (b == 0) edges<P, true>(p, some, end, bias ? bias[o] : 0, limits, out + o * width);
-          else if (some < end || b == blocks - 1) edges<P, false>(p, some, end, 0, limits, out + o * width);
+        for (long c = c_begin; c < c_end; c++) {
+          const Entry *some = entries + at[c], *end = entries + at[c + 1];
+          if (b == 0) edges<P, true>(p, some, end, out + c * width);
+          else if (some < end) edges<P, false>(p, some, end, out + c * width);
         }
       }
-      from_panel(out + o_begin * width, width, y, a.y_last, outputs, o_begin, o_end - o_begin, pixels, m, n);
+      from_panel(out + c_begin * width, width, dx, a.x_last, a.C, c_begin, c_end - c_begin, pixels, m, n);
     }
   });
 }
@@ -1215,15 +1251,7 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long columns = a->N * a->H * a->W;
   if (a->H * a->W == 1 && a->N <= VL / 4) by_dots(x, *a, e, bias, y);
-  else if (a->share == 1 && columns >= SORTED) {
-    switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
-      case 8: by_edges<8>(x, *a, neighbours, w, false, bias, y); break;
-      case 7: by_edges<7>(x, *a, neighbours, w, false, bias, y); break;
-      case 4: by_edges<4>(x, *a, neighbours, w, false, bias, y); break;
-      case 2: by_edges<2>(x, *a, neighbours, w, false, bias, y); break;
-      default: by_edges<1>(x, *a, neighbours, w, false, bias, y);
-    }
-  } else if (a->share >= 4) {
+  else if (a->share >= 4) {
     switch (panel_vectors(columns, {WIDE ? 5 : 3, 2})) {
       case 5: by_panels<5>(x, *a, e, bias, y); break;
       case 3: by_panels<3>(x, *a, e, bias, y); break;
@@ -1231,9 +1259,11 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
       default: by_panels<1>(x, *a, e, bias, y);
     }
   } else {
-    switch (panel_vectors(columns, {WIDE ? 7 : 5, 2})) {
+    switch (panel_vectors(columns, {WIDE ? 7 : a->share == 1 ? 8 : 5, 4, 2})) {
+      case 8: by_panels<8>(x, *a, e, bias, y); break;
       case 7: by_panels<7>(x, *a, e, bias, y); break;
       case 5: by_panels<5>(x, *a, e, bias, y); break;
+      case 4: by_panels<4>(x, *a, e, bias, y); break;
       case 2: by_panels<2>(x, *a, e, bias, y); break;
       default: by_panels<1>(x, *a, e, bias, y);
     }
@@ -1243,17 +1273,14 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
 
 int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
   if (!in_range(*a, neighbours)) return 1;
-  Layer t = *a;
-  t.x_last = a->y_last;
-  t.y_last = a->x_last;
   const long columns = a->N * a->H * a->W;
   if (a->share < (WIDE ? 4 : 2)) {
     switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
-      case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
-      case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
-      case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
-      case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
-      default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+      case 8: by_edges<8>(d, *a, neighbours, w, dx); break;
+      case 7: by_edges<7>(d, *a, neighbours, w, dx); break;
+      case 4: by_edges<4>(d, *a, neighbours, w, dx); break;
+      case 2: by_edges<2>(d, *a, neighbours, w, dx); break;
+      default: by_edges<1>(d, *a, neighbours, w, dx);
     }
     return 0;
   }
