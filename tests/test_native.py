@@ -119,6 +119,7 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
     "options",
     [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
     + [{"kernel": 1, "share": 4, "n_in": 130, "size": 2, "batch": 1}]  # dx: threads by blocks of inputs
+    + [{"kernel": 1, "n_in": 600}]  # dw: the sums of three panels; y: blocks of inputs
     + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))],
     ids=str,
 )

@@ -1145,39 +1145,39 @@ KERNEL void products(const float* x, const float* d, const int32_t* from, long w
 }
 
 void weights1(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
-  const long pixels = a.H * a.W, columns = a.N * pixels, channels = a.C + a.O;
+  const long pixels = a.H * a.W, columns = a.N * pixels, channels = a.C + a.O, edges = a.O * a.degree;
   // Panels of columns of which both activations fit in L2, 4 vectors at least: each weight's sum ends once a panel.
   const long fit = most(4, (WIDE ? 400 : 160) * 1024 / (channels * VL));
-  const long width = least(fit, parts(columns, VL)) * VL, panels = parts(columns, width);
-  // No more of them are packed at a time than threads pack: the fewer, the nearer they still are when they are read.
-  const long at_once = most(1, least(least(panels, a.threads), PACKED / (channels * width)));
-  float* xs = scratch[2].floats(at_once * a.C * width);
-  float* ds = scratch[3].floats(at_once * a.O * width);
-  memset(dw, 0, a.O * a.degree * sizeof(float));
+  const long width = least(fit, parts(columns, VL)) * VL, panels = parts(columns, width), groups = a.O / a.share;
+  // Pieces of the panels have sums of their own, which are added in order: threads wait for each other once, not at
+  // each panel, where with other work on the machine one or the other was always late (15 ms for 152).
+  const long pieces = most(1, least(least(panels, 8), PACKED / edges));
+  const long shares = pieces >= a.threads ? 1 : least(parts(a.threads, pieces), groups);
+  float* later = scratch[2].floats((pieces - 1) * edges);
   constexpr int K4 = VL == 16 ? 4 : VL == 8 ? 2 : 1, J1 = VL >= 8 ? 8 : 4;  // accumulators <= lanes
-  for (long p0 = 0; p0 < panels; p0 += at_once) {
-    const long some = least(at_once, panels - p0);
-    parallel(2 * some, a.threads, [&](long begin, long end) {
-      for (long unit = begin; unit < end; unit++) {
-        const long i = unit / 2, m = (p0 + i) * width, n = least(width, columns - m), C = unit % 2 ? a.O : a.C;
-        float* to = unit % 2 ? ds + i * a.O * width : xs + i * a.C * width;
-        if (n < width) memset(to, 0, C * width * sizeof(float));
-        to_panel(unit % 2 ? d : x, unit % 2 ? a.y_last : a.x_last, C, pixels, m, n, to, width);
-      }
-    });
-    parallel(a.O / a.share, a.threads, [&](long begin, long end) {
-      for (long i = 0; i < some; i++)
-        for (long g = begin; g < end; g++)
+  parallel(pieces * shares, a.threads, [&](long begin, long end) {
+    float* xs = scratch[0].floats(a.C * width);
+    float* ds = scratch[1].floats(a.O * width);
+    for (long unit = begin; unit < end; unit++) {
+      const long piece = unit / shares, p_end = panels * (piece + 1) / pieces;
+      const long g_begin = groups * (unit % shares) / shares, g_end = groups * (unit % shares + 1) / shares;
+      float* sums = piece ? later + (piece - 1) * edges : dw;
+      memset(sums + g_begin * a.share * a.degree, 0, (g_end - g_begin) * a.share * a.degree * sizeof(float));
+      for (long p = panels * piece / pieces; p < p_end; p++) {
+        const long m = p * width, n = least(width, columns - m);
+        if (n < width) memset(xs, 0, a.C * width * sizeof(float)), memset(ds, 0, a.O * width * sizeof(float));
+        to_panel(x, a.x_last, a.C, pixels, m, n, xs, width);
+        to_panel(d, a.y_last, a.O, pixels, m, n, ds, width);
+        for (long g = g_begin; g < g_end; g++)
           for (long k = 0, K; k < a.share; k += K) {
             const long o = g * a.share + k;
             K = least(K4, a.share - k);
             K = K >= 4 ? 4 : K >= 2 ? 2 : 1;
-            const float *px = xs + i * a.C * width, *pd = ds + (i * a.O + o) * width;
             for (long j = 0, J; j < a.degree; j += J) {
               const int32_t* from = neighbours + g * a.degree + j;
-              float* to = dw + o * a.degree + j;
+              float* to = sums + o * a.degree + j;
               const long left = a.degree - j;
-#define PRODUCTS(K_, J_) (J = J_, products<K_, J_>(px, pd, from, width, width, to, a.degree))
+#define PRODUCTS(K_, J_) (J = J_, products<K_, J_>(xs, ds + o * width, from, width, width, to, a.degree))
               if (K == 4 && left >= 4) PRODUCTS(K4, 4);
               else if (K == 4) PRODUCTS(K4, 1);
               else if (K == 2 && left >= 4) PRODUCTS((K4 >= 2 ? 2 : 1), 4);
@@ -1187,8 +1187,14 @@ void weights1(const float* x, const float* d, const Layer& a, const int32_t* nei
 #undef PRODUCTS
             }
           }
-    });
-  }
+      }
+    }
+  });
+  const long adders = edges > 1 << 16 ? a.threads : 1;  // where it takes longer than waiting for a thread
+  parallel(pieces > 1 ? edges : 0, adders, [&](long begin, long end) {
+    for (long p = 0; p < pieces - 1; p++)
+      for (long e = begin; e < end; e++) dw[e] += later[p * edges + e];
+  });
 }
 
 // Before any address is made of them: an index out of range would read memory that is not the input's.
