@@ -1004,7 +1004,14 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
     for (long n = 0; n < a.N; n++)
       for (long g = begin; g < end; g++) {
         const int32_t* from = e.inputs(g * a.share);
-        for (long j = 0; j < d; j++) in[j] = x[n * a.C + from[j]];
+        const float* sample = x + n * a.C;
+        long i = 0;
+        for (; i + 8 <= d; i += 8) {  // at once: each store might otherwise be one to the next input
+          float v[8];
+          UNROLL for (int k = 0; k < 8; k++) v[k] = sample[from[i + k]];
+          UNROLL for (int k = 0; k < 8; k++) in[i + k] = v[k];
+        }
+        for (; i < d; i++) in[i] = sample[from[i]];
         for (long o = g * a.share; o < (g + 1) * a.share; o++) {
           const float* w = e.weights(o, 1);
           V r[VL];
