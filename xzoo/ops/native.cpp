@@ -632,13 +632,17 @@ void to_panel(const float* x, bool last, long C, long pixels, long m, long n, fl
   }
 }
 
-// Asks for channels [c, end) of what to_panel reads next. (Inline: GCC leaves out calls that do nothing but ask.)
-INLINE void ask_for(const float* x, long C, long pixels, long m, long n, long c, long end) {
+// Asks for channels [c, end) of what to_panel reads, or from_panel writes, next. (Inline: GCC leaves out calls that do
+// nothing but ask.)
+template <bool WRITE>
+INLINE void ask_for(const float* x, bool last, long C, long pixels, long m, long n, long c, long end) {
+  if (last || pixels == 1) return;
   for (long i = 0, length; i < n; i += length) {
     const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
     length = least(n - i, pixels - pixel);
     for (long k = c; k < end; k++)
-      for (long b = 0; b < length; b += 16) __builtin_prefetch(x + (sample * C + k) * pixels + pixel + b, 0, 2);
+      for (long b = 0; b < length; b += 16)
+        __builtin_prefetch(x + (sample * C + k) * pixels + pixel + b, WRITE, WRITE ? 3 : 2);
   }
 }
 
@@ -655,6 +659,8 @@ void from_panel(const float* panel, long width, float* y, bool last, long O, lon
     for (long k = 0; k < outputs; k++) copy(y + (sample * O + o + k) * pixels + pixel, panel + k * width + i, length);
   }
 }
+
+const long L1 = 40960 / 4;  // floats of a block of rows of a panel that stays in the first level of cache
 
 // The most vectors of the choices, largest first, that leave few lanes of the last panel empty.
 long panel_vectors(long columns, std::initializer_list<long> choices) {
@@ -820,7 +826,7 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
   const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
   const long groups = a.O / a.share, shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), groups);
   const long together = a.share == 1 ? groups : most(1, 64 / a.share);  // groups that are stored together
-  const long channels = 40960 / 4 / width;                              // that fit in L1
+  const long channels = L1 / width;
   const Range limits = range(a);
   in_large_pages(y, columns * a.O);
   parallel(panels * shares, a.threads, [&](long begin, long end) {
@@ -831,7 +837,7 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
       const long m = unit / shares * width, n = least(width, columns - m);
       if (packed != m) to_panel(x, a.x_last, a.C, pixels, m, n, panel, width);
       packed = m;
-      const long soon = shares == 1 && unit + 1 < end && !a.x_last ? least(width, columns - m - width) : 0;
+      const long soon = shares == 1 && unit + 1 < end ? least(width, columns - m - width) : 0;
       const long g_end = groups * (unit % shares + 1) / shares;
       for (long g = groups * (unit % shares) / shares; g < g_end; g += together) {
         const long some = least(together, g_end - g);
@@ -839,7 +845,9 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
           singles<P>(panel, e.inputs(g), e.weights(g, 1), a.degree, some, c == 0, least(c + channels, a.C), at,
                      bias ? bias + g : nullptr, c + channels >= a.C ? &limits : nullptr, out);
         for (long i = 0; a.share > 1 && i < some; i++) {
-          ask_for(x, a.C, pixels, m + width, soon, a.C * (g + i) / groups, a.C * (g + i + 1) / groups);
+          const long c = a.C * (g + i) / groups, c_end = a.C * (g + i + 1) / groups;
+          ask_for<false>(x, a.x_last, a.C, pixels, m + width, soon, c, c_end);
+          ask_for<true>(y, a.y_last, a.O, pixels, m, n, (g + i) * a.share, (g + i + 1) * a.share);
           for (long k = 0, K; k < a.share; k += K) {
             const long o = (g + i) * a.share + k;
             const float* b = bias ? bias + o : nullptr;
@@ -863,23 +871,27 @@ struct Entry {
   int32_t offset;  // of the output's row within its block of outputs, in floats
 };
 
-template <int P, bool FIRST>
-KERNEL void edges(const float* outputs, const Entry* e, const Entry* end, float* dx) {
-  V sum[P];
-  UNROLL for (int p = 0; p < P; p++) sum[p] = FIRST ? all(0) : load(dx + p * VL);
-  for (; e < end; e++) {
-    V w = all(e->w);
-    const float* d = outputs + e->offset;
-    UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(d + p * VL), w, sum[p]);
+// A block of outputs for inputs one after another, whose entries begin at `at`.
+template <int P>
+KERNEL void edges(const float* outputs, const Entry* entries, const int32_t* at, long inputs, bool first, float* dx) {
+  for (long c = 0; c < inputs; c++, dx += P * VL) {
+    const Entry *e = entries + at[c], *end = entries + at[c + 1];
+    V sum[P];
+    UNROLL for (int p = 0; p < P; p++) sum[p] = first ? all(0) : load(dx + p * VL);
+    for (; e < end; e++) {
+      V w = all(e->w);
+      const float* d = outputs + e->offset;
+      UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(d + p * VL), w, sum[p]);
+    }
+    UNROLL for (int p = 0; p < P; p++) store(dx + p * VL, sum[p]);
   }
-  UNROLL for (int p = 0; p < P; p++) store(dx + p * VL, sum[p]);
 }
 
 // dx [N][C][pixels] from d [N][O][pixels].
 template <int P>
 void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
   const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
-  const long outputs = 32768 / 4 / width, blocks = parts(a.O, outputs), row = a.C + 1;
+  const long outputs = L1 / width, blocks = parts(a.O, outputs), row = a.C + 1;
   // Entries by block of outputs, then input: count, add up, fill.
   int32_t* first = (int32_t*)scratch[2].floats(blocks * row + 1);
   Entry* entries = (Entry*)scratch[3].floats(2 * a.O * a.degree);
@@ -906,15 +918,9 @@ void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const f
       const long c_begin = a.C * (unit % shares) / shares, c_end = a.C * (unit % shares + 1) / shares;
       if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
       packed = m;
-      for (long b = 0; b < blocks; b++) {
-        const float* p = panel + b * outputs * width;
-        const int32_t* at = first + b * row;
-        for (long c = c_begin; c < c_end; c++) {
-          const Entry *some = entries + at[c], *end = entries + at[c + 1];
-          if (b == 0) edges<P, true>(p, some, end, out + c * width);
-          else if (some < end) edges<P, false>(p, some, end, out + c * width);
-        }
-      }
+      for (long b = 0; b < blocks; b++)
+        edges<P>(panel + b * outputs * width, entries, first + b * row + c_begin, c_end - c_begin, b == 0,
+                 out + c_begin * width);
       from_panel(out + c_begin * width, width, dx, a.x_last, a.C, c_begin, c_end - c_begin, pixels, m, n);
     }
   });
