@@ -62,7 +62,7 @@ def kernels(built, monkeypatch):
 def cases(draw):
     """(x, weight, neighbours, bias, grad, geometry), positive, so that no sum cancels; float32 values in float64."""
     share, blocks = draw(st.sampled_from([1, 2, 3, 4, 5, 8])), draw(st.integers(1, 9))
-    n_in = draw(st.sampled_from([1, 3, 7, 16, 33, 65]))
+    n_in = draw(st.sampled_from([1, 3, 7, 16, 33, 65, 400]))
     degree, kernel = draw(st.integers(1, n_in)), draw(st.sampled_from([0, 1, 3, 3]))
     batch = draw(st.sampled_from([0, 1, 2, 4, 5, 8, 9, 16, 17, 33]))
     sizes = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 15, 17, 21, 33])
@@ -119,6 +119,7 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
     "options",
     [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
     + [{"kernel": 1, "share": 4, "n_in": 130, "size": 2, "batch": 1}]  # dx: threads by blocks of inputs
+    + [{"kernel": 1, "n_in": 600}]  # dw: the sums of three panels; y: blocks of inputs
     + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))],
     ids=str,
 )

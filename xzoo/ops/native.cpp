@@ -8,7 +8,7 @@
 //                        and each loaded input vector feeds up to nine products
 //   3x3, few samples     lanes = pixels of a row
 //   1x1 and linear       lanes = columns (pixels of all samples), copied to panels that fit in the L2 cache; with
-//                        share 1 also cut into blocks of channels that fit in L1
+//                        share 1 also taken by blocks of channels that fit in L1
 //
 // Work is split over threads by samples and outputs, never within a sum: the bits do not depend on the threads.
 //
@@ -633,6 +633,20 @@ void to_panel(const float* x, bool last, long C, long pixels, long m, long n, fl
   }
 }
 
+// Asks for channels [c, end) of what to_panel reads, or from_panel writes, next. (Inline: GCC leaves out calls that do
+// nothing but ask.)
+template <bool WRITE>
+INLINE void ask_for(const float* x, bool last, long C, long pixels, long m, long n, long c, long end) {
+  if (last || pixels == 1) return;
+  for (long i = 0, length; i < n; i += length) {
+    const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
+    length = least(n - i, pixels - pixel);
+    for (long k = c; k < end; k++)
+      for (long b = 0; b < length; b += 16)
+        __builtin_prefetch(x + (sample * C + k) * pixels + pixel + b, WRITE, WRITE ? 3 : 2);
+  }
+}
+
 // The way back, for outputs [o, o + outputs) of `O`.
 void from_panel(const float* panel, long width, float* y, bool last, long O, long o, long outputs, long pixels, long m,
                 long n) {
@@ -646,6 +660,8 @@ void from_panel(const float* panel, long width, float* y, bool last, long O, lon
     for (long k = 0; k < outputs; k++) copy(y + (sample * O + o + k) * pixels + pixel, panel + k * width + i, length);
   }
 }
+
+const long L1 = 40960 / 4;  // floats of a block of rows of a panel that stays in the first level of cache
 
 // The most vectors of the choices, largest first, that leave few lanes of the last panel empty.
 long panel_vectors(long columns, std::initializer_list<long> choices) {
@@ -763,8 +779,9 @@ void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias
   });
 }
 
-// ---- 1x1 and linear, share of 2 and more: K outputs with the same inputs x P vectors of columns
+// ---- 1x1 and linear
 
+// Share of 2 and more: K outputs with the same inputs x P vectors of columns.
 template <int K, int P>
 KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w, const float* bias,
                   const Range& range, float* y) {
@@ -783,104 +800,129 @@ KERNEL void block(const float* panel, const int32_t* from, long degree, const fl
     store(y + (k * P + p) * VL, clamped(sum[k][p], range));
 }
 
+// Share 1, where each product loads its input: outputs one after another, for a block of inputs that stays in L1. A
+// list goes on at `at`, as far as its inputs are below `end`: by blocks where it is in order, as graphs are made.
+template <int P>
+KERNEL void singles(const float* panel, const int32_t* from, const float* w, long degree, long outputs, bool first,
+                    long end, int32_t* at, const float* bias, const Range* last, float* y) {
+  for (long o = 0; o < outputs; o++, from += degree, w += degree, y += P * VL) {
+    const long far = least(o + 4, outputs - 1) - o, next = far * degree + (first ? 0 : at[o + far]);
+    for (long i = 0; i < 32; i += 16) __builtin_prefetch(from + next + i), __builtin_prefetch(w + next + i);
+    V sum[P];
+    UNROLL for (int p = 0; p < P; p++) sum[p] = first ? all(bias ? bias[o] : 0) : load(y + p * VL);
+    long j = first ? 0 : at[o];
+    for (; j < degree && from[j] < end; j++) {
+      const float* x = panel + (long)from[j] * (P * VL);
+      V t = all(w[j]);
+      UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(x + p * VL), t, sum[p]);
+    }
+    at[o] = (int32_t)j;
+    if (last) UNROLL for (int p = 0; p < P; p++) sum[p] = clamped(sum[p], *last);
+    UNROLL for (int p = 0; p < P; p++) store(y + p * VL, sum[p]);
+  }
+}
+
 template <int P>
 void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
   const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
   const long groups = a.O / a.share, shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), groups);
-  const long together = most(1, 64 / a.share);  // groups that are stored together
+  const long together = a.share == 1 ? groups : most(1, 64 / a.share);  // groups that are stored together
+  const long channels = L1 / width;
+  const Range limits = range(a);
   in_large_pages(y, columns * a.O);
   parallel(panels * shares, a.threads, [&](long begin, long end) {
     float* panel = scratch[0].floats(a.C * width);
     float* out = scratch[1].floats(together * a.share * width);
+    int32_t* at = (int32_t*)scratch[2].floats(together);
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
       if (packed != m) to_panel(x, a.x_last, a.C, pixels, m, n, panel, width);
       packed = m;
+      const long soon = shares == 1 && unit + 1 < end ? least(width, columns - m - width) : 0;
       const long g_end = groups * (unit % shares + 1) / shares;
       for (long g = groups * (unit % shares) / shares; g < g_end; g += together) {
         const long some = least(together, g_end - g);
-        for (long i = 0; i < some; i++)
+        for (long c = 0; a.share == 1 && c < a.C; c += channels)
+          singles<P>(panel, e.inputs(g), e.weights(g, 1), a.degree, some, c == 0, least(c + channels, a.C), at,
+                     bias ? bias + g : nullptr, c + channels >= a.C ? &limits : nullptr, out);
+        for (long i = 0; a.share > 1 && i < some; i++) {
+          const long c = a.C * (g + i) / groups, c_end = a.C * (g + i + 1) / groups;
+          ask_for<false>(x, a.x_last, a.C, pixels, m + width, soon, c, c_end);
+          ask_for<true>(y, a.y_last, a.O, pixels, m, n, (g + i) * a.share, (g + i + 1) * a.share);
           for (long k = 0, K; k < a.share; k += K) {
             const long o = (g + i) * a.share + k;
             const float* b = bias ? bias + o : nullptr;
             float* to = out + (i * a.share + k) * width;
             K = a.share - k >= 4 && P <= (WIDE ? 6 : 3) ? 4 : a.share - k >= 2 ? 2 : 1;
-            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
-            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
-            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, range(a), to);
+            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
+            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
+            else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
           }
+        }
         from_panel(out, width, y, a.y_last, a.O, g * a.share, some * a.share, pixels, m, n);
       }
     }
   });
 }
 
-// ---- 1x1 and linear, share 1 and every transposed graph: one load for each product, from L1
-
-const long SORTED = 1024;  // columns from which on it pays to sort the edges by blocks of channels, at each call
+// ---- input gradients of 1x1 and linear: one load for each product, from L1
 
 struct Entry {
   float w;
-  int32_t offset;  // of the input's row within its block of channels, in floats
+  int32_t offset;  // of the output's row within its block of outputs, in floats
 };
 
-template <int P, bool FIRST>
-KERNEL void edges(const float* channels, const Entry* e, const Entry* end, float bias, const Range& range, float* y) {
-  V sum[P];
-  UNROLL for (int p = 0; p < P; p++) sum[p] = FIRST ? all(bias) : load(y + p * VL);
-  for (; e < end; e++) {
-    V w = all(e->w);
-    const float* x = channels + e->offset;
-    UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(x + p * VL), w, sum[p]);
+// A block of outputs for inputs one after another, whose entries begin at `at`.
+template <int P>
+KERNEL void edges(const float* outputs, const Entry* entries, const int32_t* at, long inputs, bool first, float* dx) {
+  for (long c = 0; c < inputs; c++, dx += P * VL) {
+    const Entry *e = entries + at[c], *end = entries + at[c + 1];
+    V sum[P];
+    UNROLL for (int p = 0; p < P; p++) sum[p] = first ? all(0) : load(dx + p * VL);
+    for (; e < end; e++) {
+      V w = all(e->w);
+      const float* d = outputs + e->offset;
+      UNROLL for (int p = 0; p < P; p++) sum[p] = fma(load(d + p * VL), w, sum[p]);
+    }
+    UNROLL for (int p = 0; p < P; p++) store(dx + p * VL, sum[p]);
   }
-  UNROLL for (int p = 0; p < P; p++) store(y + p * VL, clamped(sum[p], range));
 }
 
-// y [N][outputs][pixels] from x [N][inputs][pixels]: the layer itself, or its transpose.
+// dx [N][C][pixels] from d [N][O][pixels].
 template <int P>
-void by_edges(const float* x, const Layer& a, const int32_t* neighbours, const float* weight, bool transpose,
-              const float* bias, float* y) {
-  const long inputs = transpose ? a.O : a.C, outputs = transpose ? a.C : a.O;
+void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
   const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
-  const long channels = 32768 / 4 / width, blocks = parts(inputs, channels), row = outputs + 1;
-  // Entries by block of inputs, then output: count, add up, fill.
+  const long outputs = L1 / width, blocks = parts(a.O, outputs), row = a.C + 1;
+  // Entries by block of outputs, then input: count, add up, fill.
   int32_t* first = (int32_t*)scratch[2].floats(blocks * row + 1);
   Entry* entries = (Entry*)scratch[3].floats(2 * a.O * a.degree);
   memset(first, 0, (blocks * row + 1) * sizeof(int32_t));
   for (int fill = 0; fill < 2; fill++) {
     for (long o = 0; o < a.O; o++) {
       const int32_t* from = neighbours + o / a.share * a.degree;
-      for (long j = 0; j < a.degree; j++) {
-        const long in = transpose ? o : from[j], out = transpose ? from[j] : o, b = in / channels;
-        if (fill) entries[first[b * row + out]++] = {weight[o * a.degree + j], (int32_t)((in - b * channels) * width)};
-        else first[b * row + out + 1]++;
-      }
+      int32_t* at = first + o / outputs * row;
+      for (long j = 0; j < a.degree; j++)
+        if (fill) entries[at[from[j]]++] = {weight[o * a.degree + j], (int32_t)(o % outputs * width)};
+        else at[from[j] + 1]++;
     }
     if (!fill) for (long i = 0; i < blocks * row; i++) first[i + 1] += first[i];
   }
   memmove(first + 1, first, blocks * row * sizeof(int32_t));
   first[0] = 0;
-  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), outputs);
-  in_large_pages(y, columns * outputs);
+  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), a.C);
+  in_large_pages(dx, columns * a.C);
   parallel(panels * shares, a.threads, [&](long begin, long end) {
-    float* panel = scratch[0].floats(inputs * width);
-    float* out = scratch[1].floats(outputs * width);
+    float* panel = scratch[0].floats(a.O * width);
+    float* out = scratch[1].floats(a.C * width);
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
-      const long o_begin = outputs * (unit % shares) / shares, o_end = outputs * (unit % shares + 1) / shares;
-      if (packed != m) to_panel(x, a.x_last, inputs, pixels, m, n, panel, width);
+      const long c_begin = a.C * (unit % shares) / shares, c_end = a.C * (unit % shares + 1) / shares;
+      if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
       packed = m;
-      for (long b = 0; b < blocks; b++) {
-        const float* p = panel + b * channels * width;
-        const int32_t* at = first + b * row;
-        const Range limits = b == blocks - 1 && !transpose ? range(a) : Range();
-        for (long o = o_begin; o < o_end; o++) {
-          const Entry *some = entries + at[o], *end = entries + at[o + 1];
-          if (b == 0) edges<P, true>(p, some, end, bias ? bias[o] : 0, limits, out + o * width);
-          else if (some < end || b == blocks - 1) edges<P, false>(p, some, end, 0, limits, out + o * width);
-        }
-      }
-      from_panel(out + o_begin * width, width, y, a.y_last, outputs, o_begin, o_end - o_begin, pixels, m, n);
+      for (long b = 0; b < blocks; b++)
+        edges<P>(panel + b * outputs * width, entries, first + b * row + c_begin, c_end - c_begin, b == 0,
+                 out + c_begin * width);
+      from_panel(out + c_begin * width, width, dx, a.x_last, a.C, c_begin, c_end - c_begin, pixels, m, n);
     }
   });
 }
@@ -969,7 +1011,14 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
     for (long n = 0; n < a.N; n++)
       for (long g = begin; g < end; g++) {
         const int32_t* from = e.inputs(g * a.share);
-        for (long j = 0; j < d; j++) in[j] = x[n * a.C + from[j]];
+        const float* sample = x + n * a.C;
+        long i = 0;
+        for (; i + 8 <= d; i += 8) {  // at once: each store might otherwise be one to the next input
+          float v[8];
+          UNROLL for (int k = 0; k < 8; k++) v[k] = sample[from[i + k]];
+          UNROLL for (int k = 0; k < 8; k++) in[i + k] = v[k];
+        }
+        for (; i < d; i++) in[i] = sample[from[i]];
         for (long o = g * a.share; o < (g + 1) * a.share; o++) {
           const float* w = e.weights(o, 1);
           V r[VL];
@@ -1110,39 +1159,39 @@ KERNEL void products(const float* x, const float* d, const int32_t* from, long w
 }
 
 void weights1(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
-  const long pixels = a.H * a.W, columns = a.N * pixels, channels = a.C + a.O;
+  const long pixels = a.H * a.W, columns = a.N * pixels, channels = a.C + a.O, edges = a.O * a.degree;
   // Panels of columns of which both activations fit in L2, 4 vectors at least: each weight's sum ends once a panel.
   const long fit = most(4, (WIDE ? 400 : 160) * 1024 / (channels * VL));
-  const long width = least(fit, parts(columns, VL)) * VL, panels = parts(columns, width);
-  // No more of them are packed at a time than threads pack: the fewer, the nearer they still are when they are read.
-  const long at_once = most(1, least(least(panels, a.threads), PACKED / (channels * width)));
-  float* xs = scratch[2].floats(at_once * a.C * width);
-  float* ds = scratch[3].floats(at_once * a.O * width);
-  memset(dw, 0, a.O * a.degree * sizeof(float));
+  const long width = least(fit, parts(columns, VL)) * VL, panels = parts(columns, width), groups = a.O / a.share;
+  // Pieces of the panels have sums of their own, which are added in order: threads wait for each other once, not at
+  // each panel, where with other work on the machine one or the other was always late (15 ms for 152).
+  const long pieces = most(1, least(least(panels, 8), PACKED / edges));
+  const long shares = pieces >= a.threads ? 1 : least(parts(a.threads, pieces), groups);
+  float* later = scratch[2].floats((pieces - 1) * edges);
   constexpr int K4 = VL == 16 ? 4 : VL == 8 ? 2 : 1, J1 = VL >= 8 ? 8 : 4;  // accumulators <= lanes
-  for (long p0 = 0; p0 < panels; p0 += at_once) {
-    const long some = least(at_once, panels - p0);
-    parallel(2 * some, a.threads, [&](long begin, long end) {
-      for (long unit = begin; unit < end; unit++) {
-        const long i = unit / 2, m = (p0 + i) * width, n = least(width, columns - m), C = unit % 2 ? a.O : a.C;
-        float* to = unit % 2 ? ds + i * a.O * width : xs + i * a.C * width;
-        if (n < width) memset(to, 0, C * width * sizeof(float));
-        to_panel(unit % 2 ? d : x, unit % 2 ? a.y_last : a.x_last, C, pixels, m, n, to, width);
-      }
-    });
-    parallel(a.O / a.share, a.threads, [&](long begin, long end) {
-      for (long i = 0; i < some; i++)
-        for (long g = begin; g < end; g++)
+  parallel(pieces * shares, a.threads, [&](long begin, long end) {
+    float* xs = scratch[0].floats(a.C * width);
+    float* ds = scratch[1].floats(a.O * width);
+    for (long unit = begin; unit < end; unit++) {
+      const long piece = unit / shares, p_end = panels * (piece + 1) / pieces;
+      const long g_begin = groups * (unit % shares) / shares, g_end = groups * (unit % shares + 1) / shares;
+      float* sums = piece ? later + (piece - 1) * edges : dw;
+      memset(sums + g_begin * a.share * a.degree, 0, (g_end - g_begin) * a.share * a.degree * sizeof(float));
+      for (long p = panels * piece / pieces; p < p_end; p++) {
+        const long m = p * width, n = least(width, columns - m);
+        if (n < width) memset(xs, 0, a.C * width * sizeof(float)), memset(ds, 0, a.O * width * sizeof(float));
+        to_panel(x, a.x_last, a.C, pixels, m, n, xs, width);
+        to_panel(d, a.y_last, a.O, pixels, m, n, ds, width);
+        for (long g = g_begin; g < g_end; g++)
           for (long k = 0, K; k < a.share; k += K) {
             const long o = g * a.share + k;
             K = least(K4, a.share - k);
             K = K >= 4 ? 4 : K >= 2 ? 2 : 1;
-            const float *px = xs + i * a.C * width, *pd = ds + (i * a.O + o) * width;
             for (long j = 0, J; j < a.degree; j += J) {
               const int32_t* from = neighbours + g * a.degree + j;
-              float* to = dw + o * a.degree + j;
+              float* to = sums + o * a.degree + j;
               const long left = a.degree - j;
-#define PRODUCTS(K_, J_) (J = J_, products<K_, J_>(px, pd, from, width, width, to, a.degree))
+#define PRODUCTS(K_, J_) (J = J_, products<K_, J_>(xs, ds + o * width, from, width, width, to, a.degree))
               if (K == 4 && left >= 4) PRODUCTS(K4, 4);
               else if (K == 4) PRODUCTS(K4, 1);
               else if (K == 2 && left >= 4) PRODUCTS((K4 >= 2 ? 2 : 1), 4);
@@ -1152,8 +1201,14 @@ void weights1(const float* x, const float* d, const Layer& a, const int32_t* nei
 #undef PRODUCTS
             }
           }
-    });
-  }
+      }
+    }
+  });
+  const long adders = edges > 1 << 16 ? a.threads : 1;  // where it takes longer than waiting for a thread
+  parallel(pieces > 1 ? edges : 0, adders, [&](long begin, long end) {
+    for (long p = 0; p < pieces - 1; p++)
+      for (long e = begin; e < end; e++) dw[e] += later[p * edges + e];
+  });
 }
 
 // Before any address is made of them: an index out of range would read memory that is not the input's.
@@ -1216,15 +1271,7 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long columns = a->N * a->H * a->W;
   if (a->H * a->W == 1 && a->N <= VL / 4) by_dots(x, *a, e, bias, y);
-  else if (a->share == 1 && columns >= SORTED) {
-    switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
-      case 8: by_edges<8>(x, *a, neighbours, w, false, bias, y); break;
-      case 7: by_edges<7>(x, *a, neighbours, w, false, bias, y); break;
-      case 4: by_edges<4>(x, *a, neighbours, w, false, bias, y); break;
-      case 2: by_edges<2>(x, *a, neighbours, w, false, bias, y); break;
-      default: by_edges<1>(x, *a, neighbours, w, false, bias, y);
-    }
-  } else if (a->share >= 4) {
+  else if (a->share >= 4) {
     switch (panel_vectors(columns, {WIDE ? 5 : 3, 2})) {
       case 5: by_panels<5>(x, *a, e, bias, y); break;
       case 3: by_panels<3>(x, *a, e, bias, y); break;
@@ -1232,9 +1279,11 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
       default: by_panels<1>(x, *a, e, bias, y);
     }
   } else {
-    switch (panel_vectors(columns, {WIDE ? 7 : 5, 2})) {
+    switch (panel_vectors(columns, {WIDE ? 7 : a->share == 1 ? 8 : 5, 4, 2})) {
+      case 8: by_panels<8>(x, *a, e, bias, y); break;
       case 7: by_panels<7>(x, *a, e, bias, y); break;
       case 5: by_panels<5>(x, *a, e, bias, y); break;
+      case 4: by_panels<4>(x, *a, e, bias, y); break;
       case 2: by_panels<2>(x, *a, e, bias, y); break;
       default: by_panels<1>(x, *a, e, bias, y);
     }
@@ -1244,17 +1293,14 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
 
 int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
   if (!in_range(*a, neighbours)) return 1;
-  Layer t = *a;
-  t.x_last = a->y_last;
-  t.y_last = a->x_last;
   const long columns = a->N * a->H * a->W;
   if (a->share < (WIDE ? 4 : 2)) {
     switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
-      case 8: by_edges<8>(d, t, neighbours, w, true, nullptr, dx); break;
-      case 7: by_edges<7>(d, t, neighbours, w, true, nullptr, dx); break;
-      case 4: by_edges<4>(d, t, neighbours, w, true, nullptr, dx); break;
-      case 2: by_edges<2>(d, t, neighbours, w, true, nullptr, dx); break;
-      default: by_edges<1>(d, t, neighbours, w, true, nullptr, dx);
+      case 8: by_edges<8>(d, *a, neighbours, w, dx); break;
+      case 7: by_edges<7>(d, *a, neighbours, w, dx); break;
+      case 4: by_edges<4>(d, *a, neighbours, w, dx); break;
+      case 2: by_edges<2>(d, *a, neighbours, w, dx); break;
+      default: by_edges<1>(d, *a, neighbours, w, dx);
     }
     return 0;
   }
