@@ -959,37 +959,92 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
   });
 }
 
-// A linear layer of one or a few samples: the inputs of a group side by side once, then dense products of two rows.
+// ---- linear, one or a few samples
+
+const long FEW = VL / 4;
+
+// The inputs of a group side by side once, then dense products of two rows, summed for VL outputs at a time.
 void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
-  const long groups = a.O / a.share, d = a.degree;
-  const Range limits = range(a);
-  parallel(groups, a.threads, [&](long begin, long end) {
+  const long d = a.degree, blocks = parts(a.O, VL);
+  parallel(a.N * blocks, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(d + VL);
-    for (long n = 0; n < a.N; n++)
-      for (long g = begin; g < end; g++) {
-        const int32_t* from = e.inputs(g * a.share);
-        for (long j = 0; j < d; j++) in[j] = x[n * a.C + from[j]];
-        for (long o = g * a.share; o < (g + 1) * a.share; o++) {
-          const float* w = e.weights(o, 1);
-          V r[VL];
-          UNROLL for (int i = 0; i < VL; i++) r[i] = all(0);
-          long j = 0;
-          for (; j + 2 * VL <= d; j += 2 * VL) {
-            r[0] = fma(load(w + j), load(in + j), r[0]);
-            r[1] = fma(load(w + j + VL), load(in + j + VL), r[1]);
-          }
-          for (; j < d; j += VL) {
-            const long some = least(VL, d - j);
-            r[2] = fma(load_some(w + j, some), load_some(in + j, some), r[2]);
-          }
-          r[0] = r[0] + r[1] + r[2];
-          float lanes[VL], sum = bias ? bias[o] : 0;
-          store(lanes, r[0]);
-          for (int i = 0; i < VL; i++) sum += lanes[i];
-          sum = sum < limits.low ? limits.low : sum;
-          y[n * a.O + o] = sum > limits.high ? limits.high : sum;
+    for (long unit = begin; unit < end; unit++) {
+      const long n = unit / blocks, o = unit % blocks * VL, some = least(VL, a.O - o);
+      V r[VL];
+      for (long i = 0; i < VL; i++) {
+        V two[2] = {all(0), all(0)};
+        if (i < some && (i == 0 || (o + i) % a.share == 0)) {
+          const int32_t* from = e.inputs(o + i);
+          for (long j = 0; j < d; j++) in[j] = x[n * a.C + from[j]];
         }
+        const float* w = e.weights(o + i, 1);
+        long j = i < some ? 0 : d;
+        for (; j + 2 * VL <= d; j += 2 * VL)
+          UNROLL for (int k = 0; k < 2; k++) two[k] = fma(load(w + j + k * VL), load(in + j + k * VL), two[k]);
+        for (; j < d; j += VL) {
+          const long left = least(VL, d - j);
+          two[0] = fma(load_some(w + j, left), load_some(in + j, left), two[0]);
+        }
+        r[i] = two[0] + two[1];
       }
+      const V sum = sums(r) + (bias ? load_some(bias + o, some) : all(0));
+      store_some(y + n * a.O + o, clamped(sum, range(a)), some);
+    }
+  });
+}
+
+// The gradient of its inputs: the sums over a group's outputs side by side, then each added to its input.
+void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
+  const long groups = a.O / a.share, inputs = a.N * a.C;
+  // The groups in pieces with sums of their own, as many whatever the threads, so that the bits stay the same.
+  const long pieces = most(1, least(16, a.O * a.degree >> 17));
+  float* sums = scratch[2].floats(pieces * inputs);
+  parallel(pieces, a.threads, [&](long begin, long end) {
+    float* group = scratch[0].floats(a.degree + VL);
+    for (long piece = begin; piece < end; piece++) {
+      float* to = pieces == 1 ? dx : sums + piece * inputs;
+      memset(to, 0, inputs * sizeof(float));
+      for (long g = groups * piece / pieces; g < groups * (piece + 1) / pieces; g++)
+        for (long n = 0; n < a.N; n++) {
+          const float *w = weight + g * a.share * a.degree, *grad = d + n * a.O + g * a.share;
+          for (long j = 0; j < a.degree; j += VL) {
+            const long some = least(VL, a.degree - j);
+            V sum = all(0);
+            for (long k = 0; k < a.share; k++) {
+              const float* p = w + k * a.degree + j;
+              sum = fma(some == VL ? load(p) : load_some(p, some), all(grad[k]), sum);
+            }
+            store(group + j, sum);
+          }
+          const int32_t* at = neighbours + g * a.degree;
+          for (long j = 0; j < a.degree; j++) to[n * a.C + at[j]] += group[j];
+        }
+    }
+  });
+  for (long i = 0; pieces > 1 && i < inputs; i++) {
+    float sum = 0;
+    for (long piece = 0; piece < pieces; piece++) sum += sums[piece * inputs + i];
+    dx[i] = sum;
+  }
+}
+
+// The gradient of its weights: lanes = weights of an output, the inputs of a group side by side.
+void weights_by_dots(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
+  parallel(a.O / a.share, a.threads, [&](long begin, long end) {
+    float* in = scratch[0].floats(a.N * a.degree + VL);
+    for (long g = begin; g < end; g++) {
+      const int32_t* from = neighbours + g * a.degree;
+      for (long n = 0; n < a.N; n++)
+        for (long j = 0; j < a.degree; j++) in[n * a.degree + j] = x[n * a.C + from[j]];
+      for (long o = g * a.share; o < (g + 1) * a.share; o++)
+        for (long j = 0; j < a.degree; j += VL) {
+          V sum = all(0);
+          for (long n = 0; n < a.N; n++) sum = fma(load(in + n * a.degree + j), all(d[n * a.O + o]), sum);
+          float* to = dw + o * a.degree + j;
+          if (j + VL <= a.degree) store(to, sum);
+          else store_some(to, sum, a.degree - j);
+        }
+    }
   });
 }
 
@@ -1214,7 +1269,7 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
   if (!in_range(*a, neighbours)) return 1;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long columns = a->N * a->H * a->W;
-  if (a->H * a->W == 1 && a->N <= VL / 4) by_dots(x, *a, e, bias, y);
+  if (a->H * a->W == 1 && a->N <= FEW) by_dots(x, *a, e, bias, y);
   else if (a->share == 1 && columns >= SORTED) {
     switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
       case 8: by_edges<8>(x, *a, neighbours, w, false, bias, y); break;
@@ -1243,6 +1298,10 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
 
 int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
   if (!in_range(*a, neighbours)) return 1;
+  if (a->H * a->W == 1 && a->N <= FEW) {
+    inputs_by_dots(d, *a, neighbours, w, dx);
+    return 0;
+  }
   Layer t = *a;
   t.x_last = a->y_last;
   t.y_last = a->x_last;
@@ -1265,7 +1324,8 @@ int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const 
 
 int xzoo_point_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
   if (!in_range(*a, neighbours)) return 1;
-  weights1(x, d, *a, neighbours, dw);
+  if (a->H * a->W == 1 && a->N <= FEW) weights_by_dots(x, d, *a, neighbours, dw);
+  else weights1(x, d, *a, neighbours, dw);
   return 0;
 }
 }
