@@ -6,9 +6,10 @@
 //
 //   3x3, many samples    lanes = samples; a tile of pixels of one output stays in registers over its whole degree,
 //                        and each loaded input vector feeds up to nine products
-//   3x3, few samples     lanes = pixels of a row
+//   3x3, few samples     lanes = pixels of a row, or of a plane
 //   1x1 and linear       lanes = columns (pixels of all samples), copied to panels that fit in the L2 cache; with
 //                        share 1 also cut into blocks of channels that fit in L1
+//   linear, few samples  lanes = weights of an output
 //
 // Work is split over threads by samples and outputs, never within a sum: the bits do not depend on the threads.
 //
@@ -516,9 +517,9 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
 
 // ---- 3x3, lanes = pixels of a row
 
-// A sample to scratch of zeros. A row there: a zero, the pixels, and zeros to the end of the last vector, `half` floats.
-// With stride 2 the odd columns after the zero and then, from `half` on, the even ones, so that each tap reads places
-// side by side. A row of zeros above and below.
+// A sample to scratch of zeros. A row there: a zero, the pixels, and zeros to the end of the last vector, `half` floats
+// in all. With stride 2 the odd columns after the zero and then, from `half` on, the even ones, so that each tap reads
+// places side by side. A row of zeros above and below.
 template <int S>
 void to_rows(const float* sample, bool last, long C, long H, long W, float* packed, long half, long plane) {
   for (long h = 0; h < H; h++) {
@@ -604,8 +605,9 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
             for (long q = 0; q < vectors; q++) {
               float* to = a.y_last ? out + (k * R * vectors + q) * VL : y + ((n * O + o + k) * Ho + oh) * Wo + q * VL;
               any_rows<S>(K, R, packed + oh * S * row + q * VL, plane, row, shift, e.inputs(o + k), e.weights(o + k, 9),
-                          e.count(o + k), bias ? bias + o + k : nullptr, range(a), to, a.y_last ? R * vectors * VL : Ho * Wo,
-                          a.y_last ? vectors * VL : Wo, rows_left, a.y_last ? VL : least(VL, Wo - q * VL));
+                          e.count(o + k), bias ? bias + o + k : nullptr, range(a), to,
+                          a.y_last ? R * vectors * VL : Ho * Wo, a.y_last ? vectors * VL : Wo, rows_left,
+                          a.y_last ? VL : least(VL, Wo - q * VL));
             }
           for (long r = 0; a.y_last && r < rows_left; r++)
             for (long q = 0; q < vectors; q++)
@@ -778,8 +780,7 @@ void stride_one(const float* x, const Layer& a, const Edges& e, const float* bia
   const long samples = sample_cost(a), rows = row_cost(a);
   if (a.N * plane_cost(a.H, a.W) < least(samples, rows)) by_planes(x, a, e, bias, y);
   else if (2 * a.N <= VL && rows < samples) by_rows<1>(x, a, e, bias, y);
-  else
-    by_samples<1>(x, e, bias, y, a.N, a.C, a.H, a.W, a.O, a.H, a.W, a.x_last, a.y_last, a.threads, range(a));
+  else by_samples<1>(x, e, bias, y, a.N, a.C, a.H, a.W, a.O, a.H, a.W, a.x_last, a.y_last, a.threads, range(a));
 }
 
 // The gradient of stride 2 with zeros between its pixels, as one of stride 1.
@@ -1025,7 +1026,7 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
   });
 }
 
-// The gradient of its inputs: the sums over a group's outputs side by side, then each added to its input.
+// The gradient of the inputs: the sums over a group's outputs side by side, then each added to its input.
 void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
   const long groups = a.O / a.share, inputs = a.N * a.C;
   // The groups in pieces with sums of their own, as many whatever the threads, so that the bits stay the same.
@@ -1060,7 +1061,7 @@ void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, c
   }
 }
 
-// The gradient of its weights: lanes = weights of an output, the inputs of a group side by side.
+// The gradient of the weights: the inputs of a group side by side once, times the gradient of each output.
 void weights_by_dots(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
   parallel(a.O / a.share, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(a.N * a.degree + VL);
