@@ -16,15 +16,20 @@ from . import native
 GATHER = {"conv2d": (128, 4), "linear": (256, 8)}  # least share * inputs / degree, most copies
 
 # Our own kernels, by the floats in a vector: inputs / degree at which each of the three products was at least 1.1
-# times as fast as what `library` takes, in either memory format, for 3x3, for 3x3 with a stride, for 1x1 and for
-# linear; the gradients only from MANY samples (or pixels, where the kernel is 1x1) on, because their lanes are samples
-# (tests/golden/native.csv; 2026-11-24, torch 2.14, one thread of a Zen 4, the second part with torch and our kernels
-# held to AVX2). Vectors of 4 floats: not measured, so not taken.
+# times as fast as what `library` takes, in either memory format, for 3x3, for 3x3 with a stride, for 1x1, for linear,
+# and for 1x1 and linear of a SHARE, whose outputs read the same inputs. Kernels whose lanes are samples (pixels, where
+# the kernel is 1x1) need MANY of them; for fewer there are others (tests/golden/native.csv; 2026-11-24, torch 2.14,
+# one thread of a Zen 4, the second part with torch and our kernels held to AVX2). Vectors of 4 floats: not measured,
+# so not taken.
 NATIVE = {
-    16: {"": (2, 2, 2, 4), "input_grad": (2, 2, 2, 4), "weight_grad": (2, 2, 4, 2)},
-    8: {"": (2, 4, 4, 8), "input_grad": (2, 2, 4, 8), "weight_grad": (2, 2, 4, 4)},
+    16: {"": (2, 2, 2, 4, 2, 2), "input_grad": (2, 2, 2, 4, 2, 2), "weight_grad": (2, 2, 4, 2, 2, 2)},
+    8: {"": (2, 4, 4, 8, 2, 2), "input_grad": (2, 2, 2, 8, 2, 2), "weight_grad": (2, 2, 4, 4, 4, 4)},
 }
-MANY = 16
+FEW = {
+    16: {"": (2, 4, 2, 2, 2, 2), "input_grad": (2, 4, 2, 8, 2, 2), "weight_grad": (4, 8, 2, 8, 2, 2)},
+    8: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 4, 2, 8, 2, 2), "weight_grad": (8, 4, 2, 2, 2, 2)},
+}
+MANY, SHARE = 16, 4
 
 
 def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
@@ -32,9 +37,10 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
     operation, _, gradient = name.partition("_")
     point = operation == "linear" or math.prod(weight.shape[2:]) == 1
     lanes = x.shape[0] * (math.prod(x.shape[2:]) if point else 1)
-    if (lanes >= MANY or not gradient) and native.supports(operation, x, weight, *geometry) and native.available():
+    if native.supports(operation, x, weight, *geometry) and native.available():
         kind = 3 if operation == "linear" else 2 if point else int(geometry[0][0] > 1)
-        rule = NATIVE.get(native.lanes())
+        kind += 2 if point and weight.shape[0] >= SHARE * neighbours.shape[0] else 0
+        rule = (NATIVE if lanes >= MANY else FEW).get(native.lanes())
         if rule and x.shape[1] >= rule[gradient][kind] * neighbours.shape[1]:
             return "native"
     return library(operation, x, weight, neighbours)

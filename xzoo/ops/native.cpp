@@ -6,9 +6,10 @@
 //
 //   3x3, many samples    lanes = samples; a tile of pixels of one output stays in registers over its whole degree,
 //                        and each loaded input vector feeds up to nine products
-//   3x3, few samples     lanes = pixels of a row
+//   3x3, few samples     lanes = pixels of a row, or of a plane
 //   1x1 and linear       lanes = columns (pixels of all samples), copied to panels that fit in the L2 cache; with
 //                        share 1 also taken by blocks of channels that fit in L1
+//   linear, few samples  lanes = weights of an output
 //
 // Work is split over threads by samples and outputs, never within a sum: the bits do not depend on the threads.
 //
@@ -234,7 +235,7 @@ struct Scratch {
     return p;
   }
 };
-thread_local Scratch scratch[4];
+thread_local Scratch scratch[5];
 
 // Large results are mapped afresh at each call; in pages of 4 KiB that can take longer than computing them.
 void in_large_pages(float* p, long n) {
@@ -516,6 +517,28 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
 
 // ---- 3x3, lanes = pixels of a row
 
+// A sample to scratch of zeros. A row there: a zero, the pixels, and zeros to the end of the last vector, `half` floats
+// in all. With stride 2 the odd columns after the zero and then, from `half` on, the even ones, so that each tap reads
+// places side by side. A row of zeros above and below.
+template <int S>
+void to_rows(const float* sample, bool last, long C, long H, long W, float* packed, long half, long plane) {
+  for (long h = 0; h < H; h++) {
+    float* to = packed + (h + 1) * S * half;
+    for (long s = 0; s < S; s++) {  // S == 2: s == 0 the odd columns
+      const long first = S == 2 && s == 0, put = S == 1 || s == 0 ? 1 : half, count = parts(W - first, S);
+      for (long i = 0; last && i < count; i += VL) {
+        const long some = least(VL, count - i);
+        pack(rows(sample + (h * W + first + i * S) * C, S * C, some), some, C, to + put + i, plane);
+      }
+      for (long c = 0; !last && c < C; c++) {
+        const float* line = sample + (c * H + h) * W + first;
+        if (S == 1) copy(to + c * plane + put, line, W);
+        else for (long i = 0; i < count; i++) to[c * plane + put + i] = line[i * S];
+      }
+    }
+  }
+}
+
 // R rows of K outputs with the same inputs, one vector of pixels wide. Tap b reads at x + shift[b].
 template <int K, int R, int S>
 KERNEL void row_tile(const float* x, long plane, long row, const long* shift, const int32_t* from, const float* w,
@@ -566,7 +589,8 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
   // A row in scratch: a zero, the pixels, and a zero at least; no longer than that, or fewer planes fit in L2. With
   // stride 2 the odd columns after the zero and then the even ones, so that each tap reads places side by side. A row
   // of zeros above and below. What the last vector reads of the next row is in lanes that are not stored.
-  const long half = most(vectors * VL, parts(Wo + 2, 8) * 8), row = S * half, height = parts(Ho, R) * R * S + 2, plane = height * row;
+  const long half = most(vectors * VL, parts(Wo + 2, 8) * 8), row = S * half;
+  const long height = parts(Ho, R) * R * S + 2, plane = height * row;
   const long shift[3] = {0, S == 1 ? 1 : half, S == 1 ? 2 : 1};
   const long shares = a.N >= a.threads ? 1 : least(parts(a.threads, a.N), O / K);
   parallel(a.N * shares, a.threads, [&](long begin, long end) {
@@ -577,21 +601,7 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
       const long o_begin = pairs * (unit % shares) / shares * K, o_end = pairs * (unit % shares + 1) / shares * K;
       memset(packed, 0, (C * plane + VL * VL) * sizeof(float));
       const float* sample = x + n * C * H * W;
-      for (long h = 0; h < H; h++) {
-        float* to = packed + (h + 1) * row;
-        for (long s = 0; s < S; s++) {  // S == 2: s == 0 the odd columns
-          const long first = S == 2 && s == 0, put = S == 1 || s == 0 ? 1 : half, count = parts(W - first, S);
-          for (long i = 0; a.x_last && i < count; i += VL) {
-            const long some = least(VL, count - i);
-            pack(rows(sample + (h * W + first + i * S) * C, S * C, some), some, C, to + put + i, plane);
-          }
-          for (long c = 0; !a.x_last && c < C; c++) {
-            const float* line = sample + (c * H + h) * W + first;
-            if (S == 1) copy(to + c * plane + put, line, W);
-            else for (long i = 0; i < count; i++) to[c * plane + put + i] = line[i * S];
-          }
-        }
-      }
+      to_rows<S>(sample, a.x_last, C, H, W, packed, half, plane);
       for (long oh = 0; oh < Ho; oh += R)
         for (long o = o_begin; o < o_end; o += VL) {
           const long outputs = least(VL, o_end - o), rows_left = least(R, Ho - oh);
@@ -599,8 +609,9 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
             for (long q = 0; q < vectors; q++) {
               float* to = a.y_last ? out + (k * R * vectors + q) * VL : y + ((n * O + o + k) * Ho + oh) * Wo + q * VL;
               any_rows<S>(K, R, packed + oh * S * row + q * VL, plane, row, shift, e.inputs(o + k), e.weights(o + k, 9),
-                          e.degree, bias ? bias + o + k : nullptr, range(a), to, a.y_last ? R * vectors * VL : Ho * Wo,
-                          a.y_last ? vectors * VL : Wo, rows_left, a.y_last ? VL : least(VL, Wo - q * VL));
+                          e.count(o + k), bias ? bias + o + k : nullptr, range(a), to,
+                          a.y_last ? R * vectors * VL : Ho * Wo, a.y_last ? vectors * VL : Wo, rows_left,
+                          a.y_last ? VL : least(VL, Wo - q * VL));
             }
           for (long r = 0; a.y_last && r < rows_left; r++)
             for (long q = 0; q < vectors; q++)
@@ -759,16 +770,17 @@ void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias
         for (long k = 0; k < some; k++) {
           const int32_t* from = e.inputs(o + k);
           const float* w = e.weights(o + k, 9);
+          const long degree = e.count(o + k);
           const float b = bias ? bias[o + k] : 0;
           float* to = out + k * width;
 #if defined(__AVX512F__)
-          if (two) four_pixels(packed, from, w, e.degree, b, range(a), to);
-          else if (four) plane_tile<1, 9>(packed, plane, copied, 0, from, w, e.degree, b, range(a), to);
+          if (two) four_pixels(packed, from, w, degree, b, range(a), to);
+          else if (four) plane_tile<1, 9>(packed, plane, copied, 0, from, w, degree, b, range(a), to);
           else
 #endif
             for (long i = 0, P; i < vectors; i += P, to += P * VL) {
               P = vectors - i >= 4 ? 4 : vectors - i >= 2 ? 2 : 1;
-#define PLANE(p, sums) plane_tile<p, sums>(packed + i * VL, plane, copied, W, from, w, e.degree, b, range(a), to)
+#define PLANE(p, sums) plane_tile<p, sums>(packed + i * VL, plane, copied, W, from, w, degree, b, range(a), to)
               P == 4 ? PLANE(4, WIDE ? 3 : 1) : P == 2 ? PLANE(2, 3) : PLANE(1, 3);
 #undef PLANE
             }
@@ -777,6 +789,30 @@ void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias
       }
     }
   });
+}
+
+// ---- 3x3: the kernel that takes the fewest products of vectors for a weight's nine taps, or what they cost
+
+long sample_cost(const Layer& a) { return (3 * a.H - 2) * (3 * a.W - 2) * parts(a.N, VL); }
+long row_cost(const Layer& a) { return a.N * a.H * parts(a.W, VL) * 9; }
+
+void stride_one(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
+  const long samples = sample_cost(a), rows = row_cost(a);
+  if (a.N * plane_cost(a.H, a.W) < least(samples, rows)) by_planes(x, a, e, bias, y);
+  else if (2 * a.N <= VL && rows < samples) by_rows<1>(x, a, e, bias, y);
+  else by_samples<1>(x, e, bias, y, a.N, a.C, a.H, a.W, a.O, a.H, a.W, a.x_last, a.y_last, a.threads, range(a));
+}
+
+// The gradient of stride 2 with zeros between its pixels, as one of stride 1.
+float* spread_out(const float* d, const Layer& a) {
+  const long Ho = (a.H - 1) / 2 + 1, Wo = (a.W - 1) / 2 + 1, pixels = a.H * a.W;
+  const long planes = a.y_last ? a.N : a.N * a.O, each = a.y_last ? a.O : 1;
+  float* to = scratch[4].floats(a.N * a.O * pixels);
+  memset(to, 0, a.N * a.O * pixels * sizeof(float));
+  for (long p = 0; p < planes; p++)
+    for (long r = 0; r < Ho; r++)
+      for (long q = 0; q < Wo; q++, d += each) copy(to + (p * pixels + 2 * r * a.W + 2 * q) * each, d, each);
+  return to;
 }
 
 // ---- 1x1 and linear
@@ -1002,50 +1038,117 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
   });
 }
 
-// A linear layer of one or a few samples: the inputs of a group side by side once, then dense products of two rows.
+// ---- linear, one or a few samples
+
+const long FEW = VL / 4;
+
+// The inputs of a list side by side. Eight at once: each store might otherwise be one to the next input.
+void pick(const float* x, const int32_t* from, long n, float* to) {
+  long i = 0;
+  for (; i + 8 <= n; i += 8) {
+    float v[8];
+    UNROLL for (int k = 0; k < 8; k++) v[k] = x[from[i + k]];
+    UNROLL for (int k = 0; k < 8; k++) to[i + k] = v[k];
+  }
+  for (; i < n; i++) to[i] = x[from[i]];
+}
+
+// The inputs of a group side by side once, then dense products of two rows, summed for VL outputs at a time.
 void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
-  const long groups = a.O / a.share, d = a.degree;
-  const Range limits = range(a);
-  parallel(groups, a.threads, [&](long begin, long end) {
+  const long d = a.degree, blocks = parts(a.O, VL);
+  parallel(a.N * blocks, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(d + VL);
-    for (long n = 0; n < a.N; n++)
-      for (long g = begin; g < end; g++) {
-        const int32_t* from = e.inputs(g * a.share);
-        const float* sample = x + n * a.C;
-        long i = 0;
-        for (; i + 8 <= d; i += 8) {  // at once: each store might otherwise be one to the next input
-          float v[8];
-          UNROLL for (int k = 0; k < 8; k++) v[k] = sample[from[i + k]];
-          UNROLL for (int k = 0; k < 8; k++) in[i + k] = v[k];
+    for (long unit = begin; unit < end; unit++) {
+      const long n = unit / blocks, o = unit % blocks * VL, some = least(VL, a.O - o);
+      V r[VL];
+      for (long i = 0; i < VL; i++) {
+        V two[2] = {all(0), all(0)};
+        if (i < some && (i == 0 || (o + i) % a.share == 0)) {
+          const int32_t* from = e.inputs(o + i);
+          pick(x + n * a.C, from, d, in);
         }
-        for (; i < d; i++) in[i] = sample[from[i]];
-        for (long o = g * a.share; o < (g + 1) * a.share; o++) {
-          const float* w = e.weights(o, 1);
-          V r[VL];
-          UNROLL for (int i = 0; i < VL; i++) r[i] = all(0);
-          long j = 0;
-          for (; j + 2 * VL <= d; j += 2 * VL) {
-            r[0] = fma(load(w + j), load(in + j), r[0]);
-            r[1] = fma(load(w + j + VL), load(in + j + VL), r[1]);
-          }
-          for (; j < d; j += VL) {
-            const long some = least(VL, d - j);
-            r[2] = fma(load_some(w + j, some), load_some(in + j, some), r[2]);
-          }
-          r[0] = r[0] + r[1] + r[2];
-          float lanes[VL], sum = bias ? bias[o] : 0;
-          store(lanes, r[0]);
-          for (int i = 0; i < VL; i++) sum += lanes[i];
-          sum = sum < limits.low ? limits.low : sum;
-          y[n * a.O + o] = sum > limits.high ? limits.high : sum;
+        const float* w = e.weights(o + i, 1);
+        long j = i < some ? 0 : d;
+        for (; j + 2 * VL <= d; j += 2 * VL)
+          UNROLL for (int k = 0; k < 2; k++) two[k] = fma(load(w + j + k * VL), load(in + j + k * VL), two[k]);
+        for (; j < d; j += VL) {
+          const long left = least(VL, d - j);
+          two[0] = fma(load_some(w + j, left), load_some(in + j, left), two[0]);
         }
+        r[i] = two[0] + two[1];
       }
+      const V sum = sums(r) + (bias ? load_some(bias + o, some) : all(0));
+      store_some(y + n * a.O + o, clamped(sum, range(a)), some);
+    }
+  });
+}
+
+// The gradient of the inputs: the sums over a group's outputs side by side, then each added to its input.
+void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
+  const long groups = a.O / a.share, inputs = a.N * a.C;
+  // The groups in pieces with sums of their own, as many whatever the threads, so that the bits stay the same.
+  const long pieces = most(1, least(16, a.O * a.degree >> 17));
+  float* sums = scratch[2].floats(pieces * inputs);
+  parallel(pieces, a.threads, [&](long begin, long end) {
+    float* group = scratch[0].floats(a.degree + VL);
+    for (long piece = begin; piece < end; piece++) {
+      float* to = pieces == 1 ? dx : sums + piece * inputs;
+      memset(to, 0, inputs * sizeof(float));
+      for (long g = groups * piece / pieces; g < groups * (piece + 1) / pieces; g++)
+        for (long n = 0; n < a.N; n++) {
+          const float *w = weight + g * a.share * a.degree, *grad = d + n * a.O + g * a.share;
+          for (long j = 0; j < a.degree; j += VL) {
+            const long some = least(VL, a.degree - j);
+            V sum = all(0);
+            for (long k = 0; k < a.share; k++) {
+              const float* p = w + k * a.degree + j;
+              sum = fma(some == VL ? load(p) : load_some(p, some), all(grad[k]), sum);
+            }
+            store(group + j, sum);
+          }
+          const int32_t* at = neighbours + g * a.degree;
+          for (long j = 0; j < a.degree; j++) to[n * a.C + at[j]] += group[j];
+        }
+    }
+  });
+  for (long i = 0; pieces > 1 && i < inputs; i++) {
+    float sum = 0;
+    for (long piece = 0; piece < pieces; piece++) sum += sums[piece * inputs + i];
+    dx[i] = sum;
+  }
+}
+
+// The gradient of the weights: the inputs of a group side by side once, times the gradient of each output.
+void weights_by_dots(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
+  parallel(a.O / a.share, a.threads, [&](long begin, long end) {
+    float* in = scratch[0].floats(a.N * a.degree + VL);
+    for (long g = begin; g < end; g++) {
+      const int32_t* from = neighbours + g * a.degree;
+      for (long n = 0; n < a.N; n++) pick(x + n * a.C, from, a.degree, in + n * a.degree);
+      for (long o = g * a.share; o < (g + 1) * a.share; o++)
+        for (long j = 0; j < a.degree; j += VL) {
+          V sum = all(0);
+          for (long n = 0; n < a.N; n++) sum = fma(load(in + n * a.degree + j), all(d[n * a.O + o]), sum);
+          float* to = dw + o * a.degree + j;
+          if (j + VL <= a.degree) store(to, sum);
+          else store_some(to, sum, a.degree - j);
+        }
+    }
   });
 }
 
 // ---- gradients of weights: the activations packed side by side, then a sum for each weight
 
 const long PACKED = 4 << 20;  // floats of both activations that are packed at a time, unless one step needs more
+
+INLINE void add_sums(const V sum[9], float* dw) {
+  UNROLL for (int i = 0; i < 9; i += VL) {
+    const long some = least(VL, 9 - i);
+    V r[VL];
+    UNROLL for (int l = 0; l < VL; l++) r[l] = l < some ? sum[least(i + l, 8)] : all(0);
+    store_some(dw + i, load_some(dw + i, some) + sums(r), some);
+  }
+}
 
 // Sums of one row of an output's gradient with the rows of x above, at and below it, over columns [q0, q0 + Q).
 template <int Q, int S>
@@ -1079,13 +1182,7 @@ KERNEL void weight_sums(const float* x, const float* d, long blocks, long H, lon
       for (; q < Wo; q++) SUMS(1);
 #undef SUMS
     }
-  UNROLL for (int i = 0; i < 9; i += VL) {
-    V r[VL];
-    float total[VL];
-    UNROLL for (int l = 0; l < VL; l++) r[l] = i + l < 9 ? sum[least(i + l, 8)] : all(0);
-    store(total, sums(r));
-    for (int l = 0; l < VL && i + l < 9; l++) dw[i + l] += total[l];
-  }
+  add_sums(sum, dw);
 }
 
 // [samples][C][pixels] -> [C][blocks][pixels][VL] for the blocks of samples from n on.
@@ -1129,6 +1226,66 @@ void weights3(const float* x, const float* d, const Layer& a, const int32_t* nei
         if (WIDE && Wo % 7 == 0) weight_sums<WIDE ? 7 : 4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
         else if (Wo >= 4) weight_sums<4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
         else weight_sums<2, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
+      }
+    });
+  }
+}
+
+// Few samples: lanes = pixels of a row. R rows of an output's gradient, a vector wide, with the rows of x around them;
+// shift as at row_tile.
+template <int R, int S>
+INLINE void tall_sums(const float* x, long row, const long* shift, const float* d, long d_row, V sum[9]) {
+  V g[R];
+  UNROLL for (int r = 0; r < R; r++) g[r] = load(d + r * d_row);
+  UNROLL for (int i = 0; i < span<S>(R); i++) UNROLL for (int b = 0; b < 3; b++) {
+    V v = held(x + i * row + shift[b]);
+    UNROLL for (int a = 0; a < 3; a++)
+      if (hit<S>(i, a, R) >= 0) sum[a * 3 + b] = fma(v, g[hit<S>(i, a, R)], sum[a * 3 + b]);
+  }
+}
+
+template <int R, int S>
+KERNEL void weight_rows(const float* x, long x_sample, long row, const long* shift, const float* d, long d_sample,
+                        long d_row, long samples, long Ho, long vectors, float* dw) {
+  V sum[9];
+  UNROLL for (int i = 0; i < 9; i++) sum[i] = all(0);
+  for (long k = 0; k < samples; k++, x += x_sample, d += d_sample)
+    for (long q = 0; q < vectors * VL; q += VL) {
+      long r = 0;
+      for (; r + R <= Ho; r += R) tall_sums<R, S>(x + r * S * row + q, row, shift, d + r * d_row + q, d_row, sum);
+      for (; r + 2 <= Ho; r += 2) tall_sums<2, S>(x + r * S * row + q, row, shift, d + r * d_row + q, d_row, sum);
+      for (; r < Ho; r++) tall_sums<1, S>(x + r * S * row + q, row, shift, d + r * d_row + q, d_row, sum);
+    }
+  add_sums(sum, dw);
+}
+
+template <int S>
+void weights_by_rows(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
+  const long Ho = (a.H - 1) / S + 1, Wo = (a.W - 1) / S + 1, vectors = parts(Wo, VL), half = vectors * VL + 8;
+  const long shift[3] = {0, S == 1 ? 1 : half, S == 1 ? 2 : 1};
+  const long xs_each = a.C * (Ho * S + 2) * S * half, ds_each = a.O * (Ho + 2) * half, edges = a.O * a.degree;
+  const long at_once = most(1, least(a.N, PACKED / (xs_each + ds_each)));
+  float* xs = scratch[2].floats(at_once * xs_each);
+  float* ds = scratch[3].floats(at_once * ds_each);
+  memset(xs, 0, at_once * xs_each * sizeof(float));
+  memset(ds, 0, at_once * ds_each * sizeof(float));
+  memset(dw, 0, edges * 9 * sizeof(float));
+  for (long n = 0; n < a.N; n += at_once) {
+    const long some = least(at_once, a.N - n);
+    parallel(2 * some, a.threads, [&](long begin, long end) {
+      for (long unit = begin; unit < end; unit++) {
+        const long k = unit / 2, i = n + k;
+        if (unit % 2)
+          to_rows<1>(d + i * a.O * Ho * Wo, a.y_last, a.O, Ho, Wo, ds + k * ds_each, half, ds_each / a.O);
+        else to_rows<S>(x + i * a.C * a.H * a.W, a.x_last, a.C, a.H, a.W, xs + k * xs_each, half, xs_each / a.C);
+      }
+    });
+    parallel(edges, a.threads, [&](long begin, long end) {
+      for (long e = begin; e < end; e++) {
+        const float* from = xs + neighbours[e / a.degree / a.share * a.degree + e % a.degree] * (xs_each / a.C);
+        const float* grad = ds + e / a.degree * (ds_each / a.O) + half + 1;
+        const auto kernel = WIDE && Ho % 7 == 0 ? weight_rows<WIDE ? 7 : 4, S> : weight_rows<4, S>;
+        kernel(from, xs_each, S * half, shift, grad, ds_each, half, some, Ho, vectors, dw + e * 9);
       }
     });
   }
@@ -1237,32 +1394,32 @@ int xzoo_lanes() { return VL; }
 int xzoo_conv3(const Layer* a, const float* x, const float* w, const int32_t* neighbours, const float* bias, float* y) {
   if (!in_range(*a, neighbours)) return 1;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
-  const long Ho = (a->H - 1) / a->stride + 1, Wo = (a->W - 1) / a->stride + 1;
-  // About the products of vectors that each kernel makes, or what they cost, for a weight's nine taps.
-  const long samples = (3 * a->H - 2) * (3 * a->W - 2) * parts(a->N, VL);
-  const long rows = a->N * a->H * parts(a->W, VL) * 9, planes = a->N * plane_cost(a->H, a->W);
-  if (a->stride == 1 && planes < least(samples, rows)) by_planes(x, *a, e, bias, y);
-  else if (2 * a->N <= VL && (a->stride == 2 || rows < samples))
-    a->stride == 1 ? by_rows<1>(x, *a, e, bias, y) : by_rows<2>(x, *a, e, bias, y);
-  else if (a->stride == 1)
-    by_samples<1>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads, range(*a));
+  const long Ho = (a->H - 1) / 2 + 1, Wo = (a->W - 1) / 2 + 1;
+  if (a->stride == 1) stride_one(x, *a, e, bias, y);
+  else if (2 * a->N <= VL) by_rows<2>(x, *a, e, bias, y);
   else by_samples<2>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads, range(*a));
   return 0;
 }
 
 int xzoo_conv3_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
   if (!in_range(*a, neighbours)) return 1;
-  const Edges e = transposed(*a, neighbours, w, a->stride == 1);
-  const long Ho = (a->H - 1) / a->stride + 1, Wo = (a->W - 1) / a->stride + 1;
-  if (a->stride == 1)
-    by_samples<1>(d, e, nullptr, dx, a->N, a->O, Ho, Wo, a->C, a->H, a->W, a->y_last, a->x_last, a->threads);
-  else by_samples<-2>(d, e, nullptr, dx, a->N, a->O, Ho, Wo, a->C, a->H, a->W, a->y_last, a->x_last, a->threads);
+  const Layer t{a->N, a->O, a->H, a->W, a->C, 0, 1, 1, a->y_last, a->x_last, a->threads, 0};
+  // Of stride 2, by_samples leaves out three of four products; the others multiply with zeros.
+  const bool spread = a->stride == 2 && 4 * least(row_cost(t), a->N * plane_cost(a->H, a->W)) < sample_cost(t);
+  const Edges e = transposed(*a, neighbours, w, a->stride == 1 || spread);
+  if (a->stride == 1 || spread) stride_one(spread ? spread_out(d, *a) : d, t, e, nullptr, dx);
+  else
+    by_samples<-2>(d, e, nullptr, dx, a->N, a->O, (a->H - 1) / 2 + 1, (a->W - 1) / 2 + 1, a->C, a->H, a->W, a->y_last,
+                   a->x_last, a->threads);
   return 0;
 }
 
 int xzoo_conv3_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
   if (!in_range(*a, neighbours)) return 1;
-  a->stride == 1 ? weights3<1>(x, d, *a, neighbours, dw) : weights3<2>(x, d, *a, neighbours, dw);
+  const Layer t{a->N, a->C, (a->H - 1) / a->stride + 1, (a->W - 1) / a->stride + 1};
+  if (2 * a->N <= VL && row_cost(t) < sample_cost(t))
+    a->stride == 1 ? weights_by_rows<1>(x, d, *a, neighbours, dw) : weights_by_rows<2>(x, d, *a, neighbours, dw);
+  else a->stride == 1 ? weights3<1>(x, d, *a, neighbours, dw) : weights3<2>(x, d, *a, neighbours, dw);
   return 0;
 }
 
@@ -1270,7 +1427,7 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
   if (!in_range(*a, neighbours)) return 1;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long columns = a->N * a->H * a->W;
-  if (a->H * a->W == 1 && a->N <= VL / 4) by_dots(x, *a, e, bias, y);
+  if (a->H * a->W == 1 && a->N <= FEW) by_dots(x, *a, e, bias, y);
   else if (a->share >= 4) {
     switch (panel_vectors(columns, {WIDE ? 5 : 3, 2})) {
       case 5: by_panels<5>(x, *a, e, bias, y); break;
@@ -1293,6 +1450,10 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
 
 int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
   if (!in_range(*a, neighbours)) return 1;
+  if (a->H * a->W == 1 && a->N <= FEW) {
+    inputs_by_dots(d, *a, neighbours, w, dx);
+    return 0;
+  }
   const long columns = a->N * a->H * a->W;
   if (a->share < (WIDE ? 4 : 2)) {
     switch (panel_vectors(columns, {WIDE ? 7 : 8, 4, 2})) {
@@ -1312,7 +1473,8 @@ int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const 
 
 int xzoo_point_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
   if (!in_range(*a, neighbours)) return 1;
-  weights1(x, d, *a, neighbours, dw);
+  if (a->H * a->W == 1 && a->N <= FEW) weights_by_dots(x, d, *a, neighbours, dw);
+  else weights1(x, d, *a, neighbours, dw);
   return 0;
 }
 }
