@@ -22,7 +22,7 @@ GATHER = {"conv2d": (128, 4), "linear": (256, 8)}  # least share * inputs / degr
 # one thread of a Zen 4, the second part with torch and our kernels held to AVX2). Vectors of 4 floats: not measured,
 # so not taken.
 NATIVE = {
-    16: {"": (2, 2, 2, 4, 2, 2), "input_grad": (2, 2, 2, 4, 2, 2), "weight_grad": (2, 2, 4, 2, 2, 2)},
+    16: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 2, 2, 4, 2, 2), "weight_grad": (2, 2, 4, 2, 2, 2)},
     8: {"": (2, 4, 4, 8, 2, 2), "input_grad": (2, 2, 2, 8, 2, 2), "weight_grad": (2, 2, 4, 4, 4, 4)},
 }
 FEW = {
