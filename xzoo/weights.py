@@ -161,7 +161,8 @@ def timm_rows() -> dict[str, dict[str, Any]]:
         if entry.repo:
             # Named, or timm would take a pickle where the Hub does not answer.
             source |= {"hf_hub_id": f"{entry.repo}@{entry.commit}", "hf_hub_filename": WEIGHTS}
-        rows[name] = {**entry.cfg, **source}
+        cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.cfg.items()}  # as timm's own
+        rows[name] = cfg | source
     return rows
 
 
