@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -22,6 +23,7 @@ RESULTS = "<!-- results: python tests/test_readme.py -->\n", "<!-- end of result
 
 TRAINED = "<!-- weights: python tests/test_readme.py -->\n", "<!-- end of weights -->"
 SPEED = "<!-- speed: python tests/test_readme.py -->\n", "<!-- end of speed -->"
+TUNED = "<!-- finetune: python tests/test_readme.py -->\n", "<!-- end of finetune -->"
 
 
 def counts(name, **kwargs):
@@ -112,6 +114,22 @@ def trained():
     return "\n".join(lines) + "\n"
 
 
+def tuned():
+    """Of recipes/finetune.csv: a row for a checkpoint, a data set and a number of its images; runs are its seeds."""
+    with open(README.parent / "recipes" / "finetune.csv", newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    found = {}  # what is compared -> pretrained or not -> top-1 of each seed
+    for run in runs:
+        what = run["model"], run["data"], int(run["train_images"]), float(run["minutes"]), int(run["n_val"]), run["on"]
+        found.setdefault(what, {"true": [], "false": []})[run["pretrained"]].append(float(run["top1"]))
+    lines = ["| checkpoint | images to learn from | fine-tuned, % | from scratch, % | each | on |", f"|{' --- |' * 6}"]
+    for (model, data, images, minutes, judged, on), top1 in found.items():
+        told = [f"{mean(top1[key]):.2f} ± {stdev(top1[key]):.2f}" for key in ("true", "false")]
+        times = f"{minutes:g} min, {len(top1['true'])} runs, {judged} test images"
+        lines.append(f"| `{model}` | {images:,} of {data} | {' | '.join(told)} | {times} | {on} |")
+    return "\n".join(lines) + "\n"
+
+
 def between(text, marks):
     return text.split(marks[0])[1].split(marks[1])[0]
 
@@ -126,6 +144,10 @@ def test_the_results_are_those_of_the_runs():
 
 def test_the_checkpoints_are_those_of_the_folders():
     assert between(README.read_text(encoding="utf-8"), TRAINED) == trained()
+
+
+def test_the_table_of_fine_tuning_is_the_file_s():
+    assert between(README.read_text(encoding="utf-8"), TUNED) == tuned()
 
 
 def test_the_table_of_speed_is_the_file_s():
@@ -168,6 +190,7 @@ if __name__ == "__main__":
         (RESULTS, results()),
         (TRAINED, trained()),
         (SPEED, speed()),
+        (TUNED, tuned()),
     ):
         text = text.split(begin)[0] + begin + new + end + text.split(end)[1]
     README.write_text(text, encoding="utf-8")
