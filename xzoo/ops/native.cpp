@@ -517,9 +517,9 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
 
 // ---- 3x3, lanes = pixels of a row
 
-// A sample to scratch of zeros. A row there: a zero, the pixels, and zeros to the end of the last vector, `half` floats
-// in all. With stride 2 the odd columns after the zero and then, from `half` on, the even ones, so that each tap reads
-// places side by side. A row of zeros above and below.
+// A sample to scratch of zeros. A row there: a zero, the pixels, and a zero at least, `half` floats in all. With stride
+// 2 the odd columns after the zero and then, from `half` on, the even ones, so that each tap reads places side by side.
+// A row of zeros above and below.
 template <int S>
 void to_rows(const float* sample, bool last, long C, long H, long W, float* packed, long half, long plane) {
   for (long h = 0; h < H; h++) {
@@ -586,9 +586,8 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
     const bool there = K == 2 ? WIDE && r == 7 : r < 14 || (WIDE && S == 1);  // such a tile fits in the registers
     if (there && parts(Ho, r) * r <= parts(Ho, R) * R) R = r;
   }
-  // A row in scratch: a zero, the pixels, and a zero at least; no longer than that, or fewer planes fit in L2. With
-  // stride 2 the odd columns after the zero and then the even ones, so that each tap reads places side by side. A row
-  // of zeros above and below. What the last vector reads of the next row is in lanes that are not stored.
+  // No longer than they have to be, or fewer planes fit in L2: what the last vector reads of the next row is in lanes
+  // that are not stored.
   const long half = most(vectors * VL, parts(Wo + 2, 8) * 8), row = S * half;
   const long height = parts(Ho, R) * R * S + 2, plane = height * row;
   const long shift[3] = {0, S == 1 ? 1 : half, S == 1 ? 2 : 1};
