@@ -232,10 +232,14 @@ def test_share_tells_the_graph_and_the_speed():
 
 def test_scaling_compares_gains_and_leaves_the_threads_as_they_were():
     with bench.threads(2):
-        (figure,) = layer._scaling([SMALL], pairs=3)
+        figures = list(layer._scaling([layer.Case(SMALL, product) for product in PRODUCTS], pairs=3))
         assert torch.get_num_threads() == 2
-    measured(figure, 3)
-    assert figure.bar == 0.95 and figure.what.startswith("gain of 2 threads, 3x3 16->24")
+    for figure in figures:
+        measured(figure, 3)
+    assert {figure.bar for figure in figures} == {0.95}
+    assert [figure.what.partition(" 3x3 16->24")[0] for figure in figures] == [
+        f"gain of 2 threads, {product}," for product in ("forward", "input grad", "weight grad")
+    ]
 
 
 # ---- models

@@ -193,7 +193,7 @@ def _x_layer(
         new = ExpanderLinear(old.in_features, old.out_features, **chosen)
     if keep_weights:
         with torch.no_grad():
-            kept = old.weight.gather(1, dense_op.index(new.neighbours, list(new.weight.shape)))
+            kept = dense_op.gather(old.weight, new.neighbours)
             new.weight.copy_(kept * _norm_ratio(old.weight, kept))
             if old.bias is not None and new.bias is not None:
                 new.bias.copy_(old.bias)

@@ -126,8 +126,9 @@ def machine() -> dict[str, str]:
     """What the figures were measured on."""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cpu = f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores"
     return {
-        "machine": f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores{device}{load}",
+        "machine": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}{device}{load}",
         "torch": str(torch.__version__),
     }
 

@@ -256,7 +256,7 @@ def rivals(drawn: Tensors, case: Case) -> dict[str, Callable[[], Tensor]]:
         grouped = torch.randn(layer.n_out, degree, *drawn.weight.shape[2:])
         forms["group"] = partial(library, drawn, product, grouped, groups)
     if not layer.kernel and product == "forward" and drawn.weight.numel() * layer.batch <= LARGEST:
-        rows = definition.index(drawn.neighbours, list(drawn.weight.shape))
+        rows = definition.index(drawn.neighbours, layer.n_out)
         forms["gather, multiply, sum"] = lambda: (drawn.x[:, rows] * drawn.weight).sum(-1)
     return forms
 
@@ -410,7 +410,10 @@ def _share(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
 
 # ---- threads
 
-SCALING = ("3x3 512->512 4x4 b128 d16 s1", "3x3 256->256 14x14 b1 d64 s1", "1x1 256->1024 14x14 b16 d64 s4")
+SCALING = (
+    *("3x3 512->512 4x4 b128 d16 s1", "3x3 256->256 14x14 b16 d64 s1", "3x3 256->256 14x14 b1 d64 s1"),
+    *("1x1 256->1024 14x14 b16 d64 s4", "1x1 1024->256 14x14 b16 d256 s4"),
+)
 SCALED = 0.95  # least part of what threads gain a dense operation
 
 
@@ -422,19 +425,20 @@ def scaling(pairs: int = 15) -> Iterator[Figure]:
     _check_pairs(pairs)
     if torch.get_num_threads() == 1:
         raise XzooError("threads=1: there is nothing to gain; give two or more")
-    return _scaling([layer for text in SCALING if (layer := named(text))], pairs)
+    layers = [layer for text in SCALING if (layer := named(text))]
+    return _scaling([Case(layer, product) for layer in layers for product in PRODUCTS], pairs)
 
 
-def _scaling(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
+def _scaling(cases: list[Case], pairs: int) -> Iterator[Figure]:
     count = torch.get_num_threads()
 
     def on(threads: int, call: Callable[[], Tensor]) -> None:
         torch.set_num_threads(threads)
         call()
 
-    for layer in watched(chosen, name, lambda layer: Case(layer).work * pairs):
-        drawn = tensors(layer)
-        forms = {"ours": ours(drawn, "forward"), "dense": _faster_dense(drawn, "forward")[1]}
+    for case in watched(cases, str, lambda case: case.work * pairs):
+        drawn = tensors(case.layer)
+        forms = {"ours": ours(drawn, case.product), "dense": _faster_dense(drawn, case.product)[1]}
         calls = {(form, n): partial(on, n, call) for form, call in forms.items() for n in (1, count)}
         try:
             times = alternate(calls, pairs)
@@ -442,7 +446,7 @@ def _scaling(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
             torch.set_num_threads(count)
         gains = {form: ratios(times[form, 1].seconds, times[form, count].seconds) for form in forms}
         yield Figure(
-            f"gain of {count} threads, {name(layer)}",
+            f"gain of {count} threads, {case}",
             "gain of dense",
             "x",
             ratios(gains["ours"], gains["dense"]),

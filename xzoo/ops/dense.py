@@ -29,7 +29,7 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
 
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
     shape = [weight.shape[0], x.shape[1], *weight.shape[2:]]
-    return conv2d_weight(x, shape, grad, stride, padding, dilation).gather(1, index(neighbours, weight.shape))
+    return gather(conv2d_weight(x, shape, grad, stride, padding, dilation), neighbours)
 
 
 def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: torch.Tensor | None) -> Tensor:
@@ -41,18 +41,42 @@ def linear_input_grad(grad, x, weight, neighbours):
 
 
 def linear_weight_grad(grad, x, weight, neighbours):
-    return (grad.t() @ x).gather(1, index(neighbours, weight.shape))
+    return gather(grad.t() @ x, neighbours)
+
+
+# Rows of a matrix, and whole kernels where those have several numbers: 2 to 10 times as fast on a CPU as an index for
+# each number of a weight with four dimensions.
 
 
 def scatter(weight: Tensor, neighbours: Tensor, n_in: int) -> Tensor:
     """The dense weight [out, n_in, ...] of a compact one [out, degree, ...]: zero where there is no edge."""
-    shape = list(weight.shape)
-    dense = torch.zeros([shape[0], n_in] + shape[2:], dtype=weight.dtype, device=weight.device)  # noqa: RUF005
-    return dense.scatter(1, index(neighbours, shape), weight)
+    n_out = weight.shape[0]
+    dense = torch.zeros([n_out, n_in] + list(weight.shape)[2:], dtype=weight.dtype, device=weight.device)  # noqa: RUF005
+    rows = index(neighbours, n_out)
+    if weight.numel() == rows.numel():
+        dense.view(n_out, n_in).scatter_(1, rows, weight.reshape(rows.shape))
+    else:
+        dense.view(n_out * n_in, -1).index_copy_(0, edges(rows, n_in), weight.reshape(rows.numel(), -1))
+    return dense
 
 
-def index(neighbours: Tensor, weight_shape: list[int]) -> Tensor:
-    """The input that each weight multiplies, int64 and of the compact weight's shape [out, degree, ...]."""
-    share = weight_shape[0] // neighbours.shape[0]
-    rows = neighbours.long().repeat_interleave(share, dim=0)  # [out, degree]
-    return rows.reshape(list(rows.shape) + [1] * (len(weight_shape) - 2)).expand(weight_shape)
+def gather(dense: Tensor, neighbours: Tensor) -> Tensor:
+    """The compact weight [out, degree, ...] of a dense one [out, n_in, ...]: what `scatter` would put there."""
+    n_out, n_in = dense.shape[:2]
+    rows = index(neighbours, n_out)
+    if dense.numel() == n_out * n_in:
+        return dense.reshape(n_out, n_in).gather(1, rows).reshape([*rows.shape, *dense.shape[2:]])
+    kernels = dense.reshape(n_out * n_in, -1).index_select(0, edges(rows, n_in))
+    return kernels.reshape([*rows.shape, *dense.shape[2:]])
+
+
+def index(neighbours: Tensor, n_out: int) -> Tensor:
+    """The inputs that each output reads, int64 [out, degree]."""
+    share = n_out // neighbours.shape[0]
+    return neighbours.long().repeat_interleave(share, dim=0) if share > 1 else neighbours.long()
+
+
+def edges(rows: Tensor, n_in: int) -> Tensor:
+    """Where the kernel of each edge lies in a dense weight of [out * n_in, ...]."""
+    first = torch.arange(rows.shape[0], device=rows.device).mul_(n_in)
+    return (rows + first.unsqueeze(1)).flatten()

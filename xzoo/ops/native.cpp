@@ -1208,20 +1208,20 @@ void weights3(const float* x, const float* d, const Layer& a, const int32_t* nei
   int32_t* next = (int32_t*)scratch[0].floats(a.C + 1 + edges);
   int32_t* order = next + a.C + 1;
   memset(next, 0, (a.C + 1) * sizeof(int32_t));
-  const auto input = [&](long e) { return (long)neighbours[e / a.degree / a.share * a.degree + e % a.degree]; };
-  for (long e = 0; e < edges; e++) next[input(e) + 1]++;
+  for (long i = 0; i < edges / a.share; i++) next[neighbours[i] + 1] += (int32_t)a.share;
   for (long c = 0; c < a.C; c++) next[c + 1] += next[c];
-  for (long e = 0; e < edges; e++) order[next[input(e)]++] = (int32_t)e;
-  memset(dw, 0, edges * 9 * sizeof(float));
+  for (long o = 0; o < a.O; o++)
+    for (long j = 0; j < a.degree; j++) order[next[neighbours[o / a.share * a.degree + j]]++] = o * a.degree + j;
   for (long k = 0; k < blocks; k += at_once) {
     const long some = least(at_once, blocks - k);
     pack_blocks(x, a.x_last, a.N, a.C, pixels, k * VL, some, xs, a.threads);
     pack_blocks(d, a.y_last, a.N, a.O, d_pixels, k * VL, some, ds, a.threads);
     parallel(edges, a.threads, [&](long begin, long end) {
       for (long i = begin; i < end; i++) {
-        const long e = order[i];
-        const float* from = xs + input(e) * some * pixels * VL;
-        const float* grad = ds + e / a.degree * some * d_pixels * VL;
+        const long e = order[i], o = e / a.degree, c = neighbours[o / a.share * a.degree + e % a.degree];
+        const float* from = xs + c * some * pixels * VL;
+        const float* grad = ds + o * some * d_pixels * VL;
+        if (k == 0) memset(dw + e * 9, 0, 9 * sizeof(float));
         if (WIDE && Wo % 7 == 0) weight_sums<WIDE ? 7 : 4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
         else if (Wo >= 4) weight_sums<4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
         else weight_sums<2, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
