@@ -259,6 +259,12 @@ def test_every_form_of_a_model_has_the_same_layers_and_the_masked_one_computes_o
     torch.testing.assert_close(forms["masked"](images), want, rtol=1e-3, atol=1e-5)
     counts = {name: xzoo.profile(forms[name]).macs for name in ("ours", "dense", "group")}
     assert counts["group"] == counts["ours"] < counts["dense"] / 2
+    # torch's own group convolutions compute what X-layers with graphs of groups do.
+    groups = xzoo.create_model("x_mobilenet050_c8", graph="group").eval()
+    want = groups(images)
+    own = model._with_torchs_groups(groups)
+    assert not any(isinstance(layer, xzoo.ExpanderConv2d) for layer in own.modules())
+    torch.testing.assert_close(own(images), want, rtol=1e-3, atol=1e-5)
     step = model._step(forms["masked"].train(), forms["masked"], images, labels)
     before = forms["masked"].get_submodule("classifier").weight.clone()
     step()

@@ -230,6 +230,9 @@ def test_what_is_not_asked_for_suits_the_images():
     assert timed.epochs is None and timed.minutes == 3
     tuned = plan(Options("digits", "resnet18", batch_size=8), start(Options("digits", "resnet18")), digits)
     assert tuned.img_size == 224 and tuned.classifier["body_lr"] == 0.1 and tuned.classifier["freeze_norm"]
+    small = plan(Options("digits", "x_vgg16_2", batch_size=8), start(Options("digits", "x_vgg16_2")), digits)
+    assert small.img_size == 32 and small.classifier["pretrained"] and not small.classifier["freeze_norm"]
+    assert small.classifier["body_lr"] == 1.0 and small.classifier["lr"] == 2 * tuned.classifier["lr"]
 
 
 def test_mistakes_are_one_line_and_leave_nothing(make_folder, tmp_path):

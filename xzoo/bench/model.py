@@ -144,7 +144,19 @@ def _forms(name: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
         if isinstance(layer, ExpanderConv2d | ExpanderLinear)
     }
     forms = {"ours": ours, "dense": _create(name, compression=1)}
-    return forms | {"masked": masked, "group": _create(name, graph="group")}, masks
+    return forms | {"masked": masked, "group": _with_torchs_groups(_create(name, graph="group"))}, masks
+
+
+def _with_torchs_groups(model: nn.Module) -> nn.Module:
+    """A model of group graphs with torch's own group convolutions, in place; its linear layers stay, torch has none."""
+    convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, ExpanderConv2d)}
+    for name, layer in convolutions.items():
+        n_in, n_out = layer.in_channels, layer.out_channels
+        geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        new = nn.Conv2d(n_in, n_out, *geometry, n_in // layer.degree, layer.bias is not None, layer.padding_mode)
+        new.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "neighbours"})
+        model.set_submodule(name, new)
+    return model
 
 
 class _Masked(nn.Module):
