@@ -151,9 +151,10 @@ def _with_torchs_groups(model: nn.Module) -> nn.Module:
     """A model of group graphs with torch's own group convolutions, in place; its linear layers stay, torch has none."""
     convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, ExpanderConv2d)}
     for name, layer in convolutions.items():
-        n_in, n_out = layer.in_channels, layer.out_channels
-        geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        new = nn.Conv2d(n_in, n_out, *geometry, n_in // layer.degree, layer.bias is not None, layer.padding_mode)
+        same = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+        arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
+        groups = layer.in_channels // layer.degree
+        new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
         new.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "neighbours"})
         model.set_submodule(name, new)
     return model
