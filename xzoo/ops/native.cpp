@@ -462,57 +462,78 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
   long window = strip;
   while (window < Ho && C * (window * 2 * reach + 2) * W * VL * 4 <= 12 << 20) window += strip;
   const long together = y_last ? VL : strip >= Ho ? most(1, 128 / (Ho * Wo)) : 1;  // outputs stored together
-  const long blocks = parts(N, VL), shares = blocks >= threads ? 1 : least(parts(threads, blocks), O);
-  in_large_pages(y, N * O * Ho * Wo);
-  parallel(blocks * shares, threads, [&](long begin, long end) {
-    float* packed = scratch[0].floats(C * least(H, window * reach + 3) * W * VL);
+  const long each = C * H * W;
+  struct Source {  // the rows of x that the window of outputs from `top` on reads
+    long h0, pixels;
+  };
+  auto source = [&](long top) {
+    const long bottom = least(Ho, top + window), h0 = S > 0 ? most(0, top * S - 1) : top / 2;
+    return Source{h0, ((S > 0 ? least(H, (bottom - 1) * S + 2) : least(H, bottom / 2 + 1)) - h0) * W};
+  };
+  // Channels or, in channels_last, pixels [begin, end) of them.
+  auto pack_part = [&](long n, long top, long begin, long end, float* packed) {
+    const auto [h0, pixels] = source(top);
+    const float* samples = x + n * each + h0 * W * (x_last ? C : 1);
+    const long some = least(VL, N - n), plane = pixels * VL;
+    if (x_last)
+      for (long i = begin; i < end; i++) pack(rows(samples + i * C, each, some), some, C, packed + i * VL, plane);
+    else if (pixels == H * W)
+      pack(rows(samples + begin * pixels, each, some), some, (end - begin) * pixels, packed + begin * plane, VL);
+    else
+      for (long c = begin; c < end; c++)
+        pack(rows(samples + c * H * W, each, some), some, pixels, packed + c * plane, VL);
+  };
+  auto outputs = [&](long n, long top, long o_begin, long o_end, const float* packed) {
     float* out = scratch[1].floats(together * strip * Wo * VL);
-    for (long unit = begin; unit < end; unit++) {
-      const long n = unit / shares * VL, some = least(VL, N - n);
-      const long o_begin = O * (unit % shares) / shares, o_end = O * (unit % shares + 1) / shares;
-      const long each = C * H * W;
-      const float* samples = x + n * each;
-      for (long top = 0; top < Ho; top += window) {
-        const long bottom = least(Ho, top + window);
-        const long h0 = S > 0 ? most(0, top * S - 1) : top / 2;
-        const long h1 = S > 0 ? least(H, (bottom - 1) * S + 2) : least(H, bottom / 2 + 1);
-        const long pixels = (h1 - h0) * W, plane = pixels * VL;
-        if (x_last)
-          for (long i = 0; i < pixels; i++)
-            pack(rows(samples + (h0 * W + i) * C, each, some), some, C, packed + i * VL, plane);
-        else if (pixels == H * W) pack(rows(samples, each, some), some, each, packed, VL);
-        else
-          for (long c = 0; c < C; c++)
-            pack(rows(samples + (c * H + h0) * W, each, some), some, pixels, packed + c * plane, VL);
-        for (long oh = top; oh < bottom; oh += strip) {
-          const long height = least(strip, bottom - oh), size = height * Wo;
-          for (long o = o_begin; o < o_end; o += together) {
-            const long outputs = least(together, o_end - o);
-            for (long k = 0; k < outputs; k++)
-              for (long r = 0, R; r < height; r += R) {
-                R = next(height - r, tall);
-                const long ih = S > 0 ? (oh + r) * S - 1 : (oh + r) / 2, IR = S > 0 ? (R - 1) * S + 3 : R / 2 + 1;
-                for (long q = 0, Q; q < Wo; q += Q) {
-                  Q = sevens ? 7 : next(Wo - q, wide);
-                  const long iw = S > 0 ? q * S - 1 : q / 2, IQ = S > 0 ? (Q - 1) * S + 3 : Q / 2 + 1;
-                  any_tile<S>(R == tall && !sevens ? 4 : R, Q,
-                              Tile{packed + ((ih - h0) * W + iw) * VL, plane, W * VL, ih < 0, ih + IR > H, iw < 0,
-                                   iw + IQ > W, e.inputs(o + k), e.weights(o + k, 9), e.count(o + k),
-                                   bias ? bias[o + k] : 0, range, out + (k * size + r * Wo + q) * VL, Wo * VL});
-                }
-              }
-            if (y_last)
-              for (long i = 0; i < size; i++)
-                unpack(out + i * VL, size * VL, outputs, y + ((n * Ho + oh) * Wo + i) * O + o, Ho * Wo * O, some);
-            else if (size == Ho * Wo) unpack(out, VL, outputs * size, y + (n * O + o) * size, O * size, some);
-            else
-              for (long k = 0; k < outputs; k++)
-                unpack(out + k * size * VL, VL, size, y + ((n * O + o + k) * Ho + oh) * Wo, O * Ho * Wo, some);
+    const auto [h0, pixels] = source(top);
+    const long some = least(VL, N - n), plane = pixels * VL;
+    for (long oh = top; oh < least(Ho, top + window); oh += strip) {
+      const long height = least(strip, Ho - oh), size = height * Wo;
+      for (long o = o_begin; o < o_end; o += together) {
+        const long count = least(together, o_end - o);
+        for (long k = 0; k < count; k++)
+          for (long r = 0, R; r < height; r += R) {
+            R = next(height - r, tall);
+            const long ih = S > 0 ? (oh + r) * S - 1 : (oh + r) / 2, IR = S > 0 ? (R - 1) * S + 3 : R / 2 + 1;
+            for (long q = 0, Q; q < Wo; q += Q) {
+              Q = sevens ? 7 : next(Wo - q, wide);
+              const long iw = S > 0 ? q * S - 1 : q / 2, IQ = S > 0 ? (Q - 1) * S + 3 : Q / 2 + 1;
+              any_tile<S>(R == tall && !sevens ? 4 : R, Q,
+                          Tile{packed + ((ih - h0) * W + iw) * VL, plane, W * VL, ih < 0, ih + IR > H, iw < 0,
+                               iw + IQ > W, e.inputs(o + k), e.weights(o + k, 9), e.count(o + k),
+                               bias ? bias[o + k] : 0, range, out + (k * size + r * Wo + q) * VL, Wo * VL});
+            }
           }
-        }
+        if (y_last)
+          for (long i = 0; i < size; i++)
+            unpack(out + i * VL, size * VL, count, y + ((n * Ho + oh) * Wo + i) * O + o, Ho * Wo * O, some);
+        else if (size == Ho * Wo) unpack(out, VL, count * size, y + (n * O + o) * size, O * size, some);
+        else
+          for (long k = 0; k < count; k++)
+            unpack(out + k * size * VL, VL, size, y + ((n * O + o + k) * Ho + oh) * Wo, O * Ho * Wo, some);
       }
     }
-  });
+  };
+  const long most_packed = C * least(H, window * reach + 3) * W * VL;
+  in_large_pages(y, N * O * Ho * Wo);
+  if (parts(N, VL) >= threads)
+    parallel(parts(N, VL), threads, [&](long begin, long end) {
+      float* packed = scratch[0].floats(most_packed);
+      for (long n = begin * VL; n < least(N, end * VL); n += VL)
+        for (long top = 0; top < Ho; top += window) {
+          pack_part(n, top, 0, x_last ? source(top).pixels : C, packed);
+          outputs(n, top, 0, O, packed);
+        }
+    });
+  else {  // threads share a block's outputs: it is packed once for all of them
+    float* packed = scratch[0].floats(most_packed);
+    for (long n = 0; n < N; n += VL)
+      for (long top = 0; top < Ho; top += window) {
+        parallel(x_last ? source(top).pixels : C, threads,
+                 [&](long begin, long end) { pack_part(n, top, begin, end, packed); });
+        parallel(O, threads, [&](long begin, long end) { outputs(n, top, begin, end, packed); });
+      }
+  }
 }
 
 // ---- 3x3, lanes = pixels of a row
