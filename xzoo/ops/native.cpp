@@ -514,26 +514,19 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
       }
     }
   };
-  const long most_packed = C * least(H, window * reach + 3) * W * VL;
-  in_large_pages(y, N * O * Ho * Wo);
-  if (parts(N, VL) >= threads)
-    parallel(parts(N, VL), threads, [&](long begin, long end) {
-      float* packed = scratch[0].floats(most_packed);
-      for (long n = begin * VL; n < least(N, end * VL); n += VL)
-        for (long top = 0; top < Ho; top += window) {
-          pack_part(n, top, 0, x_last ? source(top).pixels : C, packed);
-          outputs(n, top, 0, O, packed);
-        }
-    });
-  else {  // threads share a block's outputs: it is packed once for all of them
-    float* packed = scratch[0].floats(most_packed);
-    for (long n = 0; n < N; n += VL)
+  auto some_blocks = [&](long begin, long end, long team) {
+    float* packed = scratch[0].floats(C * least(H, window * reach + 3) * W * VL);
+    for (long n = begin * VL; n < least(N, end * VL); n += VL)
       for (long top = 0; top < Ho; top += window) {
-        parallel(x_last ? source(top).pixels : C, threads,
+        parallel(x_last ? source(top).pixels : C, team,
                  [&](long begin, long end) { pack_part(n, top, begin, end, packed); });
-        parallel(O, threads, [&](long begin, long end) { outputs(n, top, begin, end, packed); });
+        parallel(O, team, [&](long begin, long end) { outputs(n, top, begin, end, packed); });
       }
-  }
+  };
+  in_large_pages(y, N * O * Ho * Wo);
+  const long blocks = parts(N, VL);
+  if (blocks >= threads) parallel(blocks, threads, [&](long begin, long end) { some_blocks(begin, end, 1); });
+  else some_blocks(0, blocks, threads);  // threads share a block's outputs: it is packed once for all of them
 }
 
 // ---- 3x3, lanes = pixels of a row
