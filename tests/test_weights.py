@@ -156,6 +156,15 @@ def test_an_embedded_folder_needs_no_network(place, card, tmp_path, caplog):
     assert torch.equal(logits(pretrained()), logits(model)) and "(Hub)" in caplog.text
 
 
+def test_weights_that_are_nowhere_do_not_exist(place, card, tmp_path):
+    """Those that are too large for the wheel, where nobody has published them: `finetune` begins without."""
+    place.point(repo=None, commit=None)
+    assert weights.find(NAME) is None and weights.find("x_vgg16_c16") is None and weights.timm_rows() == {}
+    shutil.copytree(card, tmp_path / "checkout" / NAME)
+    assert weights.find("x_vgg16_c16") is not None and NAME in weights.timm_rows()
+    refused("x_vgg16_c16.test_r32 is not on the Hub, and has no commits; leave it out", revision="0" * 40)
+
+
 def test_another_cache_and_another_commit(place, card, tmp_path):
     pretrained(cache_dir=tmp_path / "mine")
     assert (tmp_path / "mine").is_dir() and not (tmp_path / "home").exists()

@@ -58,7 +58,7 @@ class Pin:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of weights.json. Without repo and commit the weights are only embedded."""
+    """A row of weights.json. Without repo and commit the weights are only in a folder, of a checkout or a wheel."""
 
     name: str
     files: Mapping[str, Pin]
@@ -88,10 +88,15 @@ class Found:
 
 
 def entries() -> dict[str, Entry]:
-    """The table, in its order: an architecture's first tag is its default. Raises: XzooError if it is broken."""
+    """The rows whose weights can be had, in the table's order: an architecture's first tag is its default.
+
+    Larger ones that nobody has published yet are in a checkout, and not in the wheel: there they do not exist.
+    Raises: XzooError if the table is broken.
+    """
     try:
         table = json.loads(TABLE.read_text(encoding="utf-8"))
-        return {name: _entry(name, row) for name, row in table.items()}
+        rows = {name: _entry(name, row) for name, row in table.items()}
+        return {name: entry for name, entry in rows.items() if entry.repo or embedded(name)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise XzooError(f"{TABLE} cannot be read: {error}; install xzoo again") from error
 
@@ -186,7 +191,7 @@ def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | Non
             raise ModelError(f"{folder} is damaged: its files are not those of {entry.name}; install xzoo again")
         _logger.warning("%s is damaged: its files are not those of %s; taking them from the Hub", folder, entry.name)
     if entry.repo is None or entry.commit is None:
-        raise ModelError(f"the weights of {entry.name} did not come with this installation, and are not on the Hub")
+        raise ModelError(f"revision={revision}: {entry.name} is not on the Hub, and has no commits; leave it out")
     hub = Hub(entry.repo, revision or entry.commit, Path(cache_dir or home() / "hub"))
     files, sources = {}, set()
     for name in (CONFIG, WEIGHTS):
