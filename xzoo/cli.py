@@ -1,7 +1,7 @@
 """The command line: parses and prints. Everything that it does can be called from Python.
 
 Exit codes: 0; 2 for a mistake of the user's, told in one line; 1 for one of ours, with its traceback;
-130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run: `xzoo --help` needs no torch.
+130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run, so that few wait for Lightning.
 """
 
 import re

@@ -5,7 +5,6 @@ creates its iterator, which already fetches, before it calls `set_epoch` (its is
 waits for the call replays the first epoch after a resume.
 """
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..profile import cores
 from .order import AUGMENT, EvalOrder, Resumable, TrainOrder, key, standing
 from .sources import ImageData, Images, read
 
@@ -122,7 +122,7 @@ class ImageModule(pl.LightningDataModule):
         )
         self.eval_transform: Transform = create_transform(**data_config, is_training=False)
         if workers is None:
-            workers = 0 if data.in_memory and not torch.cuda.is_available() else min(8, os.cpu_count() or 1)
+            workers = 0 if data.in_memory and not torch.cuda.is_available() else min(8, cores())
         self.workers = workers
 
     def batches_per_epoch(self, world: int = 1) -> int:

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError, XzooError
 from ..home import home
+from ..profile import cores
 from .augment import colours_of, normalised
 from .data import Loader, Views
 from .images import load_rgb
@@ -387,7 +388,7 @@ class ImageNet(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.seed, self.holdout = batch_size, eval_batch_size, seed, holdout
         self.channels_last, self.crop_pct, self.interpolation = channels_last, crop_pct, interpolation
         self.mean, self.std = tuple(mean), tuple(std)
-        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        self.workers = min(8, cores()) if workers is None else workers
         self._common: dict[str, Any] = {
             "input_size": (3, img_size, img_size),
             "interpolation": interpolation,

@@ -7,7 +7,6 @@ images a second, so there are no workers, nothing to pin, and many small models 
 Not here: what is done to a batch (augment.py), reading files (sources.py), ImageNet (imagenet.py).
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
+from ..profile import cores
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
@@ -239,7 +239,7 @@ class InMemory(pl.LightningDataModule):
 
         starts, console = range(0, len(items), CHUNK), Console(stderr=True)
         # Threads, because Pillow decodes without the interpreter's lock.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, cores())) as pool:
             done = pool.map(fill, starts)
             what = f"decoding {len(items):,} images"
             for _ in track(done, what, len(starts), console=console, transient=True, disable=not console.is_terminal):

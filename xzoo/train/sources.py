@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import DataError
+from ..profile import cores
 from .images import Pixels, load_rgb
 
 # What people call images. Files of other kinds (notes, thumbnails' databases) are passed over in silence;
@@ -406,7 +407,7 @@ def _decode(
     skipped: list[tuple[str, str]] = []
     sides: list[int] = []
     # Threads, because Pillow decodes without the interpreter's lock and pixels need not be sent anywhere.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         for item, seen in zip(items, _watched(pool.map(look, items), len(items)), strict=True):
             if isinstance(seen, str):
                 skipped.append((item.name, seen))
