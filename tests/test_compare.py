@@ -183,6 +183,16 @@ def test_jpeg_and_exact_images_are_told_apart():
         assert len({(p.dataset, p.by) for p in chain}) == 1
 
 
+def test_a_network_with_a_name_of_its_own_is_no_compression_of_another():
+    """X-VGG16-2's layers have other degrees each: a line from it to c = 16 would promise what lies between."""
+    rows = [a_row(model="x_vgg16_2", compression=None), a_row(model="x_vgg16_c16", compression=16), a_row(**DENSE)]
+    points = list(_points(aggregate(rows)))
+    chains = figures._chains(points, "weights")
+    assert {tuple(p.label or p.compression for p in chain) for chain in chains} == {(1, 16), (1, "x_vgg16_2")}
+    found = texts(figures.draw_accuracy([p for p in points if p.kind != "dense"]))
+    assert {"x_vgg16_2", "VGG-16 c=16"} <= found
+
+
 def test_wider_and_deeper_are_drawn_with_both_counts():
     points = [p for p in points_of([]) if p.dataset == "cifar100"]
     left, right = figures.draw_wider_deeper(points).axes

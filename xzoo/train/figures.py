@@ -104,7 +104,7 @@ def draw_accuracy(points: Sequence[Point]) -> "Figure":
 
 
 def _chains(points: Sequence[Point], name: str) -> list[list[Point]]:
-    """One network's compressions of one kind, from its dense form on."""
+    """One network's compressions of one kind, from its dense form on; what has a name of its own is no step of them."""
     chains: dict[Any, list[Point]] = defaultdict(list)
     dense: dict[Any, list[Point]] = defaultdict(list)
     for point in points:
@@ -112,7 +112,7 @@ def _chains(points: Sequence[Point], name: str) -> list[list[Point]]:
         if point.kind == DENSE:
             dense[whose].append(point)
         elif point.kind != "pruned":
-            chains[whose, point.kind, point.shares].append(point)
+            chains[whose, point.kind, point.shares, point.label].append(point)
     return [dense[whose][:1] + sorted(chain, key=lambda p: -getattr(p, name)) for (whose, *_), chain in chains.items()]
 
 
@@ -131,7 +131,8 @@ def _texts(points: Sequence[Point]) -> list[tuple[Point, str, float]]:
             words.append(f"c={point.compression}")
         if foreign:
             words.append(f"({point.by.split('/')[0]})")
-        said |= {whose, (whose, point.compression)}
+        if not point.label:
+            said |= {whose, (whose, point.compression)}
         if words:
             texts.append((point, " ".join(words), 7.0 if foreign else 8.5))
     return texts
