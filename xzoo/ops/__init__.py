@@ -14,6 +14,7 @@ whatever derives it (autograd, torch.func, forward mode, any number of times), e
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +224,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, name, *arguments):
-        return _batched(name, info, in_dims[1:], *arguments)
+        return _batched(functools.partial(_product, name), name, info, in_dims[1:], *arguments)
 
 
 class _Backward(_Product):
@@ -250,8 +251,13 @@ def _derivative(ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbour
     return _product(name, *tensors[1:], neighbours, None, *ctx.rest)
 
 
-def _batched(name: str, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    """torch.vmap's rule. Samples of several are samples of one; weights and graphs of several are done one by one."""
+def _batched(
+    call: Callable[..., Tensor], name: str, info: Any, in_dims: Sequence[Any], *arguments: Any
+) -> tuple[Tensor, int]:
+    """torch.vmap's rule, for the operation `call` of this name: its result, and the dimension that is mapped.
+
+    Samples of several are samples of one; weights and graphs of several are done one after the other.
+    """
     moved, mapped = list(arguments), set()
     for i, dim in enumerate(in_dims[:4]):  # the tensors
         if dim is not None:
@@ -263,11 +269,11 @@ def _batched(name: str, info: Any, in_dims: tuple[int | None, ...], *arguments: 
             moved[i] = moved[i].expand(info.batch_size, *moved[i].shape)
         for i in samples:
             moved[i] = moved[i].flatten(0, 1)
-        y = _product(name, *moved)
+        y = call(*moved)
         return y.unflatten(0, (info.batch_size, len(y) // info.batch_size)), 0
     each = []
     for k in range(info.batch_size):
-        each.append(_product(name, *(a[k] if i in mapped else a for i, a in enumerate(moved))))
+        each.append(call(*(a[k] if i in mapped else a for i, a in enumerate(moved))))
     return torch.stack(each), 0
 
 
@@ -302,7 +308,8 @@ def _mapped(first: Tensor, second: Tensor, third: Tensor) -> bool:
 # The registered operations. A gradient takes the tensor x or weight even where only its shape matters:
 # that keeps one signature, and a fake tensor then knows the layout of the result.
 
-_LIBRARY = torch.library.Library("xzoo", "DEF")
+# A fragment, because a notebook that imports xzoo again finds them registered: `_register` then leaves them.
+_LIBRARY = torch.library.Library("xzoo", "FRAGMENT")
 _TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode  # off inside the operations that torch.func runs
 _TENSORS = {
     "": "Tensor x, Tensor weight, Tensor neighbours, Tensor? bias",
@@ -364,10 +371,13 @@ def _register(operation: str, part: str) -> None:
 
     def mapped(info, in_dims, *args):
         last = args[count + 1 :]
-        y, dim = _batched(name, info, in_dims[: count + 1], *args[: count + 1])
+        call = getattr(torch.ops.xzoo, name)
+        y, dim = _batched(call, name, info, in_dims[: count + 1], *args[: count + 1])
         return activate(y, *last) if last else y, dim
 
     _FUNCTIONS[name] = run
+    if hasattr(torch.ops.xzoo, name):
+        return
     last = "" if part else ', str activation=""'
     _LIBRARY.define(f"{name}({_TENSORS[part]}, {_GEOMETRY[operation]}str backend{last}) -> Tensor")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
