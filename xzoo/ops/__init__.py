@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
@@ -91,7 +91,9 @@ def conv2d(
     """
     if torch.jit.is_scripting():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
-    if has_torch_function((x, weight)):  # torch.fx: a leaf
+    if torch.compiler.is_compiling():
+        x = _unwrapped(x)
+    elif has_torch_function((x, weight)):  # torch.fx: a leaf
         args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
         return handle_torch_function(conv2d, (x, weight), *args)
     x, weight, bias = _autocast(x, weight, bias)
@@ -119,7 +121,9 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
         y = dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias)
         return activate(y.reshape(shape), activation)
-    if has_torch_function((x, weight)):
+    if torch.compiler.is_compiling():
+        x = _unwrapped(x)
+    elif has_torch_function((x, weight)):
         return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
     x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -424,6 +428,13 @@ def _native(operation: str, x: Tensor, weight: Tensor, *geometry: list[int]) -> 
         raise XzooError(f"backend 'native' has no kernel for {sizes}; use 'auto', which takes another backend here")
     if not native.available():
         raise XzooError("backend 'native' is not available here (no compiler, or compiling failed); use 'auto'")
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """A compiled graph's operations take plain tensors, no subclass that only carries a name (torchvision's Image)."""
+    if has_torch_function((x,)) and not is_traceable_wrapper_subclass(x):
+        return x.as_subclass(Tensor)
+    return x
 
 
 def _exports() -> bool:

@@ -141,10 +141,10 @@ def readable(t: Tensor | None) -> Tensor | None:
     end = t.numel()
     if end and not t.is_contiguous() and not _last(t):
         end = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-    if t.untyped_storage().nbytes() >= t.element_size() * (t.storage_offset() + end):
-        return t
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype)
+    if t.untyped_storage().nbytes() >= t.element_size() * (t.storage_offset() + end):
+        return t
     raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
 
 
