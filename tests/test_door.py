@@ -228,7 +228,7 @@ def test_a_loaded_graph_is_the_layers_own():
         state = layer.state_dict() | {"neighbours": changed(layer)}
         for assign in (False, True):
             other = copy.deepcopy(layer)
-            other.load_state_dict(state, assign=assign)
+            other.load_state_dict(copy.deepcopy(state), assign=assign)
             assert not torch.equal(other(x), layer(x))
         other.neighbours.add_(1)
         other.load_state_dict(state)  # mends what was broken
@@ -263,7 +263,10 @@ def test_memory_without_numbers_is_no_graph():
 def test_layers_built_in_inference_mode_work():
     with torch.inference_mode():
         layer = ExpanderLinear(16, 32, degree=4)
-    assert layer(torch.randn(2, 16)).shape == (2, 32)
+        assert layer(torch.randn(2, 16)).shape == (2, 32)
+        layer.neighbours.add_(1)
+        with pytest.raises(GraphError, match="changed in place"):
+            layer(torch.randn(2, 16))
 
 
 # ---- importing twice, and other classes of tensors

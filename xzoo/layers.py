@@ -87,7 +87,7 @@ class _Expander(nn.Module):
             return
         neighbours, seen = self.neighbours, self._seen
         known = seen is not None and seen[0] is neighbours
-        if seen is not None and known and seen[1] == _changes(neighbours):
+        if seen is not None and known and seen[1] == _changes(neighbours) >= 0:
             return
         if neighbours.is_meta or _is_symbolic(neighbours):
             return
@@ -273,7 +273,8 @@ class ExpanderLinear(_Expander):
 
 
 def _changes(tensor: Tensor) -> int:
-    """How often torch has seen a tensor change in place; inference mode does not count."""
+    """How often torch has seen a tensor change in place; -1 where it was made in inference mode, which does not count.
+    """
     return -1 if tensor.is_inference() else tensor._version
 
 

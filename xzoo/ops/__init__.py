@@ -91,7 +91,7 @@ def conv2d(
     """
     if torch.jit.is_scripting():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         x = _unwrapped(x)
     elif has_torch_function((x, weight)):  # torch.fx: a leaf
         args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
@@ -121,7 +121,7 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
         y = dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias)
         return activate(y.reshape(shape), activation)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         x = _unwrapped(x)
     elif has_torch_function((x, weight)):
         return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
@@ -341,8 +341,9 @@ def _register(operation: str, part: str) -> None:
             triton.check(operation, x, weight, neighbours, *tensors[4:])
         if backend == "native":
             tensors = (*map(native.readable, tensors[:4]), *tensors[4:])
-        elif not x.is_meta:
-            checked(neighbours, x.shape[1])  # the native library looks by itself
+        elif not x.is_meta:  # the native library looks by itself
+            place = 3 if part else 2
+            tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])
         function = getattr(_known(backend), name)
         if activation and not (backend == "native" and activation[0] in native.ACTIVATIONS):
             y = activate(function(*tensors), *activation)
