@@ -229,15 +229,6 @@ def test_nan_and_infinity_in_a_gradient_reach_exactly_what_it_belongs_to(kernels
     assert finite[:6].all() and finite[7:].all()
 
 
-@pytest.mark.parametrize("kernel", [3, 0])
-def test_a_second_derivative_is_refused(kernels, kernel):
-    x, weight, rows, bias, _, geometry = random_case(kernel)
-    x.requires_grad_()
-    (dx,) = torch.autograd.grad(forward(x, weight, rows, bias, geometry).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="^trying to differentiate twice a function that was marked with @once_diff"):
-        dx.sum().backward()
-
-
 def test_strided_tensors_are_read_as_they_are(kernels):
     x, weight, rows, bias, grad, geometry = random_case()
     strided = [torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (x, weight, bias, grad)]

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -358,15 +357,6 @@ def test_an_unknown_activation_is_refused_by_name(backend):
         ops.linear(x, weight, rows, None, "gelu")
 
 
-def test_second_derivatives_are_refused():
-    rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, seed=0))
-    x = torch.randn(2, 6, requires_grad=True)
-    weight = torch.randn(4, 3, requires_grad=True)
-    (dx,) = torch.autograd.grad(ops.linear(x, weight, rows).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_linear_takes_any_leading_sizes():
     rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, seed=0))
     weight, x = torch.randn(4, 3), torch.randn(2, 5, 3, 6)
@@ -401,14 +391,6 @@ def test_whatever_looks_on_sees_one_operation():
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.xzoo.conv2d.default]
     each = torch.vmap(lambda x: call(x, weight, rows))(x[:, None])
     torch.testing.assert_close(each.squeeze(1), expected)
-
-
-def test_forward_mode_derivatives_are_refused():
-    rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, seed=0))
-    x = torch.randn(3, 8)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        ops.linear(forward_ad.make_dual(x, x), torch.randn(6, 4), rows)
-    assert ops.linear(x, torch.randn(6, 4), rows).shape == (3, 6)
 
 
 class Calls(list):

@@ -164,6 +164,7 @@ def swap(
         except GraphError as error:
             raise GraphError(f"layer {name}: {error}") from None
     for name, x_layer in new.items():
+        x_layer.name = name
         model.set_submodule(name, x_layer)
     return new
 

@@ -6,10 +6,13 @@ Both take the arguments of their dense namesakes in nn, in the same order, and t
     ExpanderLinear(512, 512, degree=64, share=4, graph="ramanujan", seed=1)
 
 A layer's function is its state dict: weights mean nothing on another graph, so `neighbours` is a
-persistent buffer, is checked whenever it is loaded, and may never be absent beside `weight`.
+persistent buffer, is checked whenever it is loaded, and may never be absent beside `weight`. Numbers that
+changed in place since (averaged by a loop over a state dict, say) are found out at the next forward pass.
 """
 
+import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,8 +30,10 @@ class _Expander(nn.Module):
     bias: Tensor | None
     neighbours: Tensor
     activation: str  # done to the result: xzoo.deploy sets it where it took over what follows
+    name: str  # in the model that it was made for, to be told in errors; "" where nobody gave it one
 
-    __jit_ignored_attributes__ = ["seed"]  # noqa: RUF012  # of any size, and TorchScript's integers have 64 bits with a sign
+    # A seed is of any size, and TorchScript's integers have 64 bits with a sign.
+    __jit_ignored_attributes__ = ["seed", "_seen"]  # noqa: RUF012
 
     def _set_graph(
         self, n_in: int, n_out: int, degree: int | None, alias: int | None, share: int, graph: str, seed: int
@@ -38,7 +43,7 @@ class _Expander(nn.Module):
                 f"degree={degree}, expandSize={alias}: give one of them, the number of inputs that each output reads"
             )
         self.degree: int = alias if degree is None else degree  # type: ignore[assignment]
-        self.share, self.graph, self.seed, self.activation = share, graph, seed, ""
+        self.share, self.graph, self.seed, self.activation, self.name = share, graph, seed, "", ""
         graphs.check(graph, n_in, n_out, self.degree, share, seed)
         self._n_in, self._n_out = n_in, n_out
 
@@ -60,9 +65,59 @@ class _Expander(nn.Module):
         rows = graphs.sample(self.graph, self._n_in, self._n_out, self.degree, self.share, self.seed)
         with torch.no_grad():
             self.neighbours.copy_(torch.from_numpy(rows))
+        self._remember_graph()
         bound = 1 / math.sqrt(self.weight[0].numel())
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
+
+    # What is known to be a graph: the tensor, torch's count of its changes, and a hash of what it held then.
+    _seen: tuple[Tensor, int, bytes] | None = None
+
+    def _remember_graph(self) -> None:
+        self._seen = (self.neighbours, _changes(self.neighbours), _digest(self.neighbours))
+
+    @torch.jit.unused
+    def _check_unchanged(self) -> None:
+        """GraphError where `neighbours` holds other numbers than when it was drawn or loaded.
+
+        Another tensor in its place (torch.func.functional_call, a move to a device) has to be a graph; the same
+        tensor has to hold the same numbers. That costs a comparison of two integers, unless something changed.
+        """
+        if torch.compiler.is_compiling():
+            return
+        neighbours, seen = self.neighbours, self._seen
+        known = seen is not None and seen[0] is neighbours
+        if seen is not None and known and seen[1] == _changes(neighbours) >= 0:
+            return
+        if neighbours.is_meta or _is_symbolic(neighbours):
+            return
+        try:
+            if seen is None or not known:
+                self._check_graph(neighbours)
+            elif _digest(neighbours) != seen[2]:
+                raise GraphError("its numbers were changed in place")
+        except GraphError as error:
+            raise GraphError(
+                f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers to average or "
+                "step: leave integers out of the loop, or load the graph anew with load_state_dict"
+            ) from None
+        self._remember_graph()
+
+    def _title(self) -> str:
+        sizes = f"{type(self).__name__}({self._n_in}, {self._n_out})"
+        return f"layer {self.name}, an {sizes}" if self.name else f"an {sizes}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Expander":
+        """Moves and casts (nn.Module's own): a tensor that was known to be a graph still is one."""
+        self._check_unchanged()
+        before = self.neighbours
+        super()._apply(fn, recurse)
+        if self.neighbours is not before and self._seen is not None and not self.neighbours.is_meta:
+            digest = self._seen[2]
+            self._remember_graph()
+            if self._seen[2] != digest:  # to_empty: nobody knows what it holds
+                self._seen = None
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = f"{prefix}neighbours"
@@ -78,6 +133,8 @@ class _Expander(nn.Module):
             errors.append(f"{key}: {error}")
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            if neighbours is not None and not self.neighbours.is_meta:
+                self._remember_graph()
 
     def _check_graph(self, neighbours: Tensor) -> None:
         if neighbours.shape != self.neighbours.shape:
@@ -158,6 +215,8 @@ class ExpanderConv2d(_Expander):
         self._store(dense.kernel_size, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check_unchanged()
         torch._assert(x.shape[1] == self.in_channels, self._sizes_wanted)
         if self._pad is not None:
             x = F.pad(x, self._pad, self._pad_mode)
@@ -204,8 +263,25 @@ class ExpanderLinear(_Expander):
         self._store((), bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check_unchanged()
         torch._assert(x.shape[-1] == self.in_features, self._sizes_wanted)
         return ops.linear(x, self.weight, self.neighbours, self.bias, self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._graph_repr()}"
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often torch has seen a tensor change in place; -1 where it was made in inference mode, which does not count.
+    """
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _digest(neighbours: Tensor) -> bytes:
+    return hashlib.sha256(neighbours.numpy(force=True).tobytes()).digest()
+
+
+def _is_symbolic(tensor: Tensor) -> bool:
+    """Whether a tensor has no numbers to look at: a fake one, or one that a transform holds several of."""
+    return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -8,12 +8,16 @@ gradient, its weight gradient) and a row in `_BACKENDS`; it only computes. The o
 with torch (`torch.ops.xzoo.*`), so that one node stands for them under torch.compile and torch.export,
 and torch.fx records a call of the functions here; which backend runs is decided when the node runs.
 TorchScript and ONNX know neither and get the `dense` form.
+
+Whatever way a call takes, it ends in `_run`, which checks its tensors before a backend sees them; and
+whatever derives it (autograd, torch.func, forward mode, any number of times), ends in `_Product`.
 """
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
 from . import dense, gather, native, triton
 from .auto import choose
+from .rows import checked, output_shape, unfit
 
 __all__ = ["available", "backend", "conv2d", "linear"]
 
@@ -87,15 +91,18 @@ def conv2d(
     """
     if torch.jit.is_scripting():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
-    if has_torch_function((x, weight)):  # torch.fx: a leaf
+    if torch.compiler.is_dynamo_compiling():
+        x = _unwrapped(x)
+    elif has_torch_function((x, weight)):  # torch.fx: a leaf
         args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
         return handle_torch_function(conv2d, (x, weight), *args)
     x, weight, bias = _autocast(x, weight, bias)
     if _exports():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
-    if _needs_grad(x, weight, bias):
-        return activate(_Conv2d.apply(x, weight, neighbours, bias, stride, padding, dilation, _forced), activation)
-    return _do("conv2d", x, weight, neighbours, bias, stride, padding, dilation, _forced, activation)
+    args = (x, weight, neighbours, bias, stride, padding, dilation, _forced)
+    if _differentiated(x, weight, bias):
+        return activate(_product("conv2d", *args), activation)
+    return _do("conv2d", *args, activation)
 
 
 def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
@@ -114,14 +121,16 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
         y = dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias)
         return activate(y.reshape(shape), activation)
-    if has_torch_function((x, weight)):
+    if torch.compiler.is_dynamo_compiling():
+        x = _unwrapped(x)
+    elif has_torch_function((x, weight)):
         return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
     x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if _exports():
         y = activate(dense.linear(rows, weight, neighbours, bias), activation)
-    elif _needs_grad(x, weight, bias):
-        y = activate(_Linear.apply(rows, weight, neighbours, bias, _forced), activation)
+    elif _differentiated(x, weight, bias):
+        y = activate(_product("linear", rows, weight, neighbours, bias, _forced), activation)
     else:
         y = _do("linear", rows, weight, neighbours, bias, _forced, activation)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
@@ -138,48 +147,141 @@ def activate(y: Tensor, activation: str) -> Tensor:
     raise ValueError("activation '{}' is not relu, relu6 or none ('')".format(activation))  # noqa: UP032 (TorchScript)
 
 
-class _Conv2d(torch.autograd.Function):
-    # An autograd.Function over the registered operations: 24 us less for each call of a layer than
-    # torch.library.register_autograd (torch 2.15, Zen 4).
-    @staticmethod
-    def forward(ctx, x, weight, neighbours, bias, stride, padding, dilation, backend):
-        ctx.save_for_backward(x, weight, neighbours)
-        ctx.args = (stride, padding, dilation, backend)
-        return _do("conv2d", x, weight, neighbours, bias, stride, padding, dilation, backend)
+# ---- derivatives
+#
+# All six operations come from one form, <grad, op(x, weight)>, which is linear in grad, in x and in weight. The
+# operation itself is its derivative by grad (slot 0), the gradients those by x and by weight (slots 1 and 2). So a
+# derivative of one of them is another one in which one tensor is exchanged, for every order.
+
+_PARTS = ("", "_input_grad", "_weight_grad")  # of a name, by slot
+
+
+def _product(name: str, *arguments: Any) -> Tensor:
+    """An operation by the shortest way that leaves its derivatives to whoever asks for them."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.xzoo, name)(*arguments)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _Product.apply(name, *arguments)
+    if _differentiated(*arguments[:4]):
+        return _Backward.apply(name, *arguments)
+    return _do(name, *arguments)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd, forward mode, or a transform of torch.func may ask for a derivative."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class _Product(torch.autograd.Function):
+    """One of the six operations, by name, with every kind of derivative.
+
+    Takes the name, then the operation's own arguments with the backend. The tensor of a gradient's own slot, of
+    which only the shape matters, has no derivative.
+    """
 
     @staticmethod
-    @once_differentiable
+    def forward(name, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _do(name, *arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        name, *arguments = inputs
+        ctx.operation, _, part = name.partition("_")
+        ctx.slot = _PARTS.index(f"_{part}" if part else "")
+        if ctx.slot:
+            grad, x, weight, neighbours, *ctx.rest = arguments
+        else:
+            grad, (x, weight, neighbours, _, *ctx.rest) = None, arguments
+        ctx.shape = None if output is None else output.shape
+        ctx.save_for_backward(grad, x, weight, neighbours)
+        ctx.save_for_forward(grad, x, weight, neighbours)
+
+    @staticmethod
     def backward(ctx, grad):
-        x, weight, neighbours = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _do("conv2d_input_grad", grad, x, weight, neighbours, *ctx.args)
-        if ctx.needs_input_grad[1]:
-            dw = _do("conv2d_weight_grad", grad, x, weight, neighbours, *ctx.args)
-        if ctx.needs_input_grad[3]:
-            db = grad.sum((0, 2, 3))
-        return dx, dw, None, db, None, None, None, None
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, neighbours, bias, backend):
-        ctx.save_for_backward(x, weight, neighbours)
-        ctx.backend = backend
-        return _do("linear", x, weight, neighbours, bias, backend)
+        *tensors, neighbours = ctx.saved_tensors
+        tensors[ctx.slot] = grad
+        grads: list[Tensor | None] = [None] * 4
+        for slot, place in _INPUTS[ctx.slot]:
+            if ctx.needs_input_grad[1 + place]:
+                grads[place] = _derivative(ctx, slot, tensors, neighbours)
+        if not ctx.slot and ctx.needs_input_grad[4]:  # the bias
+            grads[3] = grad.sum([0, *range(2, grad.dim())])
+        return None, *grads, *[None] * len(ctx.rest)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, neighbours = ctx.saved_tensors
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = _do("linear_input_grad", grad, x, weight, neighbours, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            dw = _do("linear_weight_grad", grad, x, weight, neighbours, ctx.backend)
-        if ctx.needs_input_grad[3]:
-            db = grad.sum(0)
-        return dx, dw, None, db, None
+    def jvp(ctx, _, *tangents):
+        *tensors, neighbours = ctx.saved_tensors
+        parts = []
+        for slot, place in _INPUTS[ctx.slot]:
+            if tangents[place] is not None:
+                moved = [tangents[place] if i == slot else t for i, t in enumerate(tensors)]
+                parts.append(_derivative(ctx, ctx.slot, moved, neighbours))
+        if not ctx.slot and tangents[3] is not None:  # the bias
+            ones = [1] * (len(ctx.shape) - 2)
+            parts.append(tangents[3].reshape(-1, *ones).expand(ctx.shape))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info, in_dims, name, *arguments):
+        return _batched(functools.partial(_product, name), name, info, in_dims[1:], *arguments)
+
+
+class _Backward(_Product):
+    """The same for ordinary backward passes: torch inspects the signature of a Function that has a setup_context at
+    each call, which takes 20 us."""
+
+    @staticmethod
+    def forward(ctx, name, *arguments):
+        _Product.setup_context(ctx, (name, *arguments), None)
+        return _do(name, *arguments)
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+# The slots that an operation has derivatives by, and their places among its arguments, by its own slot.
+_INPUTS = (((1, 0), (2, 1)), ((0, 0), (2, 2)), ((0, 0), (1, 1)))
+
+
+def _derivative(ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbours: Tensor) -> Tensor:
+    """The form's derivative by one slot, where grad, x and weight are `tensors`."""
+    name = ctx.operation + _PARTS[slot]
+    if slot:
+        return _product(name, *tensors, neighbours, *ctx.rest)
+    return _product(name, *tensors[1:], neighbours, None, *ctx.rest)
+
+
+def _batched(
+    call: Callable[..., Tensor], name: str, info: Any, in_dims: Sequence[Any], *arguments: Any
+) -> tuple[Tensor, int]:
+    """torch.vmap's rule, for the operation `call` of this name: its result, and the dimension that is mapped.
+
+    Samples of several are samples of one; weights and graphs of several are done one after the other.
+    """
+    moved, mapped = list(arguments), set()
+    for i, dim in enumerate(in_dims[:4]):  # the tensors
+        if dim is not None:
+            moved[i] = arguments[i].movedim(dim, 0)
+            mapped.add(i)
+    samples = {0, 1} if name.endswith("_input_grad") else {0}
+    if mapped <= samples and not name.endswith("_weight_grad"):
+        for i in samples - mapped:
+            moved[i] = moved[i].expand(info.batch_size, *moved[i].shape)
+        for i in samples:
+            moved[i] = moved[i].flatten(0, 1)
+        y = call(*moved)
+        return y.unflatten(0, (info.batch_size, len(y) // info.batch_size)), 0
+    each = []
+    for k in range(info.batch_size):
+        each.append(call(*(a[k] if i in mapped else a for i, a in enumerate(moved))))
+    return torch.stack(each), 0
+
+
+# ---- one call
 
 
 def _do(name: str, *arguments: Any) -> Tensor:
@@ -188,8 +290,9 @@ def _do(name: str, *arguments: Any) -> Tensor:
     torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold: a quarter of a
     small network's time at batch 1 (x_vgg16_c8, Zen 4).
     """
-    plain = type(arguments[0]) is Tensor and type(arguments[1]) in (Tensor, Parameter)
-    if torch.compiler.is_compiling() or not plain or _watched():
+    first, second, third = arguments[:3]
+    plain = type(first) is Tensor and type(second) in (Tensor, Parameter)
+    if torch.compiler.is_compiling() or not plain or _watched() or _mapped(first, second, third):
         return getattr(torch.ops.xzoo, name)(*arguments)
     return _FUNCTIONS[name](*arguments)
 
@@ -200,10 +303,18 @@ def _watched() -> bool:
     return transformed or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
 
 
+def _mapped(first: Tensor, second: Tensor, third: Tensor) -> bool:
+    """Whether one holds several: of torch.autograd's is_grads_batched, whose vmap is none of torch.func's."""
+    look = torch._C._functorch.is_legacy_batchedtensor
+    return look(first) or look(second) or look(third)
+
+
 # The registered operations. A gradient takes the tensor x or weight even where only its shape matters:
 # that keeps one signature, and a fake tensor then knows the layout of the result.
 
-_LIBRARY = torch.library.Library("xzoo", "DEF")
+# A fragment, because a notebook that imports xzoo again finds them registered: `_register` then leaves them.
+_LIBRARY = torch.library.Library("xzoo", "FRAGMENT")
+_TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode  # off inside the operations that torch.func runs
 _TENSORS = {
     "": "Tensor x, Tensor weight, Tensor neighbours, Tensor? bias",
     "_input_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
@@ -219,14 +330,20 @@ def _register(operation: str, part: str) -> None:
     count = 4 + (3 if _GEOMETRY[operation] else 0)
 
     def run(*args):
+        """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
         tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
-        x, weight, neighbours = tensors[:3] if not part else tensors[1:4]
+        x, weight, neighbours = _door(name, tensors)
         if backend == "auto":
             backend = choose(name, x, weight, neighbours, *tensors[4:])
         elif backend == "native":
             _native(operation, x, weight, *tensors[4:])
         elif backend == "triton":
             triton.check(operation, x, weight, neighbours, *tensors[4:])
+        if backend == "native":
+            tensors = (*map(native.readable, tensors[:4]), *tensors[4:])
+        elif not x.is_meta:  # the native library looks by itself
+            place = 3 if part else 2
+            tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])
         function = getattr(_known(backend), name)
         if activation and not (backend == "native" and activation[0] in native.ACTIVATIONS):
             y = activate(function(*tensors), *activation)
@@ -236,9 +353,9 @@ def _register(operation: str, part: str) -> None:
         return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
 
     def fake(*args):
-        x, weight = args[:2] if not part else args[1:3]
+        x, weight, _ = _door(name, args[:count])
         like = weight if part == "_weight_grad" else x
-        shape = like.shape if part else _output_shape(x, weight, *args[4:count])
+        shape = like.shape if part else output_shape(x, weight, *args[4:count])
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
     def flops(*args, out_shape=None, **kwargs):
@@ -246,11 +363,32 @@ def _register(operation: str, part: str) -> None:
         y, weight = (args[0], args[2]) if part else (out_shape, args[1])
         return 2 * math.prod(weight) * y[0] * math.prod(y[2:])
 
+    def derived(*args):
+        """Where autograd meets the operation itself: in an exported program, in a compiled graph."""
+        if not _differentiated(*args[:4]):
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.xzoo, name)(*args)
+        if args[count + 1 :] not in ((), ("",)):
+            raise RuntimeError(f"{name} with an activation has no derivative here; export the model before xzoo.deploy")
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS):
+            raise RuntimeError(f"torch.func cannot transform torch.ops.xzoo.{name} itself; use xzoo.ops.{operation}")
+        return _Product.apply(name, *args[: count + 1])
+
+    def mapped(info, in_dims, *args):
+        last = args[count + 1 :]
+        call = getattr(torch.ops.xzoo, name)
+        y, dim = _batched(call, name, info, in_dims[: count + 1], *args[: count + 1])
+        return activate(y, *last) if last else y, dim
+
     _FUNCTIONS[name] = run
+    if hasattr(torch.ops.xzoo, name):
+        return
     last = "" if part else ', str activation=""'
     _LIBRARY.define(f"{name}({_TENSORS[part]}, {_GEOMETRY[operation]}str backend{last}) -> Tensor")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, derived, "Autograd")
     torch.library.register_fake(f"xzoo::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"xzoo::{name}", mapped, lib=_LIBRARY)
     # torch's FLOP counter then reports what an X-layer needs, not what its dense fallback does.
     register_flop_formula(getattr(torch.ops.xzoo, name))(flops)
 
@@ -260,12 +398,18 @@ for _operation in _GEOMETRY:
         _register(_operation, _part)
 
 
-def _output_shape(x, weight, *geometry):
-    size = [
-        (x.shape[i + 2] + 2 * padding - dilation * (weight.shape[i + 2] - 1) - 1) // stride + 1
-        for i, (stride, padding, dilation) in enumerate(zip(*geometry, strict=True))
-    ]
-    return [x.shape[0], weight.shape[0], *size]
+def _door(name: str, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and neighbours of an operation's tensors and geometry; RuntimeError where they do not go together."""
+    operation, _, part = name.partition("_")
+    if part:
+        grad, x, weight, neighbours, *geometry = tensors
+        said = unfit(operation, x, weight, neighbours, None, grad, *geometry)
+    else:
+        x, weight, neighbours, bias, *geometry = tensors
+        said = unfit(operation, x, weight, neighbours, bias, None, *geometry)
+    if said:
+        raise RuntimeError(f"xzoo.ops.{name}: {said}")
+    return x, weight, neighbours
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -287,16 +431,16 @@ def _native(operation: str, x: Tensor, weight: Tensor, *geometry: list[int]) -> 
         raise XzooError("backend 'native' is not available here (no compiler, or compiling failed); use 'auto'")
 
 
+def _unwrapped(x: Tensor) -> Tensor:
+    """A compiled graph's operations take plain tensors, no subclass that only carries a name (torchvision's Image)."""
+    if has_torch_function((x,)) and not is_traceable_wrapper_subclass(x):
+        return x.as_subclass(Tensor)
+    return x
+
+
 def _exports() -> bool:
     """Whether the call is recorded in a form that knows no operation of ours."""
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
-
-
-def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if forward_ad._current_level >= 0:  # the functions below refuse it; an operation would drop the tangents
-        return True
-    some = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return some and torch.is_grad_enabled()
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

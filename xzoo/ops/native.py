@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..home import home
+from .rows import checked
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
@@ -51,7 +52,7 @@ _loaded: list[ctypes.CDLL | None] = []  # what the first call found: the library
 
 def supports(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
     """Whether the kernels do such a layer: `geometry` is a convolution's stride, padding and dilation."""
-    if not x.is_cpu or x.dtype != torch.float32:
+    if not x.is_cpu or x.dtype != torch.float32 or x.layout != torch.strided or weight.layout != torch.strided:
         return False
     return operation == "linear" or _geometry(*weight.shape[2:], *map(tuple, geometry))
 
@@ -117,7 +118,7 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     # Activations lie in either order already; a layer's own tensors in one.
     lying = [t if t is None or t is x or t is y or t.is_contiguous() else t.contiguous() for t in (*tensors, result)]
     if neighbours.dtype != torch.int32:
-        lying = [t.int() if t is not None and not t.is_floating_point() else t for t in lying]
+        lying = [checked(t, sizes[1]) if t is neighbours else t for t in lying]
     addresses = [None if t is None else t.data_ptr() for t in lying]
     share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
     threads = torch.get_num_threads()
@@ -125,6 +126,26 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     if getattr(_loaded[0], name)(layer, *addresses):
         raise IndexError(f"neighbours must be from 0 to {sizes[1] - 1}, the inputs there are")
     return result
+
+
+def readable(t: Tensor | None) -> Tensor | None:
+    """A tensor whose numbers lie in memory as they are, for functions that get an address and nothing else.
+
+    Bits that say "negative" and zeros without memory are written out. Raises RuntimeError where memory was given
+    back, or is too small for the tensor's sizes.
+    """
+    if t is None:
+        return None
+    if t.is_neg():
+        t = t.resolve_neg()
+    end = t.numel()
+    if end and not t.is_contiguous() and not _last(t):
+        end = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    if t._is_zerotensor():
+        return torch.zeros(t.shape, dtype=t.dtype)
+    if t.untyped_storage().nbytes() >= t.element_size() * (t.storage_offset() + end):
+        return t
+    raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
 
 
 def _step(weight: Tensor, stride: tuple[int, int]) -> int:

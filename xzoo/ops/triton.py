@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import XzooError
+from .rows import checked, remembered
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -49,7 +50,6 @@ PIXELS, INPUTS, CHANNELS = 128, 32, 64
 SUMMED = 64  # pixels, where the sum goes over them
 PROGRAMS = 1024  # of a weight gradient, at least, where there are pixels enough: some 8 for each multiprocessor
 
-_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _readers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -115,7 +115,7 @@ def conv2d(x, weight, neighbours, bias, stride, padding, dilation, precision=_CO
     y = _empty([len(x), len(weight), *size], x)
     if not y.numel():
         return y
-    weight, rows, share = weight.contiguous(), _checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
+    weight, rows, share = weight.contiguous(), checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
     pixels, columns = len(y) * math.prod(size), _power(share, 8, 64)
     programs = _ceil(pixels, PIXELS) * len(rows) * _ceil(share, columns)
     shapes = (*x.shape[1:], *size, pixels, weight.shape[1], len(rows))
@@ -153,7 +153,7 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation, pr
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation, precision=_CONV):
     if not grad.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    rows, share = _checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
+    rows, share = checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
     pixels, columns = len(grad) * math.prod(grad.shape[2:]), _power(share, 8, 64)
     inputs = _power(weight.shape[1], 16, 64)
     programs = len(rows) * _ceil(share, columns) * _ceil(weight.shape[1], inputs) * math.prod(weight.shape[2:])
@@ -227,35 +227,11 @@ def _power(n: int, least: int, most: int) -> int:
 # ---- the graph as the kernels read it, made once for each tensor of neighbours
 
 
-def _remembered(table: WeakTensorKeyDictionary, neighbours: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
-    if neighbours.is_inference():  # torch counts no changes of these
-        return make()
-    key = (*key, neighbours._version, neighbours.data_ptr())
-    known = table.get(neighbours)
-    if known is None or known[0] != key:
-        table[neighbours] = known = (key, make())
-    return known[1]
-
-
-def _checked(neighbours: Tensor, n_in: int) -> Tensor:
-    """neighbours as int32, dense in memory. Waits for the GPU once a graph. IndexError where an input is missing."""
-
-    def make():
-        rows = neighbours.to(torch.int32).contiguous()
-        if bool(((rows < 0) | (rows >= n_in)).any()):
-            raise IndexError(f"neighbours must be from 0 to {n_in - 1}, the inputs there are")
-        # Not the tensor itself: the table must not keep its own key alive.
-        return None if rows is neighbours else rows
-
-    rows = _remembered(_rows, neighbours, (n_in,), make)
-    return neighbours if rows is None else rows
-
-
 def _transposed(neighbours: Tensor, n_in: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """The slots, readers and counts of triton_kernels.input_grad, for tiles of `channels`."""
 
     def make():
-        rows = _checked(neighbours, n_in).long()
+        rows = checked(neighbours, n_in).long()
         (blocks, degree), tiles = rows.shape, _ceil(n_in, channels)
         slots = torch.full([blocks, tiles * channels], -1, dtype=torch.int32, device=rows.device)
         slots.scatter_(1, rows, torch.arange(degree, dtype=torch.int32, device=rows.device).expand_as(rows))
@@ -264,4 +240,4 @@ def _transposed(neighbours: Tensor, n_in: int, channels: int) -> tuple[Tensor, T
         readers = reads.logical_not().int().argsort(dim=1, stable=True)[:, : int(counts.max())]
         return slots[:, :n_in].contiguous(), readers.int().contiguous(), counts
 
-    return _remembered(_readers, neighbours, (n_in, channels), make)
+    return remembered(_readers, neighbours, (n_in, channels), make)
