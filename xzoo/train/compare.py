@@ -41,13 +41,14 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     except OSError as error:
         raise XzooError(f"cannot write to {out}: {error.strerror}") from error
     files = []
+    write_text(out / "results.md", markdown(summaries, figures))
     for name, figure in draw([*_points(summaries), *map(_of_published, figures)]):
-        files.append(out / f"{name}.png")
-        with atomic(files[-1]) as draft:
-            figure.savefig(draft, dpi=144, format="png")
-    files.append(out / "results.md")
-    write_text(files[-1], markdown(summaries, figures))
-    return files
+        file = out / f"{name}.png"
+        with spared(file, Console(stderr=True)):
+            with atomic(file) as draft:
+                figure.savefig(draft, dpi=144, format="png")
+            files.append(file)
+    return [*files, out / "results.md"]
 
 
 def network(model: str) -> str:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import DataError
+from ..names import encoded
 from ..profile import cores
 from .images import Pixels, load_rgb
 
@@ -104,7 +105,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """Changes when an image is added, removed, renamed or moves to another class or part."""
         lines = [f"{part}:{i.label}:{i.name}" for part in ("train", "val") for i in getattr(self, part).items]
-        return hashlib.sha256("\n".join([*self.classes, *lines]).encode()).hexdigest()[:16]
+        return hashlib.sha256(encoded("\n".join([*self.classes, *lines]))).hexdigest()[:16]
 
 
 def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) -> ImageData:
@@ -153,7 +154,7 @@ def hold_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item]
 
 
 def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return hashlib.sha256(encoded(name)).digest()
 
 
 def list_images(data: str) -> Listing:
