@@ -8,7 +8,8 @@ escaped, and a class with such a name is drawn as its number (`class_labels`).
 import functools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
+from rich.console import Console
 
-from .names import cut, escape, is_unseen, shown
+from .names import cut, escape, is_unseen, say, shown
 
 FAMILY = "DejaVu Sans"  # comes with matplotlib
 NUMBERED = re.compile(r"#\d+")  # how `class_labels` begins where a name is not enough
@@ -84,6 +86,16 @@ def _outline(text: str) -> bytes:
     font = FontProperties(family=[FAMILY, *_families(text)])
     points, _ = text_to_path.get_text_path(font, text, ismath=False)
     return np.asarray(points).tobytes()
+
+
+@contextmanager
+def spared(what: object, console: Console) -> Iterator[None]:
+    """What fails in this block is told in one line and ends nothing: a run is worth more than its pictures."""
+    try:
+        yield
+    except Exception as error:  # of matplotlib, its fonts, Pillow, the disk
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        say(console, f"{what} is not drawn: {reason[0]}")
 
 
 # ---- fonts

@@ -76,6 +76,14 @@ def cut(text: str, most: int) -> str:
     return text[: most - 1 - tail] + "\u2026" + text[len(text) - tail :]
 
 
+def code(text: str) -> str:
+    """A code span of Markdown, between more backticks than the text has in a row."""
+    text = shown(text)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    ticks, blank = "`" * (longest + 1), " " * (longest > 0)
+    return f"{ticks}{blank}{text}{blank}{ticks}"
+
+
 def markdown(text: object) -> str:
     r"""A text in Markdown, as it is: neither HTML nor emphasis, links, code, formulas or the end of a table's cell."""
     plain = shown(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -13,7 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from ..errors import XzooError
+from ..lettering import spared
+from ..names import code
+from ..names import markdown as plain
 from . import results as tables
 from .figures import AUTHORS, US, Point, count, draw, exact
 from .results import DATASETS, DENSE, Published, Summary
@@ -42,12 +47,11 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
         raise XzooError(f"cannot write to {out}: {error.strerror}") from error
     files = []
     write_text(out / "results.md", markdown(summaries, figures))
-    for name, figure in draw([*_points(summaries), *map(_of_published, figures)]):
-        file = out / f"{name}.png"
-        with spared(file, Console(stderr=True)):
-            with atomic(file) as draft:
+    with spared("a picture of the results", Console(stderr=True)):
+        for name, figure in draw([*_points(summaries), *map(_of_published, figures)]):
+            with atomic(out / f"{name}.png") as draft:
                 figure.savefig(draft, dpi=144, format="png")
-            files.append(file)
+            files.append(out / f"{name}.png")
     return [*files, out / "results.md"]
 
 
@@ -153,7 +157,7 @@ def _our_line(summary: Summary) -> str:
     share = "" if row.graph == DENSE else f"{row.share} / {row.spatial_share}"
     cells = (
         part.title + split,
-        f"{network(row.model)} (`{row.model}`)",
+        f"{plain(network(row.model))} ({code(row.model)})",
         row.graph,
         "own degrees" if row.compression is None else str(row.compression),
         share,
@@ -162,7 +166,7 @@ def _our_line(summary: Summary) -> str:
         f"**{summary.mean:.2f}**{spread}",
         f"{summary.n}{graphs}",
         f"{last}, {row.epoch_reported} of {row.epochs}{', EMA' if row.ema else ''}",
-        f"xzoo, {row.recipe} ({row.recipe_sha[:8]}), {row.precision}",
+        f"xzoo, {plain(row.recipe)} ({row.recipe_sha[:8]}), {row.precision}",
     )
     return f"| {' | '.join(map(_cell, cells))} |"
 
@@ -192,4 +196,4 @@ def _published_line(figure: Published, notes: dict[str, int]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return re.sub(r"(?<!\\)\|", r"\|", text)

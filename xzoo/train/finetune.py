@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, XzooError
 from ..hub import folder as model_folder
+from ..lettering import spared
 from ..names import encoded, escaped, say, shown, to_yaml
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
@@ -254,14 +255,14 @@ class _Job:
         classes, predicted = self.images.classes, logits.argmax(1)
         curves, confusion, samples = (self.run / name for name in ("curves.png", "confusion.png", "samples.png"))
         score = f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
-        with pictures.spared(curves, console):
+        with spared(curves, console):
             if (self.run / METRICS).exists():
                 pictures.curves(read_metrics(self.run / METRICS), curves, score)
-        with pictures.spared(confusion, console):
+        with spared(confusion, console):
             counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
             np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
             pictures.confusion(counts, classes, confusion, score)
-        with pictures.spared(samples, console):
+        with spared(samples, console):
             chosen = _shown(predicted, labels)
             pictures.samples(
                 [self.images.val.image(i) for i in chosen],

@@ -27,6 +27,7 @@ from torch import nn
 
 from ..errors import XzooError
 from ..hub import folder as model_folder
+from ..lettering import spared
 from ..names import say, shown, to_yaml
 from ..profile import hardware, profile
 from . import pictures
@@ -144,7 +145,7 @@ def _finish(
         "date": datetime.date.today().isoformat(),
     }
     score = f"{cli.name}: {result['top1']:.2f} % of {len(labels)} {result['split']} images"
-    with pictures.spared(run / "curves.png", console):
+    with spared(run / "curves.png", console):
         pictures.curves(read_metrics(run / METRICS), run / "curves.png", score)
     if cli.config.results:
         # Before result.json: what fails here is tried again by the same command.

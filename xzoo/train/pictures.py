@@ -5,8 +5,7 @@ name no font here can draw, or that looks like another one, has its number in th
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 
 from ..lettering import NUMBERED, Picture, class_labels
-from ..names import cut, escaped, say, shown
+from ..names import cut, escaped, shown
 from .run import atomic, write_text
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 RIGHT, WRONG = "#2f855a", "#c53030"
 CLASSES = "classes.txt"
-
-
-@contextmanager
-def spared(what: Path, console: Console) -> Iterator[None]:
-    """What fails in this block is told in one line and ends nothing: a run is worth more than its pictures."""
-    try:
-        yield
-    except Exception as error:  # of matplotlib, its fonts, Pillow, the disk
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        say(console, f"{what} is not drawn: {reason[0]}")
 
 
 def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
