@@ -150,7 +150,7 @@ def _name(figure: Figure, labels: Sequence[str], classes: Sequence[str], path: P
         return
     lines = [f"#{number}\t{escaped(name)}\n" for number, name in enumerate(classes, 1)]
     write_text(path.with_name(CLASSES), "".join(lines))
-    figure.supxlabel(f"# numbers of classes: their names are in {CLASSES}", fontsize=8)
+    figure.supxlabel(f"#1, #2, ...: numbers of classes, whose names are in {CLASSES}", fontsize=8)
 
 
 def _width(text: str) -> int:
