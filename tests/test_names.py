@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from xzoo import cli, drawing, theory
-from xzoo.errors import XzooError
+from xzoo.errors import DataError, XzooError
 from xzoo.hub import check, export, save
 from xzoo.models import create_model
 from xzoo.names import code, encoded, escaped, markdown, say, shown, to_yaml
@@ -26,7 +26,7 @@ from xzoo.train.classify import Prediction, write_csv
 from xzoo.train.compare import compare
 from xzoo.train.finetune import _run_name, finetune
 from xzoo.train.results import COLUMNS
-from xzoo.train.sources import ImageData, Images, Item, hold_out
+from xzoo.train.sources import ImageData, Images, Item, hold_out, read
 
 # No font has these two (private use), on any machine.
 UNKNOWN = ("\U0010fff0", "\U0010fff1")
@@ -122,6 +122,18 @@ def test_run_folders_of_data_without_letters():
     assert len(encoded(_run_name("\u732b" * 80, "m" * 250, 4))) < 200
 
 
+def test_the_same_letters_in_two_forms_of_unicode_are_told(make_folder):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    (remark,) = read(make_folder((nfc, nfd, "tea"), each=3)).remarks
+    assert ascii(nfc) in remark and ascii(nfd) in remark and "put their images into one folder" in remark
+    assert read(make_folder((nfc, "tea"), each=3, where="one")).remarks == []
+    make_folder((nfc, "tea"), each=3, where="parts/train")
+    root = make_folder((nfd, "tea"), each=3, where="parts/val").parent
+    with pytest.raises(DataError, match="same letters in two forms of Unicode; rename") as caught:
+        read(root)
+    assert ascii(nfc) in str(caught.value) and ascii(nfd) in str(caught.value)
+
+
 # ---- on terminals
 
 
@@ -168,6 +180,9 @@ def test_behind_two_dashes_are_names(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["classify", "x_resnet18", "--", "--no-such-file.png"]) == 2
     assert "--no-such-file.png does not exist" in capsys.readouterr().err
+    (tmp_path / "-rf.png").write_bytes(b"x")
+    assert cli.main(["classify", "x_resnet18", "-rf.png"]) == 2
+    assert "-rf.png is taken for an option; write ./-rf.png, or -- before the names" in capsys.readouterr().err
 
 
 # ---- in pictures

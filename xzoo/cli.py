@@ -100,15 +100,16 @@ def _overview() -> str:
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     # --batch-size and --batch_size are the same option.
-    end = arguments.index("--") if "--" in arguments else len(arguments)  # behind it are names
-    arguments = [
-        *(re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in arguments[:end]),
-        *arguments[end:],
-    ]
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)  # behind it are names
+    options = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given[:end]]
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args([*options, *given[end:]])
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        for name in given[:end]:
+            if name[0:1] == "-" and name not in options and Path(name).exists():
+                raise XzooError(f"{name} is taken for an option; write ./{name}, or -- before the names") from None
         raise XzooError(explain(str(error), options)) from None
 
 

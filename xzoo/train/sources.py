@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +136,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
         val=Images(val, at_least),
         mirror=listing.mirror,
         skipped=skipped,
-        remarks=listing.remarks,
+        remarks=[*listing.remarks, *same_letters(listing.classes)],
         in_memory=isinstance(train[0].source, np.ndarray),
         side=int(np.median(sides)),
     )
@@ -466,10 +467,32 @@ def _check_classes(data: str, listing: Listing, train: list[Item], val: list[Ite
 def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
     if set(train) != set(val):
         missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {_letters(n) for n in extra}:
+            raise DataError(
+                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in two forms "
+                "of Unicode; rename the folders of one of them"
+            )
         raise DataError(
             f"{data}: train and val must have the same classes; "
             f"only in train: {few(missing) or 'none'}; only in val: {few(extra) or 'none'}"
         )
+
+
+def same_letters(classes: Sequence[str]) -> list[str]:
+    """A remark on each set of classes whose names are the same letters, as macOS and other systems spell them."""
+    spelled: dict[str, list[str]] = {}
+    for name in dict.fromkeys(classes):
+        spelled.setdefault(_letters(name), []).append(name)
+    return [
+        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of Unicode; "
+        "if they are one class, put their images into one folder"
+        for names in spelled.values()
+        if len(names) > 1
+    ]
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
