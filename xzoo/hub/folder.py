@@ -192,8 +192,8 @@ def check(folder: Path | str) -> None:
     """Raise ModelError unless an exported folder is whole: it loads, and its outputs, counts and card are its own."""
     folder = Path(folder)
     model: Any = load(folder)
-    wanted = EXPORTED - {picture for picture in (SPECTRUM, CURVES) if not _is_in_card(folder, picture)}
-    missing = sorted(wanted - {file.name for file in folder.iterdir()})
+    parts = EXPORTED - {picture for picture in (SPECTRUM, CURVES) if not _is_in_card(folder, picture)}
+    missing = sorted(parts - {file.name for file in folder.iterdir()})
     if missing:
         raise ModelError(f"{folder} has no {missing[0]}; `xzoo export RUN {folder}` writes it")
     wanted, found = load_file(folder / GOLDEN)["logits"], golden_logits(model)
