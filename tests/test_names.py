@@ -86,6 +86,17 @@ def test_bytes_that_are_no_utf8_survive():
     assert encoded("half \ud83d") != encoded("half ?")
 
 
+def test_a_locale_of_ascii_reads_the_same_names(tmp_path, make_folder):
+    root = make_folder(("\u732b", "caf\u00e9"), each=3)
+    ask = "import sys; from xzoo.train.sources import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
+    bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", ask, os.fsencode(root)]
+    told = subprocess.run(command, env=bare | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)
+    data = read(root)
+    assert told.stdout.decode() == f"{data.classes} {data.fingerprint()}\n"
+    assert shown("\udce7\udc8c\udcab") == "\u732b" and shown("half \ud83d") == r"half \ud83d"
+
+
 def test_yaml_and_csv_and_json_give_names_back(tmp_path):
     values = {"classes": HARD, "numbers": [1, 1e3, 1e16, -0.5, 2e-7, None, True, float("inf")]}
     text = to_yaml(values)

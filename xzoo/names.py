@@ -22,7 +22,7 @@ def shown(name: object, encoding: str = "utf-8") -> str:
     Escaped are what would break a line or move the cursor (`\n`, `\x1b`), what nobody sees (`\u200b`), bytes that are
     no UTF-8 (`\udce9` for the byte E9), and what the encoding lacks. A backslash stays one, for the sake of Windows.
     """
-    text = str(name)
+    text = rejoined(str(name))
     if not text.isprintable():
         text = "".join(escape(c) if is_unseen(c) else c for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -60,6 +60,14 @@ def to_yaml(values: Any) -> str:
     numbers = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|0o[0-7]+$")
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+.0123456789"))
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def rejoined(name: str) -> str:
+    """The name as UTF-8 means it, where Python read it byte by byte in a locale of ASCII."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a pair
+        return name
 
 
 def say(console: "Console", text: str) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import DataError
-from ..names import encoded
+from ..names import encoded, rejoined
 from ..profile import cores
 from .images import Pixels, load_rgb
 
@@ -131,7 +131,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
         train, val = hold_out(train)
     _check_classes(str(data), listing, train, val)
     return ImageData(
-        classes=listing.classes,
+        classes=[rejoined(name) for name in listing.classes],
         train=Images(train, at_least),
         val=Images(val, at_least),
         mirror=listing.mirror,
