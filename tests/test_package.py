@@ -21,15 +21,16 @@ STAIR = (
     {"train"},
     {"hub"},
     {"models"},
-    {"convert", "theory", "drawing", "profile", "deploy", "weights"},
+    {"convert", "theory", "drawing", "lettering", "profile", "deploy", "weights"},
     {"layers"},
     {"ops", "graphs"},
-    {"errors", "options", "home"},
+    {"errors", "options", "home", "names"},
 )
 # Of the modules of one step, which may import which.
 BESIDE = {
     ("ops", "graphs"),
     ("drawing", "theory"),
+    ("drawing", "lettering"),
     ("deploy", "convert"),
     ("deploy", "profile"),
     ("drawing", "profile"),

@@ -4,6 +4,7 @@ Exit codes: 0; 2 for a mistake of the user's, told in one line; 1 for one of our
 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run, so that few wait for Lightning.
 """
 
+import io
 import re
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from .errors import XzooError
+from .names import shown
 from .options import explain, nearest
 
 # What each command does, and an example of it.
@@ -40,6 +42,9 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; nothing is raised but SystemExit by a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = globals()[f"_{command}"](parser)
         run(_parse(parser, rest))
     except XzooError as error:
-        print(f"xzoo: error: {_one_line(error)}", file=sys.stderr)
+        print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = "; the same command resumes" if command in ("finetune", "fit") else ""
@@ -95,11 +100,16 @@ def _overview() -> str:
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     # --batch-size and --batch_size are the same option.
-    arguments = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in arguments]
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)  # behind it are names
+    options = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given[:end]]
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args([*options, *given[end:]])
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        for name in given[:end]:
+            if name[0:1] == "-" and name not in options and Path(name).exists():
+                raise XzooError(f"{name} is taken for an option; write ./{name}, or -- before the names") from None
         raise XzooError(explain(str(error), options)) from None
 
 
@@ -152,7 +162,7 @@ def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
     def run(args: Namespace) -> None:
         result = finetune(**args.as_dict())
-        print(f"{100 * result.accuracy:.2f} %\t{result.run}")
+        print(f"{100 * result.accuracy:.2f} %\t{shown(result.run)}")
 
     return run
 
@@ -174,13 +184,13 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
         for prediction in classify(args.model, args.images, args.top, args.batch_size, args.device):
             predictions.append(prediction)
             if prediction.error is not None:
-                print(f"xzoo: not read: {prediction.error}", file=sys.stderr)
+                print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
             elif args.csv is None:
                 classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-                print(f"{prediction.image}: {classes}", flush=True)
+                print(shown(f"{prediction.image}: {classes}"), flush=True)
         if args.csv is not None:
             write_csv(predictions, Path(args.csv), args.top)
-            print(f"{len(predictions)} images in {args.csv}")
+            print(shown(f"{len(predictions)} images in {args.csv}"))
         if all(prediction.error is not None for prediction in predictions):
             raise XzooError(f"none of the {len(predictions)} images can be read")
 
@@ -201,17 +211,17 @@ def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
             if args.recipe is None:
                 raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
             for path in recipes.copy(args.recipe, args.to):
-                print(path)
+                print(shown(path))
             return
         if args.what != "list":
             raise XzooError(f"recipes {args.what}: {nearest(args.what, ('list', 'copy'))}")
         pattern = args.recipe or "*"
-        shown = [name for name in recipes.names() if fnmatch(name, pattern)]
-        if not shown:
+        found = [name for name in recipes.names() if fnmatch(name, pattern)]
+        if not found:
             raise XzooError(f"no recipe is called {pattern}; {nearest(pattern, recipes.names())}")
         table = _table("recipe", "what it trains")
         table.columns[1].justify = "left"
-        for name in shown:
+        for name in found:
             table.add_row(name, recipes.title(recipes.find(name)))
         _console().print(table)
 
@@ -229,9 +239,9 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if Path(args.to).suffix in program.ENDINGS:
             from .train.classify import load_any
 
-            print(f"{args.to}: {program.write(load_any(args.run), args.to)}")
+            print(shown(f"{args.to}: {program.write(load_any(args.run), args.to)}"))
         else:
-            print(export(args.run, args.to, half=partial(_judged, args.run) if args.half else None))
+            print(shown(export(args.run, args.to, half=partial(_judged, args.run) if args.half else None)))
 
     return run
 
@@ -254,7 +264,7 @@ def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
         for folder in args.folders or publish.folders():
             changed = card.write(folder)
             publish.register(Path(folder))
-            print(f"{folder}: {'written anew' if changed else 'as it should be'}")
+            print(shown(f"{folder}: {'written anew' if changed else 'as it should be'}"))
 
     return run
 
@@ -296,7 +306,7 @@ def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
         from .train.compare import compare
 
         for path in compare(args.results, args.out, args.datasets):
-            print(path)
+            print(shown(path))
 
     return run
 
@@ -325,7 +335,7 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if args.pictures is not None:
             try:
                 for picture in draw_model(model, args.pictures, args.model):
-                    print(picture)
+                    print(shown(picture))
             except OSError as error:
                 raise XzooError(f"cannot draw into {args.pictures}: {error.strerror}") from error
 
@@ -410,8 +420,9 @@ def _console() -> Any:
     """As wide as the terminal; into a file or a pipe no line is folded."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    plain: Any = {"highlight": False, "markup": False, "emoji": False}  # names of layers are no markup
+    console = Console(**plain)
+    return console if console.is_terminal else Console(**plain, width=200)
 
 
 def _table(*columns: str) -> Any:

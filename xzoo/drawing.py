@@ -9,6 +9,7 @@ Not here: the measurements themselves (theory.py).
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from torch import nn
 
 from . import theory
 from .errors import ModelError
+from .names import cut, shown
 from .theory import Graph
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most of xzoo never draws
@@ -99,6 +101,8 @@ def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
 
 def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Figure":
     """Normalised second singular value of every layer against both bounds and a group layer's value."""
+    from .lettering import drawable
+
     figure = _figure(min(14, 6 + 0.12 * len(measured)), 4.6)
     axes = figure.subplots()
     found = list(measured.values())
@@ -113,8 +117,9 @@ def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Fi
     size = 30 if len(found) < 60 else 12
     axes.scatter(place, [each.normalised for each in found], size, COLOUR["biregular"], zorder=3, label="layer")
     axes.set(ylim=(0, 1.08), ylabel="second / first singular value", xlim=(-0.7, len(found) - 0.3))
-    shown = place[:: max(1, len(found) // 24 + (len(found) > 24))]
-    axes.set_xticks(shown, [list(measured)[i] for i in shown], rotation=60, ha="right", fontsize=7)
+    ticks = place[:: max(1, len(found) // 24 + (len(found) > 24))]
+    names = [drawable(cut(shown(layer), 60)) for layer in measured]
+    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=60, ha="right", fontsize=7)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_title(title)
     return figure
@@ -131,6 +136,7 @@ def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> lis
     drawn = theory.graphs_of(model)
     if not drawn:
         raise ModelError(f"{name} has no X-layers to draw; give an X-Net, or expand it first (xzoo.expand)")
+    name = cut(shown(name), 80)
     run = max(theory.runs(model), key=lambda run: len(run.names))
     span = run.names[0] if len(run.names) == 1 else f"{run.names[0]} ... {run.names[-1]}"
     state = f"complete after {run.reach.depth}" if run.reach.complete else "not complete"
@@ -138,7 +144,7 @@ def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> lis
     pictures = {
         "spectrum": draw_layers({layer: theory.spectrum(graph) for layer, graph in drawn.items()}, name),
         "reach": draw_reach({span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"),
-        "graph": draw_adjacency(drawn[smallest], f"{name}: {smallest}"),
+        "graph": draw_adjacency(drawn[smallest], f"{name}: {cut(shown(smallest), 60)}"),
     }
     return _save(pictures, folder)
 
@@ -360,7 +366,9 @@ def _draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
     for name, found in curves.items():
         growth = [100 * part for part in found.connected]
         colour, marker = COLOUR.get(name, COLOUR["biregular"]), MARKER.get(name, "o")
-        axes.plot(range(1, len(growth) + 1), growth, color=colour, marker=marker, label=LABEL.get(name, name))
+        # matplotlib's legends leave out what begins with an underscore.
+        label = LABEL.get(name) or re.sub("^_", " _", cut(shown(name), 80))
+        axes.plot(range(1, len(growth) + 1), growth, color=colour, marker=marker, label=label)
         if found.complete:
             axes.plot([len(growth), longest], [100, 100], color=colour, zorder=1)
     axes.set(
@@ -385,9 +393,9 @@ def _white_to(kind: str) -> "ListedColormap":
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
+    from .lettering import Picture
 
-    return Figure((width, height), layout="constrained")
+    return Picture(width, height)
 
 
 def _save(pictures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:

@@ -42,14 +42,14 @@ def draw(figures: Iterable[Figure], path: Path) -> None:
 
     Raises: XzooError where there is no such figure, or the file cannot be written.
     """
-    from matplotlib.figure import Figure as Picture
+    from ..lettering import Picture
 
     check_file(path, PICTURES)
     shown = [figure for figure in figures if figure.part in KINDS and figure.ideal is not None]
     parts = [part for part in KINDS if any(figure.part == part for figure in shown)]
     if not parts:
         raise XzooError("nothing to draw: no model or layer was measured against its dense form")
-    picture = Picture((6.6 * len(parts), 6.2), layout="constrained")
+    picture = Picture(6.6 * len(parts), 6.2)
     for number, part in enumerate(parts, 1):
         axes = picture.add_subplot(1, len(parts), number)
         _panel(axes, part, [figure for figure in shown if figure.part == part])

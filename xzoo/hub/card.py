@@ -6,10 +6,12 @@ recipes/results.csv has got further runs of its recipe, or of its rivals.
 
 import csv
 import json
+import shlex
 import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import timm
 import torch
@@ -20,6 +22,7 @@ from .. import weights
 from ..deploy import deploy
 from ..errors import XzooError
 from ..models import create_model
+from ..names import code, encoded, escaped, markdown, shown
 from ..ops.tune import alternate
 from ..profile import hardware, profile
 
@@ -58,8 +61,7 @@ expander graph before training. It is built by xzoo in timm's registry: without 
 {table}
 
 Weights are parameters of two or more dimensions, MACs those of convolutions and linear layers for one image.
-{latency}{picture}![loss and accuracy during training](curves.png)
-
+{latency}{picture}{curves}
 ## Use
 
 ```python
@@ -78,7 +80,7 @@ Fine-tuning:
 {finetune}
 ```
 
-On a folder of images: `xzoo finetune photos --model {model}`. {verified}
+On a folder of images: {command}. {verified}
 
 ## Intended use and limits
 
@@ -147,7 +149,7 @@ def _put(place: Path, new: str) -> bool:
     try:
         if place.is_file() and place.read_text(encoding="utf-8") == new:
             return False
-        place.write_text(new, encoding="utf-8")
+        place.write_bytes(encoded(new))
     except OSError as error:
         raise XzooError(f"cannot write {place}: {error.strerror}") from error
     return True
@@ -173,7 +175,8 @@ def text(folder: Path | str, repo: str | None = None, place: Path | None = None)
     config, measured = _read(folder / weights.CONFIG), _read(folder / METRICS)
     try:
         repo = repo or f"{ORG}/{place.name}"
-        return _text(config, measured, place, repo, (folder / "spectrum.png").is_file())
+        pictures = [name for name in ("spectrum.png", "curves.png") if (folder / name).is_file()]
+        return _text(config, measured, place, repo, pictures)
     except (KeyError, TypeError, ValueError) as error:
         raise XzooError(f"{folder} is no exported model: {type(error).__name__}: {error}") from error
 
@@ -253,15 +256,18 @@ def _latency(net: Any, dense: nn.Module | None, pairs: int = 25) -> dict[str, An
     return found | {"dense_times": round(statistics.median(ratios), 2)}
 
 
-def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, drawn: bool) -> str:
+def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, pictures: list[str]) -> str:
     name, size = place.name, config["pretrained_cfg"]["input_size"]
     registered = place.parent in [home.resolve() for home in weights.homes()]
     title, hub_data, reason = DATA.get(measured.get("dataset") or "", (None, None, None))
     judged = f"{measured['n_val']:,} {measured['split']} images of {title or 'its own data set'}"
-    facts = {"model": name if registered else f"hf-hub:{repo}", "size": ", ".join(map(str, size))}
-    snippets = {"top": min(5, config["num_classes"]), **facts}
+    model = name if registered else f"hf-hub:{repo}"
+    literal = escaped(model).replace('"', '\\"')  # between double quotes, in Python
+    snippets = {"top": min(5, config["num_classes"]), "model": literal, "size": ", ".join(map(str, size))}
+    curves = "![loss and accuracy during training](curves.png)\n"
     body = _BODY.format(
-        **{"name": name, "judged": judged, "classes": config["num_classes"], "model": facts["model"]},
+        **{"name": markdown(name), "judged": judged, "classes": config["num_classes"]},
+        command=code(f"xzoo finetune photos --model {shlex.quote(shown(model))}"),
         description=_description(config),
         trained=f"Trained on {title or 'images of its publisher'}.",
         accuracy=_accuracy(measured, judged),
@@ -270,7 +276,10 @@ def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: s
         recipe=_recipe(measured),
         table=_table(name, measured),
         latency=_speed(measured),
-        picture="\n![singular values of its graphs against the bounds](spectrum.png)\n" if drawn else "\n",
+        picture="\n![singular values of its graphs against the bounds](spectrum.png)\n"
+        if "spectrum.png" in pictures
+        else "\n",
+        curves=curves if "curves.png" in pictures else "",
         classify=_CLASSIFY.format(**snippets),
         features=_FEATURES.format(**snippets),
         finetune=_FINETUNE.format(**snippets),
@@ -293,10 +302,10 @@ def _head(measured: dict[str, Any], name: str, repo: str, title: str | None, hub
         pipeline_tag="image-classification",
         license=LICENSE,
         license_name="as-the-training-images-allow",
-        license_link=f"https://huggingface.co/{repo}/blob/main/README.md#licence",
+        license_link=f"https://huggingface.co/{quote(encoded(repo))}/blob/main/README.md#licence",
         tags=["timm", "image-classification", "xzoo", "sparse", "expander-graph"],
         metrics=["accuracy"],
-        model_name=name,
+        model_name=shown(name),
         eval_results=rows,
         **kept,
     )
@@ -332,11 +341,11 @@ def _graphs(config: dict[str, Any]) -> str:
 
 
 def _recipe(measured: dict[str, Any]) -> str:
-    named = f"{measured['recipe']} ({measured['recipe_sha']})" if measured.get("recipe") else "recipe.yaml"
+    named = f"{markdown(measured['recipe'])} ({measured['recipe_sha']})" if measured.get("recipe") else "recipe.yaml"
     parts = [named]
     for key, text in (("epoch_reported", "{} epochs"), ("seed", "seed {}"), ("device", "on {}"), ("commit", "xzoo {}")):
         if measured.get(key) is not None:
-            parts.append(text.format(measured[key]))
+            parts.append(text.format(markdown(measured[key])))
     return ", ".join(parts)
 
 
@@ -347,7 +356,7 @@ def _table(name: str, measured: dict[str, Any]) -> str:
         return f"| {title} | {millions} | {size / 1e6:.2f} MB | {top1} |"
 
     rivals = {rival["graph"]: rival for rival in measured["rivals"]}
-    lines = [line(name, measured, measured["bytes"], measured["runs"])]
+    lines = [line(markdown(name), measured, measured["bytes"], measured["runs"])]
     if dense := measured.get("dense"):
         lines.append(line("its dense twin", dense, 4 * dense["params"], rivals.pop("dense", None)))
     for graph, rival in rivals.items():
@@ -364,7 +373,7 @@ def _speed(measured: dict[str, Any]) -> str:
 
 
 def _verified(registered: bool, repo: str) -> str:
-    pin = f"`timm.create_model('hf-hub:{repo}@COMMIT', pretrained=True)`"
+    pin = code(f"timm.create_model({f'hf-hub:{repo}@COMMIT'!r}, pretrained=True)")
     if registered:
         return f"By this name every file is verified before it is used; by {pin} nothing is, so name the commit."
     return f"This route verifies nothing: name the commit ({pin}), and trust the publisher."

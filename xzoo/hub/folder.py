@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import yaml
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from ..drawing import draw_layers
 from ..errors import ModelError, XzooError
 from ..models import create_model
+from ..names import cut, encoded, shown, to_yaml
 from ..profile import profile
 from ..theory import graphs_of, spectrum
 from ..weights import CONFIG, WEIGHTS, check_fingerprint, fingerprint
@@ -129,11 +131,13 @@ def export(
     Raises: XzooError for a run that is not finished, a place that holds anything else, or a full disk.
     """
     run, to = Path(run), Path(to)
-    for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", "result.json", CURVES):
+    for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", "result.json"):
         if not (run / name).is_file():
             raise XzooError(f"{run} is no finished run: it has no {name}; the command that began it ends it")
     if to.exists() and not (to.is_dir() and ({f.name for f in to.iterdir()} <= EXPORTED)):
         raise XzooError(f"{to} holds something else than an exported model; choose another folder")
+    from ..lettering import spared  # matplotlib takes half a second to import
+
     model: Any = load(run / "model")
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
@@ -160,15 +164,19 @@ def export(
         config["pretrained_cfg"]["tag"] = tag if architecture == config["architecture"] else ""
         config["pretrained_cfg"]["license"] = card.LICENSE  # timm writes the architecture's, which is the code's
         _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
-        _write(draft / RECIPE, yaml.safe_dump(_placeless(recipe), sort_keys=False))
+        _write(draft / RECIPE, to_yaml(_placeless(recipe)))
         metrics = card.metrics(model, config, result, timed) | {"bytes": (draft / WEIGHTS).stat().st_size}
-        shutil.copyfile(run / CURVES, draft / CURVES)
+        if (run / CURVES).is_file():  # a run whose curves could not be drawn is finished, too
+            shutil.copyfile(run / CURVES, draft / CURVES)
         drawn = {name: spectrum(graph) for name, graph in graphs_of(model).items()}
         if drawn:
             # Second singular values over what the best graphs of these sizes come near, least and largest.
             parts = [found.second / found.bound for found in drawn.values()]
             metrics["sigma_2"] = [round(min(parts), 3), round(max(parts), 3)]
-            draw_layers(drawn, to.name).savefig(draft / SPECTRUM, dpi=110, pil_kwargs={"optimize": True})
+            with spared(to / SPECTRUM, Console(stderr=True)):
+                draw_layers(drawn, cut(shown(to.name), 80)).savefig(
+                    draft / SPECTRUM, dpi=110, pil_kwargs={"optimize": True}
+                )
         _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
         (draft / GOLDEN).write_bytes(to_bytes({"logits": golden_logits(model)}))
         _write(draft / card.CARD, card.text(draft, repo, to))
@@ -184,7 +192,8 @@ def check(folder: Path | str) -> None:
     """Raise ModelError unless an exported folder is whole: it loads, and its outputs, counts and card are its own."""
     folder = Path(folder)
     model: Any = load(folder)
-    missing = sorted(EXPORTED - {SPECTRUM} - {file.name for file in folder.iterdir()})
+    parts = EXPORTED - {picture for picture in (SPECTRUM, CURVES) if not _is_in_card(folder, picture)}
+    missing = sorted(parts - {file.name for file in folder.iterdir()})
     if missing:
         raise ModelError(f"{folder} has no {missing[0]}; `xzoo export RUN {folder}` writes it")
     wanted, found = load_file(folder / GOLDEN)["logits"], golden_logits(model)
@@ -201,6 +210,12 @@ def check(folder: Path | str) -> None:
     current = metrics | card.standing(metrics) == metrics
     if not current or (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
         raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
+
+
+def _is_in_card(folder: Path, picture: str) -> bool:
+    """Whether the card shows it; those that could not be drawn it does not."""
+    place = folder / card.CARD
+    return place.is_file() and f"]({picture})" in place.read_text(encoding="utf-8")
 
 
 def golden_input(size: Sequence[int], count: int = 4) -> Tensor:
@@ -233,7 +248,7 @@ def _placeless(recipe: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(encoded(text))
 
 
 def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, httpx, validate
 
 from .. import weights
 from ..errors import XzooError
+from ..names import encoded
 from . import card
 from .folder import EXPORTED, check, export
 
@@ -91,7 +92,7 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Published
             raise XzooError(f"{repo!r} is no repository's name; give it as OWNER/NAME")
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in EXPORTED}
         # For a repository of another name the card says other things.
-        files[card.CARD] = card.text(folder, repo).encode()
+        files[card.CARD] = encoded(card.text(folder, repo))
         with _patience():
             return _send(HfApi(endpoint=constants.ENDPOINT), folder, repo, files, private, dry_run)
     except XzooError:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ModelError
+from ..names import say
 
 SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
 
@@ -235,7 +236,7 @@ class Report(Callback):
 
     def _line(self, text: str) -> None:
         self._told = time.monotonic()
-        self.console.print(text, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _left(self, progress: float) -> str:
         elapsed, done = time.monotonic() - self._started, progress - self._at

@@ -1,6 +1,7 @@
 """`xzoo classify`: what a model takes images for."""
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ..errors import DataError, ModelError, XzooError
 from ..hub import folder as model_folder
 from ..models import create_model
 from .images import load_rgb
-from .run import atomic
+from .run import write_text
 from .sources import image_files
 
 
@@ -114,13 +115,14 @@ def label_names(model: nn.Module) -> list[str]:
 def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5) -> None:
     """One row an image: its name, class and probability of each place, and what went wrong if something did."""
     columns = ["image", *(f"{name}{place}" for place in range(1, top + 1) for name in ("class", "p")), "error"]
-    with atomic(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(columns)
-        for prediction in predictions:
-            cells = [cell for name, p in prediction.classes for cell in (name, f"{p:.4f}")]
-            cells += [""] * (2 * top - len(cells))
-            table.writerow([prediction.image, *cells, prediction.error or ""])
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(columns)
+    for prediction in predictions:
+        cells = [cell for name, p in prediction.classes for cell in (name, f"{p:.4f}")]
+        cells += [""] * (2 * top - len(cells))
+        table.writerow([prediction.image, *cells, prediction.error or ""])
+    write_text(Path(path), text.getvalue())
 
 
 def _files(images: Sequence[str | Path]) -> list[Path]:

@@ -13,7 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from ..errors import XzooError
+from ..lettering import spared
+from ..names import code
+from ..names import markdown as plain
 from . import results as tables
 from .figures import AUTHORS, US, Point, count, draw, exact
 from .results import DATASETS, DENSE, Published, Summary
@@ -41,13 +46,13 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     except OSError as error:
         raise XzooError(f"cannot write to {out}: {error.strerror}") from error
     files = []
-    for name, figure in draw([*_points(summaries), *map(_of_published, figures)]):
-        files.append(out / f"{name}.png")
-        with atomic(files[-1]) as draft:
-            figure.savefig(draft, dpi=144, format="png")
-    files.append(out / "results.md")
-    write_text(files[-1], markdown(summaries, figures))
-    return files
+    write_text(out / "results.md", markdown(summaries, figures))
+    with spared("a picture of the results", Console(stderr=True)):
+        for name, figure in draw([*_points(summaries), *map(_of_published, figures)]):
+            with atomic(out / f"{name}.png") as draft:
+                figure.savefig(draft, dpi=144, format="png")
+            files.append(out / f"{name}.png")
+    return [*files, out / "results.md"]
 
 
 def network(model: str) -> str:
@@ -152,7 +157,7 @@ def _our_line(summary: Summary) -> str:
     share = "" if row.graph == DENSE else f"{row.share} / {row.spatial_share}"
     cells = (
         part.title + split,
-        f"{network(row.model)} (`{row.model}`)",
+        f"{plain(network(row.model))} ({code(row.model)})",
         row.graph,
         "own degrees" if row.compression is None else str(row.compression),
         share,
@@ -161,7 +166,7 @@ def _our_line(summary: Summary) -> str:
         f"**{summary.mean:.2f}**{spread}",
         f"{summary.n}{graphs}",
         f"{last}, {row.epoch_reported} of {row.epochs}{', EMA' if row.ema else ''}",
-        f"xzoo, {row.recipe} ({row.recipe_sha[:8]}), {row.precision}",
+        f"xzoo, {plain(row.recipe)} ({row.recipe_sha[:8]}), {row.precision}",
     )
     return f"| {' | '.join(map(_cell, cells))} |"
 
@@ -191,4 +196,4 @@ def _published_line(figure: Published, notes: dict[str, int]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return re.sub(r"(?<!\\)\|", r"\|", text)

@@ -1,6 +1,7 @@
 """`xzoo validate`, `test` and `predict`: what a recipe's data say of weights that are there already."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import XzooError
+from ..names import say
 from .parse import RecipeCLI, is_first, launched
-from .run import LAST, atomic, quiet
+from .run import LAST, quiet, write_text
 from .task import Classifier
 
 
@@ -56,12 +58,13 @@ def predict(arguments: Sequence[str]) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     chances, names = logits.softmax(1).max(1), data.class_names
     path = run / "predictions.csv"
-    with atomic(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("image", "label", "predicted", "probability"))
-        for i, (label, chance, found) in enumerate(zip(labels, chances.values, chances.indices, strict=True)):
-            table.writerow((i, names[label], names[found], f"{float(chance):.6f}"))
-    Console().print(f"{len(labels)} images in {path}", highlight=False, soft_wrap=True)
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(("image", "label", "predicted", "probability"))
+    for i, (label, chance, found) in enumerate(zip(labels, chances.values, chances.indices, strict=True)):
+        table.writerow((i, names[label], names[found], f"{float(chance):.6f}"))
+    write_text(path, text.getvalue())
+    say(Console(), f"{len(labels)} images in {path}")
     return path
 
 

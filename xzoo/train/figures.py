@@ -303,9 +303,9 @@ def _draw_curves(axes: "Axes", points: Sequence[Point], name: str) -> Labels:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
+    from ..lettering import Picture
 
-    return Figure((width, height), layout="constrained")
+    return Picture(width, height)
 
 
 def _mark(axes: "Axes", x: float, point: Point, colour: str | None = None, marker: str | None = None) -> None:

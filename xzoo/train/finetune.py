@@ -8,6 +8,7 @@ run, read back from the model folder. Not the best epoch, which is chosen by the
 weights are in checkpoints/best.ckpt.
 """
 
+import hashlib
 import json
 import platform
 import re
@@ -19,13 +20,14 @@ import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
-import yaml
 from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..errors import ModelError, XzooError
 from ..hub import folder as model_folder
+from ..lettering import spared
+from ..names import encoded, escaped, say, shown, to_yaml
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .classify import device_named
@@ -134,7 +136,7 @@ def finetune(
     refuse_other(run, asdict(options), "xzoo finetune", "options")
     if (run / RESULT).exists():
         result = Result(**json.loads((run / RESULT).read_text(encoding="utf-8")))
-        _say(console, f"{run} is finished: {result}. Choose another --out to train again.")
+        say(console, f"{run} is finished: {result}. Choose another --out to train again.")
         return result
     with claimed(run), quiet():
         images = read(options.data, at_least=2 * (img_size or built.input_size))
@@ -143,8 +145,8 @@ def finetune(
         _tell(console, options, images, recipe, run)
         job = _Job(run, options, images, recipe, workers, where)
         job.train(console)
-        result = job.finish()
-        _say(console, str(result))
+        result = job.finish(console)
+        say(console, str(result))
         return result
 
 
@@ -199,9 +201,9 @@ class _Job:
             },
         }
         head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
-        write_text(self.run / CONFIG, head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(self.run / CONFIG, head + to_yaml(config))
         if self.images.skipped:
-            lines = [f"{name}\t{reason}\n" for name, reason in self.images.skipped]
+            lines = [f"{escaped(name)}\t{shown(reason)}\n" for name, reason in self.images.skipped]
             write_text(self.run / "skipped.txt", "".join(lines))
 
     def train(self, console: Console) -> None:
@@ -224,10 +226,10 @@ class _Job:
             use_distributed_sampler=False,
         )
         if self.done:
-            _say(console, f"going on after {self.done} steps, from {self.last}")
+            say(console, f"going on after {self.done} steps, from {self.last}")
         fit(trainer, self.task, self.module, self.last if self.done else None)
 
-    def finish(self) -> Result:
+    def finish(self, console: Console) -> Result:
         """Save the model, read it back, judge it, draw the pictures; result.json comes last and ends the run."""
         checkpoint = torch.load(self.last, map_location="cpu", weights_only=True)
         self.task.load_state_dict(checkpoint["state_dict"])
@@ -245,27 +247,32 @@ class _Job:
             epochs=int(checkpoint["epoch"]) + 1,
             seconds=round(self.clock.seconds, 1),
         )
-        self._draw(logits, labels, result)
+        self._draw(logits, labels, result, console)
         write_text(self.run / RESULT, json.dumps(asdict(result), indent=2) + "\n")
         return result
 
-    def _draw(self, logits: Tensor, labels: Tensor, result: Result) -> None:
+    def _draw(self, logits: Tensor, labels: Tensor, result: Result, console: Console) -> None:
         classes, predicted = self.images.classes, logits.argmax(1)
+        curves, confusion, samples = (self.run / name for name in ("curves.png", "confusion.png", "samples.png"))
         score = f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
-        if (self.run / METRICS).exists():
-            pictures.curves(read_metrics(self.run / METRICS), self.run / "curves.png", score)
-        counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
-        np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
-        pictures.confusion(counts, classes, self.run / "confusion.png", score)
-        shown = _shown(predicted, labels)
-        pictures.samples(
-            [self.images.val.image(i) for i in shown],
-            [classes[labels[i]] for i in shown],
-            [classes[predicted[i]] for i in shown],
-            [float(logits[i].softmax(0).max()) for i in shown],
-            self.run / "samples.png",
-            score + " (mistakes first)",
-        )
+        with spared(curves, console):
+            if (self.run / METRICS).exists():
+                pictures.curves(read_metrics(self.run / METRICS), curves, score)
+        with spared(confusion, console):
+            counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+            np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
+            pictures.confusion(counts, classes, confusion, score)
+        with spared(samples, console):
+            chosen = _shown(predicted, labels)
+            pictures.samples(
+                [self.images.val.image(i) for i in chosen],
+                labels[chosen].tolist(),
+                predicted[chosen].tolist(),
+                [float(logits[i].softmax(0).max()) for i in chosen],
+                classes,
+                samples,
+                score + " (mistakes first)",
+            )
 
 
 def _build(arguments: dict[str, Any], name: str) -> Classifier:
@@ -297,28 +304,32 @@ def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:
 
 def _run_name(data: str, model: str, expand: int | None) -> str:
     parts = [Path(data).expanduser().resolve().name if Path(data).exists() else data, model.split(":")[-1].strip("/")]
-    name = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
+    name = "-".join(map(_of_folder, parts))
     return f"{name}-c{expand}" if expand else name
+
+
+def _of_folder(part: str) -> str:
+    """Letters, digits, dots and underscores alone; by a hash where none is left, or more than a file system takes."""
+    name = re.sub(r"[^\w.]+", "_", part).strip("_")
+    if name.strip(".") and len(encoded(name)) <= 110:
+        return name
+    return f"{name.strip('.')[:20]}_{hashlib.sha256(encoded(part)).hexdigest()[:8]}".strip("_")
 
 
 def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, run: Path) -> None:
     """What is about to happen, before the first epoch."""
     for remark in images.remarks:
-        _say(console, f"{options.data}: {remark}")
+        say(console, f"{options.data}: {remark}")
     if images.skipped:
         names = ", ".join(name for name, _ in images.skipped[:5])
-        _say(console, f"{len(images.skipped)} images cannot be read and are left out ({names}); see {run}/skipped.txt")
+        say(console, f"{len(images.skipped)} images cannot be read and are left out ({names}); see {run}/skipped.txt")
     if not recipe.classifier["pretrained"]:
         reason = "no pretrained weights" if options.pretrained is None else "as asked"
-        _say(console, f"{options.model}: {reason}, training from scratch")
+        say(console, f"{options.model}: {reason}, training from scratch")
         if options.freeze:
-            _say(console, "freeze without pretrained weights trains the last layer on random features")
-    _say(
+            say(console, "freeze without pretrained weights trains the last layer on random features")
+    say(
         console,
         f"{len(images.classes)} classes, {len(images.train)} training and {len(images.val)} validation images, "
         f"{recipe.img_size} x {recipe.img_size} pixels; everything goes to {run}",
     )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

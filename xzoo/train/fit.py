@@ -19,14 +19,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..errors import XzooError
 from ..hub import folder as model_folder
+from ..lettering import spared
+from ..names import say, shown, to_yaml
 from ..profile import hardware, profile
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
@@ -65,7 +67,7 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
         if cli.config.trainer.fast_dev_run:
             trainer, task, data = cli.build(**launched())
             run_fit(trainer, task, data, None)
-            _say(console, f"{cli.name}: {trainer.global_step} steps and a validation went well; nothing is kept")
+            say(console, f"{cli.name}: {trainer.global_step} steps and a validation went well; nothing is kept")
             return None
         run, config = cli.run_folder, cli.plain()
         if is_first():
@@ -75,7 +77,7 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
         if (run / RESULT).exists():
             result = json.loads((run / RESULT).read_text(encoding="utf-8"))
             if is_first():
-                _say(console, f"{run} is finished; choose another --out to train again")
+                say(console, f"{run} is finished; choose another --out to train again")
                 _show(result, console)
             return result
         with claimed(run) if is_first() else nullcontext():
@@ -112,21 +114,19 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     if is_first():
         if not resumes:
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
-            write_text(run / CONFIG, head + yaml.safe_dump(config, sort_keys=False))
+            write_text(run / CONFIG, head + to_yaml(config))
         going_on = f", going on after {done} steps" if resumes else ""
-        _say(
-            console, f"{cli.name}: {cli.config.model.name}, {steps} steps an epoch; everything goes to {run}{going_on}"
-        )
+        say(console, f"{cli.name}: {cli.config.model.name}, {steps} steps an epoch; everything goes to {run}{going_on}")
     run_fit(trainer, task, data, last if resumes else None)
     if not trainer.is_global_zero:
         return None
-    result = _finish(cli, run, trainer, task, data, clock.seconds)
+    result = _finish(cli, run, trainer, task, data, clock.seconds, console)
     _show(result, console)
     return result
 
 
 def _finish(
-    cli: RecipeCLI, run: Path, trainer: pl.Trainer, task: Classifier, data: Any, seconds: float
+    cli: RecipeCLI, run: Path, trainer: pl.Trainer, task: Classifier, data: Any, seconds: float, console: Console
 ) -> dict[str, Any]:
     """Save the model, read it back, judge it, draw the curves; result.json comes last and ends the run."""
     checkpoint = torch.load(run / LAST, map_location="cpu", weights_only=True)
@@ -145,7 +145,8 @@ def _finish(
         "date": datetime.date.today().isoformat(),
     }
     score = f"{cli.name}: {result['top1']:.2f} % of {len(labels)} {result['split']} images"
-    pictures.curves(read_metrics(run / METRICS), run / "curves.png", score)
+    with spared(run / "curves.png", console):
+        pictures.curves(read_metrics(run / METRICS), run / "curves.png", score)
     if cli.config.results:
         # Before result.json: what fails here is tried again by the same command.
         append(cli.config.results, _row(result))
@@ -243,9 +244,5 @@ def _show(result: dict[str, Any], console: Console) -> None:
         "on": f"{result['device']}, {result['precision']}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(shown(value, console.encoding)))
     console.print(table, highlight=False)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

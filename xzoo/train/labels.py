@@ -40,6 +40,8 @@ def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, fl
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    from ..lettering import letter
+
     figure = axes.get_figure(root=True)
     assert figure is not None
     if not labels:
@@ -54,6 +56,7 @@ def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, fl
     lines = _boxes_along(axes, pixel)
     frame = np.array(axes.get_window_extent(renderer).extents)
     texts = [_text(axes, label) for label in labels]
+    letter(figure)  # before they are measured
     sizes = [text.get_window_extent(renderer) for text in texts]
     anchors = axes.transData.transform([(label.x, label.y) for label in labels])
     taken = np.zeros((len(labels), 4))

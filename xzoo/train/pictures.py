@@ -1,8 +1,10 @@
 """Pictures of a run: curves, confusion matrix, sample predictions. For people, so legible at 2 and at 200 classes.
 
-Drawn on matplotlib's Figure itself: pyplot would choose a window system and keep every figure alive.
+Drawn on matplotlib's Figure itself: pyplot would choose a window system and keep every figure alive. A class whose
+name no font here can draw, or that looks like another one, has its number in the pictures and its name in classes.txt.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +14,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from .run import atomic
+from ..lettering import NUMBERED, Picture, class_labels
+from ..names import cut, escaped, shown
+from .run import atomic, write_text
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 RIGHT, WRONG = "#2f855a", "#c53030"
+CLASSES = "classes.txt"
 
 
 def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
     """Loss and accuracy by epoch, from the rows of a metrics file."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Picture(9, 3.6)
     loss, accuracy = figure.subplots(1, 2)
     per_epoch = len({row["step"] for row in rows}) / max(1, len({row["epoch"] for row in rows}))
     _line(loss, rows, "train/loss", "training (smoothed labels)", GREY, lw=1.0 if per_epoch > 2 else 1.6)
@@ -36,7 +41,7 @@ def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_title(title, 110), fontsize=11)
     _write(figure, path)
 
 
@@ -67,7 +72,7 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, tit
     n = len(classes)
     size = float(np.clip(2.2 + 0.36 * n, 4.2, 16))
     font = float(np.clip(10 - n / 12, 4.5, 9.5))
-    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    figure = Picture(size + 0.6, size)
     axes = figure.subplots()
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -77,37 +82,46 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, tit
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=font)
     every = max(1, -(-n // 60))
     places = range(0, n, every)
-    names = [_short(classes[i], 22) for i in places]
-    axes.set_xticks(places, names, rotation=90 if max(map(len, names)) * len(names) > 9 * size else 0, fontsize=font)
+    labels = class_labels(classes, 22)
+    names = [labels[i] for i in places]
+    axes.set_xticks(places, names, rotation=90 if max(map(_width, names)) * len(names) > 9 * size else 0, fontsize=font)
     axes.set_yticks(places, names, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_title(title, int(9 * size)), fontsize=11)
     figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the true class")
+    _name(figure, labels, classes, path)
     _write(figure, path)
 
 
 def samples(
     pictures: Sequence[Image.Image],
-    true: Sequence[str],
-    predicted: Sequence[str],
+    true: Sequence[int],
+    predicted: Sequence[int],
     confidence: Sequence[float],
+    classes: Sequence[str],
     path: Path,
     title: str,
     columns: int = 6,
 ) -> None:
-    """A sheet of images with what they were taken for, and in red what they are where that was wrong."""
+    """A sheet of images with what they were taken for, and in red what they are where that was wrong.
+
+    Args:
+        true, predicted: of each image, the place of its class in `classes`.
+    """
+    labels = class_labels(classes, 18)
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.75 * columns, 2.1 * rows + 0.4), layout="constrained")
+    figure = Picture(1.75 * columns, 2.1 * rows + 0.4)
     for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.set_axis_off()
         if place >= len(pictures):
             continue
         axes.imshow(_square(pictures[place]), interpolation="nearest")
         right = true[place] == predicted[place]
-        text = f"{_short(predicted[place], 18)}  {100 * confidence[place]:.0f} %"
-        text += "" if right else f"\nis {_short(true[place], 18)}"
+        text = f"{labels[predicted[place]]}  {100 * confidence[place]:.0f} %"
+        text += "" if right else f"\nis {labels[true[place]]}"
         axes.set_title(text, fontsize=8, color=RIGHT if right else WRONG, loc="center")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_title(title, 12 * columns), fontsize=11)
+    _name(figure, labels, classes, path)
     _write(figure, path)
 
 
@@ -124,8 +138,24 @@ def _square(image: Image.Image, side: int = 160) -> Image.Image:
     return paper
 
 
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "\u2026"
+def _title(text: str, most: int) -> str:
+    """A run has its folder's name, which may be long: it is cut, and what follows it is not."""
+    name, colon, rest = text.rpartition(": ")
+    return cut(shown(name), max(20, most - len(rest))) + colon + shown(rest)
+
+
+def _name(figure: Figure, labels: Sequence[str], classes: Sequence[str], path: Path) -> None:
+    """Where the picture has numbers, write the names beside it and say so."""
+    if not any(map(NUMBERED.match, labels)):
+        return
+    lines = [f"#{number}\t{escaped(name)}\n" for number, name in enumerate(classes, 1)]
+    write_text(path.with_name(CLASSES), "".join(lines))
+    figure.supxlabel(f"#1, #2, ...: numbers of classes, whose names are in {CLASSES}", fontsize=8)
+
+
+def _width(text: str) -> int:
+    """In columns of a terminal: letters of East Asia are as wide as two."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 def _write(figure: Figure, path: Path) -> None:

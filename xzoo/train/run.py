@@ -26,6 +26,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ..errors import XzooError
+from ..names import encoded
 
 LOCK, CONFIG, RESULT, METRICS = ".lock", "config.yaml", "result.json", "metrics.csv"
 LAST = Path("checkpoints") / "last.ckpt"
@@ -56,8 +57,9 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """In UTF-8; bytes of names that are none are written as they were."""
     with atomic(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(encoded(text))
 
 
 @contextmanager

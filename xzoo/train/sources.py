@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import DataError
+from ..names import encoded, rejoined
 from ..profile import cores
 from .images import Pixels, load_rgb
 
@@ -104,7 +106,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """Changes when an image is added, removed, renamed or moves to another class or part."""
         lines = [f"{part}:{i.label}:{i.name}" for part in ("train", "val") for i in getattr(self, part).items]
-        return hashlib.sha256("\n".join([*self.classes, *lines]).encode()).hexdigest()[:16]
+        return hashlib.sha256(encoded("\n".join([*self.classes, *lines]))).hexdigest()[:16]
 
 
 def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) -> ImageData:
@@ -129,12 +131,12 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
         train, val = hold_out(train)
     _check_classes(str(data), listing, train, val)
     return ImageData(
-        classes=listing.classes,
+        classes=[rejoined(name) for name in listing.classes],
         train=Images(train, at_least),
         val=Images(val, at_least),
         mirror=listing.mirror,
         skipped=skipped,
-        remarks=listing.remarks,
+        remarks=[*listing.remarks, *same_letters(listing.classes)],
         in_memory=isinstance(train[0].source, np.ndarray),
         side=int(np.median(sides)),
     )
@@ -153,7 +155,7 @@ def hold_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item]
 
 
 def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return hashlib.sha256(encoded(name)).digest()
 
 
 def list_images(data: str) -> Listing:
@@ -465,10 +467,32 @@ def _check_classes(data: str, listing: Listing, train: list[Item], val: list[Ite
 def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
     if set(train) != set(val):
         missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {_letters(n) for n in extra}:
+            raise DataError(
+                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in two forms "
+                "of Unicode; rename the folders of one of them"
+            )
         raise DataError(
             f"{data}: train and val must have the same classes; "
             f"only in train: {few(missing) or 'none'}; only in val: {few(extra) or 'none'}"
         )
+
+
+def same_letters(classes: Sequence[str]) -> list[str]:
+    """A remark on each set of classes whose names are the same letters, as macOS and other systems spell them."""
+    spelled: dict[str, list[str]] = {}
+    for name in dict.fromkeys(classes):
+        spelled.setdefault(_letters(name), []).append(name)
+    return [
+        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of Unicode; "
+        "if they are one class, put their images into one folder"
+        for names in spelled.values()
+        if len(names) > 1
+    ]
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
