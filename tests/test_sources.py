@@ -190,10 +190,11 @@ def as_rows(n: int) -> list:
     ],
 )
 def test_parquet_in_the_forms_of_the_hub(tmp_path, form):
-    rows = [r["bytes"] for r in as_rows(8)] if form.get("plain") else as_rows(8)
+    rows = [r["bytes"] for r in as_rows(12)] if form.get("plain") else as_rows(12)
+    rows, test = rows[:8], rows[8:]
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows, [0, 1] * 4, **form)
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows, [0, 1] * 4, **form)
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows[:4], [0, 1, 1, -1], **form)
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", test, [0, 1, 1, -1], **form)
     data = read(tmp_path)
     assert data.classes == ["a", "b"] and (len(data.train), len(data.val)) == (16, 3)
     assert data.train.image(3).getpixel((0, 0)) == (3, 0, 0)

@@ -15,9 +15,9 @@ from torch import nn
 from ..errors import DataError, ModelError, XzooError
 from ..hub import folder as model_folder
 from ..models import create_model
+from .folders import image_files
 from .images import load_rgb
 from .run import atomic
-from .sources import image_files
 
 
 @dataclass(frozen=True)
