@@ -317,10 +317,36 @@ def each_once(images: Sequence[Found], root: str) -> tuple[list[Found], list[Lef
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file at any depth, in text order, each once. Raises: DataError as `gather`."""
+    """Every image at any depth, in text order; also what is called one and is no regular file. Raises: as `gather`."""
     real = os.path.realpath(folder)
-    images, _ = gather(Place(folder, "", real), real)
-    return [image.path for image in each_once(images, real)[0]]
+    images, left_out = gather(Place(folder, "", real), real)
+    odd = [folder / left.name for left in left_out if left.why == NO_FILE and is_image(Path(left.name))]
+    return [image.path for image in images] + odd
+
+
+def refuse_within(run: Path, data: Path) -> None:
+    """Raise DataError where a run would write among the images of a folder, or replace them."""
+    if not os.path.isdir(data):
+        return
+    top = Place(data, "", os.path.realpath(data))
+    above = Path(os.path.realpath(run))
+    if not {str(folder) for folder in (above, *above.parents)}.isdisjoint(_all_real(top)):
+        raise DataError(f"{run} is in the data, {data}: a run would write among the images; choose another --out")
+    for made in ("model", "checkpoints"):
+        if Path(top.real).is_relative_to(above / made):
+            raise DataError(f"{data} is where the run {run} writes its {made}; choose another --out")
+
+
+def _all_real(top: Place) -> set[str]:
+    """Where the folder and all below it really are, through links as well."""
+    seen: set[str] = set()
+    waiting = [top]
+    while waiting:
+        place = waiting.pop()
+        if place.real not in seen and (place is top or not leads_back(place, top.real)):
+            seen.add(place.real)
+            waiting += listed(place).folders + listed(place).links
+    return seen
 
 
 def files_that_end_in(root: Path, ending: str) -> list[Path]:

@@ -280,19 +280,24 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def list_images(data: str) -> Listing:
-    """What DATA holds, in any of the forms above; no image is decoded. Raises: DataError if it has none of them."""
+def check_name(data: str) -> None:
+    """Raise DataError for an empty name, which as a path is the current folder."""
     if not data.strip():
         raise DataError("the name of the data is empty; give a folder of images, a Hub data set (org/name) or digits")
+
+
+def list_images(data: str) -> Listing:
+    """What DATA holds, in any of the forms above; no image is decoded. Raises: DataError if it has none of them."""
+    check_name(data)
     path = Path(data).expanduser()
-    if data == "digits" and not path.exists():
+    if data == "digits" and not os.path.exists(path):
         return _digits()
-    if path.is_dir():
+    if os.path.isdir(path):
         try:
             return _folder_or_tables(path)
         except OSError as error:
             raise DataError(f"{data}: {error.strerror or error}") from error
-    if path.exists():
+    if os.path.exists(path):  # which is also False for a name that is too long
         raise DataError(f"{data} is a file; give a folder with one sub-folder a class, or of parquet files")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data):
         return _hub(data)
