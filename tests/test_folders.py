@@ -81,7 +81,18 @@ def test_usual_names_of_parts(tmp_path, train, val, where):
 
 
 def test_what_is_no_name_of_a_part():
-    for name in ("trains", "trainer", "bullet_train", "contest", "testudo", "value", "device", "evaluate me", "ant", ""):
+    for name in (
+        "trains",
+        "trainer",
+        "bullet_train",
+        "contest",
+        "testudo",
+        "value",
+        "device",
+        "evaluate me",
+        "ant",
+        "",
+    ):
         assert part_of(name) is None, name
 
 
