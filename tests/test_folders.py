@@ -121,7 +121,7 @@ def test_a_stray_image_makes_no_class_of_a_part(tmp_path):
 def test_a_locomotive_is_a_class(tmp_path):
     classes(tmp_path / "flat", ("bus", "car", "train"))
     assert accounted(tmp_path / "flat").classes == ["bus", "car", "train"]
-    assert accounted(tmp_path / "flat").remarks == ["train/ is a class, as bus, car are"]
+    assert accounted(tmp_path / "flat").remarks == ["train/ is read as a class, beside bus, car"]
     # With images of its own and a sub-folder it is a class, too.
     classes(tmp_path / "mixed", ("bus", "car", "train"))
     draw(tmp_path / "mixed" / "train" / "steam" / "x.png")
@@ -151,6 +151,12 @@ def test_a_test_part_is_never_trained_on(tmp_path):
     draw(tmp_path / "flat" / "train" / "0.jpg", tmp_path / "flat" / "test" / "0.jpg")
     with pytest.raises(DataError, match=r"train/ and test/: images lie in it directly"):
         read_folder(tmp_path / "flat")
+    classes(tmp_path / "named", ("ant_train", "ant_test", "bee_train", "bee_test"))
+    with pytest.raises(DataError, match=r"ant_test/ and ant_train/ may be parts of a class"):
+        read_folder(tmp_path / "named")
+    classes(tmp_path / "one", ("ant", "bee", "bee/test"))
+    told = "read as images of the class, though called as a part: bee/test"
+    assert told in accounted(tmp_path / "one").remarks
     classes(tmp_path / "two" / "a" / "train")
     classes(tmp_path / "two" / "a" / "test")
     classes(tmp_path / "two" / "b" / "train")

@@ -26,7 +26,7 @@ from ..errors import DataError
 # What people call images. Pillow reads HEIC only with a plug-in: without it, it is reported.
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .avif .heic .heif "
-    ".jp2 .j2k .jpx .tga .qoi .pcx .sgi .mpo".split()
+    ".avifs .jp2 .j2k .j2c .jpc .jpf .jpx .tga .qoi .pcx .sgi .ras .dds .xbm .xpm .mpo".split()
 )
 # A file without any ending is one if it begins as one. Not so with an ending that is not known: camera files and
 # unfinished downloads begin as images, too.
@@ -430,7 +430,7 @@ class _Reader:
         if trains:
             if self.are_parts(place, trains, judges, others):
                 return self.parts(place, trains, judges)
-            self.remarks.append(f"{trains[0].shown} is a class, as {few([other.base for other in others])} are")
+            self.remarks.append(f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}")
             return self.classes(place, subs), None
         if judges and others:
             return self.classes_and_judges(place, others, judges)
@@ -567,6 +567,9 @@ class _Reader:
         if alike:
             self.remarks.append(f"two classes, though only upper case tells them apart: {few(alike)}")
         inside = [inner.name for sub in subs for inner in self.subs(sub)]
+        judges = [name for name in inside if self.kinds.get(name) in ("val", "test")]
+        if judges:
+            self.remarks.append(f"read as images of the class, though called as a part: {few(judges)}")
         if inside:
             self.remarks.append(f"sub-folders are of the class that they lie in: {few(inside)}")
         return {sub.base: [sub] for sub in subs}
@@ -670,4 +673,10 @@ def kinds_of(places: Sequence[Place]) -> dict[str, str]:
             rest = tuple(word for word in words if word != parts[0])
             alike.setdefault(rest, {})[place.name] = _KINDS[parts[0]]
     groups = [group for group in alike.values() if "train" in group.values() and len(set(group.values())) > 1]
-    return found | groups[0] if len(groups) == 1 else found
+    if len(groups) > 1:
+        train, val = list(groups[0])[:2]
+        raise DataError(
+            f"{places[0].path.parent}: {train}/ and {val}/ may be parts of a class; make train/CLASS and val/CLASS of "
+            "them, or to make them classes give them other names"
+        )
+    return found | groups[0] if groups else found
