@@ -120,7 +120,8 @@ def test_mirror_images_only_where_they_keep_their_class(make_folder):
     half = np.zeros((24, 24, 3), np.uint8)
     half[:, 12:] = 200  # the left half is black
     root = make_folder(each=7)
-    for file in root.rglob("*.png"):
+    for number, file in enumerate(sorted(root.rglob("*.png"))):
+        half[0, 0] = number  # no two files are identical, as those would all be on one side
         Image.fromarray(half).save(file)
     data = read(root)
     for mirror in (False, True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from xzoo.errors import DataError, ModelError, XzooError
+from xzoo.hub import folder as model_folder
+from xzoo.train.classify import classify
 from xzoo.train.finetune import finetune
 from xzoo.train.plan import Options, plan, start
 from xzoo.train.run import read_metrics
@@ -194,10 +199,10 @@ def test_minutes_end_a_run_and_its_schedule(make_folder, tmp_path):
 
 def test_from_pretrained_weights_frozen_and_not(make_folder, tmp_path, capsys):
     first = make_folder(("ant", "bee", "cow"), each=12, where="first")
-    finetune(str(first), epochs=1, out=str(tmp_path / "first"), **TINY)
-    source = timm.create_model(f"local-dir:{tmp_path / 'first' / 'model'}", pretrained=True)
+    finetune(str(first), epochs=1, out=str(tmp_path / "run1"), **TINY)
+    source = timm.create_model(f"local-dir:{tmp_path / 'run1' / 'model'}", pretrained=True)
     second = make_folder(("dog", "emu"), each=12, where="second")
-    options = TINY | {"model": f"local-dir:{tmp_path / 'first' / 'model'}", "expand": None, "pretrained": None}
+    options = TINY | {"model": f"local-dir:{tmp_path / 'run1' / 'model'}", "expand": None, "pretrained": None}
     capsys.readouterr()
     for freeze in (True, False):
         run = tmp_path / f"second{freeze}"
@@ -258,6 +263,95 @@ def test_mistakes_are_one_line_and_leave_nothing(make_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(XzooError, match="cannot write to the run folder"):
         finetune(data, epochs=1, out=str(tmp_path / "file" / "run"), **TINY)
+
+
+def deep(file: Path, value: int, full: int) -> None:
+    """Grey of 16 bits, of which `full` is white: bright for ant, dark for bee."""
+    noise = np.random.default_rng(value).integers(0, full // 8, (24, 28))
+    Image.fromarray((noise + full * value // 8).astype(np.uint16)).save(file)
+
+
+def test_every_file_is_in_the_line_or_in_skipped_and_the_range_stays_with_the_model(make_folder, tmp_path, capsys):
+    data, run = make_folder(("ant", "bee"), each=10), tmp_path / "run"
+    for name, value in (("ant", 6), ("bee", 1)):
+        for number, file in enumerate(sorted((data / name).iterdir())):
+            deep(file, value, 4095)
+            if number:  # no two alike
+                with Image.open(file) as image:
+                    image.putpixel((0, 0), number)
+                    image.save(file)
+    deep(data / "ant" / "white.png", 7, 4095)
+    (data / "ant" / "broken.jpg").write_bytes(b"x")
+    (data / "ant" / "notes.txt").write_text("x")
+    (data / "__MACOSX").mkdir()
+    shutil.copy(data / "ant" / "00.png", data / "__MACOSX" / "x.png")
+    shutil.copy(data / "bee" / "00.png", data / "bee" / "copy.png")
+    os.mkfifo(data / "bee" / "pipe.png")
+    finetune(str(data), epochs=1, out=str(run), **TINY)
+    told = [line for line in capsys.readouterr().err.splitlines() if "images of 2 classes" in line]
+    assert told == [
+        f"{data}: 22 images of 2 classes; 16-bit values from 0 to 4095 (12 bits); 1 of them are copies of others, and "
+        "on the same side as those; left out: 1 cannot be read (ant/broken.jpg), 1 hidden or kept by a system, "
+        f"1 no regular files, 1 not images (.txt); see {run}/skipped.txt"
+    ]
+    listed = [line.partition("\t")[0] for line in (run / "skipped.txt").read_text().splitlines()]
+    assert listed == ["ant/broken.jpg", "__MACOSX/x.png", "bee/pipe.png", "ant/notes.txt"]
+
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["xzoo"]["grey_range"] == {"16-bit": 4095.0}
+    # The same picture in 8 bits and in 12 of 16 is the same to the model; a dark one alone is not stretched.
+    with Image.open(data / "bee" / "03.png") as image:
+        shown = np.round(np.asarray(image) * (255 / 4095)).astype(np.uint8)
+    Image.fromarray(shown).save(tmp_path / "eight.png")
+    one, two = classify(str(run), [tmp_path / "eight.png", data / "bee" / "03.png"], device="cpu")
+    assert one.classes == two.classes
+    assert capsys.readouterr().err == ""
+    deep(tmp_path / "full.png", 6, 65535)
+    (beyond,) = classify(str(run), [tmp_path / "full.png"], device="cpu")
+    assert "the other 16-bit images use 0 to 4095" in beyond.error
+
+
+def test_classify_opens_regular_files_only_and_finds_a_range_where_the_model_has_none(make_folder, tmp_path, capsys):
+    data, net = make_folder(each=2), timm.create_model("test_resnet", num_classes=2)
+    model_folder.save(net, tmp_path / "model", ["ant", "bee"])
+    os.mkfifo(data / "ant" / "pipe.png")
+    deep(data / "ant" / "dark.png", 1, 4095)
+    deep(data / "ant" / "white.png", 7, 4095)
+    found = list(classify(str(tmp_path / "model"), [data], device="cpu"))
+    assert len(found) == 7
+    assert [p.error for p in found if p.error] == [f"{data}/ant/pipe.png: a named pipe, and no regular file"]
+    assert "16-bit values from 0 to 4095 (12 bits), as the largest of these images" in capsys.readouterr().err
+    with pytest.raises(DataError, match="the name of an image is empty"):
+        list(classify(str(tmp_path / "model"), [""], device="cpu"))
+
+
+def test_a_run_keeps_out_of_its_data(make_folder, tmp_path, monkeypatch):
+    data = make_folder(each=6)
+    (tmp_path / "link").symlink_to(data)
+    (data / "cow").symlink_to(make_folder(("cow",), where="elsewhere") / "cow")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    inside = ("photos", "photos/run", "photos/ant", "link/runs/one", "photos/.run", "elsewhere/cow/run")
+    for out in inside:
+        with pytest.raises(DataError, match=r"is in the data, .*; choose another --out"):
+            finetune(str(data), epochs=1, out=str(tmp_path / out), **TINY)
+    monkeypatch.chdir(data)
+    with pytest.raises(DataError, match=r"is in the data, \."):
+        finetune(".", epochs=1, **TINY)
+    # What a run makes would take the place of the images.
+    for name in ("model", "checkpoints"):
+        shutil.copytree(data, tmp_path / "out" / name)
+        with pytest.raises(DataError, match=f"is where the run .* writes its {name}"):
+            finetune(str(tmp_path / "out" / name), epochs=1, out=str(tmp_path / "out"), **TINY)
+    shutil.rmtree(tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_current_folder(make_folder, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(make_folder(each=6))
+    with pytest.raises(DataError, match="the name of the data is empty; give a folder"):
+        finetune(name, epochs=1, out=str(tmp_path / "run"), **TINY)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_foreign_folder_and_changed_images_are_refused(make_folder, tmp_path):

@@ -1,6 +1,8 @@
 """`load_rgb` against what each kind of file shows in a viewer, and against files that are broken."""
 
 import io
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from xzoo.errors import DataError
-from xzoo.train.images import load_rgb
+from xzoo.train.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -40,6 +42,40 @@ def test_exif_orientation_is_applied(form, orientation, size, first):
     image = load_rgb(encoded(halves(), form, exif=exif.tobytes()))
     assert image.mode == "RGB" and image.size == size
     assert near(image.getpixel((2, 2)), first)
+
+
+BROKEN_EXIF = [
+    b"Exif\0\0not a TIFF header",
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12",  # ends within its first entry
+    b"Exif\0\0II*\0\xff\xff\xff\x7f",  # begins beyond its end
+    b"Exif\0\0",
+    b"\0" * 40,
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",  # its orientation is a word
+]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", BROKEN_EXIF)
+def test_exif_that_cannot_be_parsed_is_none(form, exif):
+    with unwarned():
+        image = load_rgb(encoded(halves(), form, exif=exif))
+    assert image.size == (40, 20) and near(image.getpixel((2, 2)), RED)
+
+
+def test_exif_is_read_where_only_what_follows_it_is_broken():
+    """Orientation 6, then an entry that points beyond the end."""
+    entries = b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + b"\x87\x69\0\x02\0\0\xff\xff\x7f\0\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0"
+    for form in ("JPEG", "PNG", "WEBP"):
+        with unwarned():
+            assert load_rgb(encoded(halves(), form, exif=exif)).size == (20, 40), form
+
+
+def test_broken_exif_behind_the_pixels_of_a_png():
+    content = encoded(halves(), "PNG")
+    chunk = b"eXIf" + b"no EXIF at all"
+    chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    assert load_rgb(content[:-12] + chunk + content[-12:]).size == (40, 20)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])
@@ -81,6 +117,65 @@ def test_deep_greys_are_scaled_not_clipped(values, form):
     ramp = Image.fromarray(np.tile(values, (8, 1)))
     found = np.asarray(load_rgb(encoded(ramp, form)))[0, :, 0]
     assert np.abs(found.astype(int) - np.arange(256)).max() <= 1
+
+
+def deep(values: np.ndarray, form: str = "PNG") -> bytes:
+    return encoded(Image.fromarray(values), form)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")])
+def test_the_range_that_images_use_is_white(bits, kind):
+    """That of all of them: a dark one stays dark."""
+    (dtype, form), full = kind, 2**bits - 1
+    ramp = np.tile(np.linspace(0, full, 256).round().astype(dtype), (8, 1))
+    sources = [deep(ramp, form), deep((ramp // 4).astype(dtype), form), encoded(halves().convert("L"), "PNG")]
+    ranges = grey_ranges(map(grey_peak, sources))
+    assert list(ranges.values()) == [full]
+    bright, dark, plain = (np.asarray(load_rgb(source, ranges=ranges))[..., 0].astype(int) for source in sources)
+    assert np.abs(bright[0] - np.arange(256)).max() <= 1 and np.abs(dark[0] - np.arange(256) // 4).max() <= 1
+    assert np.array_equal(plain, np.asarray(halves().convert("L")))
+
+
+@pytest.mark.parametrize(
+    ("largest", "white"), [(1.0, 1.0), (1.001, 1.0), (1.05, 1.0), (1.5, 1.5), (2.0, 2.0), (100.0, 100.0), (0.9, 1.0)]
+)
+def test_floats_have_the_range_of_their_largest_value(largest, white):
+    ramp = np.tile(np.linspace(0, largest, 256, dtype=np.float32), (8, 1))
+    ranges = grey_ranges([grey_peak(deep(ramp, "TIFF"))])
+    assert ranges == {"float": pytest.approx(white)}
+    found = np.asarray(load_rgb(deep(ramp, "TIFF"), ranges=ranges))[0, :, 0].astype(int)
+    assert np.abs(found - np.round(ramp[0] / white * 255).clip(max=255)).max() <= 1
+    assert told_range("float", 1.0) == "float values from 0 to 1"
+
+
+def test_kinds_of_images_have_ranges_of_their_own():
+    ramp = np.tile(np.linspace(0, 1, 256), (8, 1))
+    sources = [deep((ramp * 4095).astype(np.uint16)), deep((ramp * 65535).astype(np.int32), "TIFF")]
+    sources += [deep(ramp.astype(np.float32), "TIFF"), b"broken", deep(np.full((4, 4), np.nan, np.float32), "TIFF")]
+    ranges = grey_ranges(map(grey_peak, sources))
+    assert ranges == {"16-bit": 4095.0, "32-bit": 65535.0, "float": 1.0}
+    for source in sources[:3]:
+        found = np.asarray(load_rgb(source, ranges=ranges))[0, :, 0].astype(int)
+        assert np.abs(found - np.arange(256)).max() <= 1
+    with pytest.raises(DataError, match=r"grey values up to 65535, and the other 16-bit images use 0 to 4095"):
+        load_rgb(deep((ramp * 65535).astype(np.uint16)), ranges=ranges)
+
+
+def test_a_float_slightly_over_one_is_white_by_itself():
+    found = load_rgb(deep(np.full((4, 4), 1.001, np.float32), "TIFF"))
+    assert found.getpixel((0, 0)) == WHITE
+
+
+def test_a_pipe_is_never_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe.png: a named pipe, and no regular file"):
+        load_rgb(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match="null: a device, and no regular file"):
+        load_rgb("/dev/null")
+    (tmp_path / "gone.png").symlink_to("away.png")
+    with pytest.raises(DataError, match="gone.png: a link to a file that is not there"):
+        load_rgb(tmp_path / "gone.png")
 
 
 def test_greys_beyond_any_range_are_refused():

@@ -1,18 +1,23 @@
 """Every form of DATA, what a scan leaves out, and what it refuses."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from xzoo.errors import DataError
-from xzoo.train.sources import Item, hold_out, read
+from xzoo.train.sources import Item, hold_out, identical, read
 
 
 def names(part) -> list[str]:
@@ -20,8 +25,6 @@ def names(part) -> list[str]:
 
 
 def png(color=(10, 200, 30)) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.new("RGB", (9, 7), color).save(buffer, "PNG")
     return buffer.getvalue()
@@ -155,7 +158,147 @@ def test_fingerprint_follows_the_images(make_folder):
     assert read(root).fingerprint() != before
 
 
+def test_the_split_of_before_where_no_files_are_identical():
+    """As `hold_out` was: the first fifth of the names by their hash."""
+
+    def before(items, share=0.2):
+        held = set()
+        for label in sorted({item.label for item in items}):
+            names = sorted(
+                (i.name for i in items if i.label == label), key=lambda n: hashlib.sha256(n.encode()).digest()
+            )
+            held.update(names[: min(max(1, round(share * len(names))), len(names) - 1)])
+        return [i for i in items if i.name not in held], [i for i in items if i.name in held]
+
+    for n in (1, 2, 3, 7, 50):
+        items = [Item(f"{label}/{i}", label, b"%d" % i) for label in range(3) for i in range(n + label)]
+        assert hold_out(items) == before(items)
+        assert hold_out(items, same=list(range(len(items)))) == before(items)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=60))
+def test_identical_images_are_on_one_side(drawn):
+    """Whatever they are: classes and contents drawn at random."""
+    items = [Item(f"{label}/{i}", label, b"%03d" % content) for i, (label, content) in enumerate(drawn)]
+    same = identical(items)
+    assert [items[first].source for first in same] == [item.source for item in items]
+    train, val = hold_out(items, same=same)
+    assert sorted([*train, *val], key=items.index) == items
+    assert not {item.source for item in train} & {item.source for item in val}
+    # No class loses its last image to the validation.
+    assert {item.label for item in train} == {item.label for item in items}
+
+
+def test_copies_are_held_out_together_and_counted(make_folder):
+    root = make_folder(each=10)
+    for number in range(10):
+        shutil.copy(root / "ant" / f"{number:02d}.png", root / "ant" / f"copy of {number}.png")
+    shutil.copy(root / "bee" / "03.png", root / "ant" / "bee.png")
+    data = read(root)
+    sides = [{(root / name).read_bytes() for name in names(part)} for part in (data.train, data.val)]
+    assert not sides[0] & sides[1] and len(data.train) + len(data.val) == 31
+    assert data.account() == "31 images of 2 classes; 11 of them are copies of others, and on the same side as those"
+    assert data.remarks == ["2 images are identical to one of another class: ant/bee.png, bee/03.png"]
+    assert "bee/03.png" in names(data.train)
+
+
+def test_what_validates_is_not_trained_on(make_folder, tmp_path):
+    make_folder(each=6, where="all/train")
+    make_folder(each=3, where="all/val", seed=1)
+    shutil.copy(tmp_path / "all/val/ant/00.png", tmp_path / "all/train/ant/again.png")
+    (tmp_path / "all/val/bee/link.png").symlink_to(tmp_path / "all/train/bee/04.png")
+    data = read(tmp_path / "all")
+    assert (len(data.train), len(data.val)) == (11, 7)
+    assert [(left.name, left.why) for left in data.left_out] == [
+        ("train/ant/again.png", "identical to images that validate"),
+        ("train/bee/04.png", "identical to images that validate"),
+    ]
+    assert data.account() == "18 images of 2 classes; left out: 2 identical to images that validate"
+    shutil.rmtree(tmp_path / "all/val")
+    (tmp_path / "all/val").symlink_to("train")
+    with pytest.raises(DataError, match=r"no training image .* of ant, bee \(13 are identical to images that validate"):
+        read(tmp_path / "all")
+
+
+def test_only_files_that_may_be_identical_are_read_again(tmp_path, monkeypatch):
+    contents = {f"size{n}": b"x" * (9000 + n) for n in range(20)} | {"copy": b"x" * 9000}
+    contents |= {"end1": bytes(20000) + b"1", "end2": bytes(20000) + b"2"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    read_whole, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read_whole.append(file.name) or digest(file, kind))
+    assert identical([Item(name, 0, tmp_path / name) for name in contents]) == [*range(20), 0, 21, 22]
+    assert sorted(read_whole) == [str(tmp_path / name) for name in ("copy", "size0")]
+
+
+def test_ranges_are_those_of_the_folder_and_full_ones_change_no_fingerprint(make_folder):
+    root = make_folder(each=5)
+
+    def deepened(full: int) -> None:
+        for number, file in enumerate(sorted(root.rglob("*.png"))):
+            ramp = np.linspace(0, full / (1 + number), 24 * 28).reshape(24, 28)
+            Image.fromarray(ramp.astype(np.uint16)).save(file)
+
+    before = read(root).fingerprint()
+    deepened(65535)
+    whole = read(root)
+    assert whole.ranges == {"16-bit": 65535.0} and whole.fingerprint() == before
+    deepened(4095)
+    data = read(root)
+    assert data.ranges == {"16-bit": 4095.0} and data.fingerprint() != before
+    for part in ("train", "val"):
+        for index in range(len(getattr(data, part))):
+            pair = [np.asarray(getattr(d, part).image(index)).astype(int) for d in (data, whole)]
+            assert np.abs(pair[0] - pair[1]).max() <= 1
+    lazy = read(root, memory=1000)
+    assert np.array_equal(np.asarray(lazy.train.image(0)), np.asarray(data.train.image(0)))
+
+
+def test_fingerprints_are_those_of_before(make_folder):
+    # Renew only if runs that exist need not be resumed: print(read(make_folder(each=10)).fingerprint())
+    assert read(make_folder(each=10)).fingerprint() == "5711c027bd6ef1e6"
+
+
+def test_warnings_without_a_name_are_none(make_folder):
+    root = make_folder(each=5)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"
+    with Image.open(root / "ant" / "00.png") as image:
+        image.save(root / "ant" / "00.jpg", exif=exif)
+        image.save(root / "ant" / "01.webp", exif=exif)
+        image.save(root / "ant" / "00.png", exif=exif)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = read(root)
+    assert not caught and not data.skipped and len(data.train) + len(data.val) == 12
+
+
 # ---- parquet
+
+
+def test_a_parquet_file_beside_class_folders_is_not_the_data(make_folder):
+    root = make_folder(each=5)
+    write_parquet(root / ".cache" / "x.parquet", as_rows(4), [0, 1] * 2)
+    assert len(read(root).train) == 8
+    pq.write_table(pa.table({"file": ["a"], "words": ["b"]}), root / "metadata.parquet")
+    assert (
+        read(root).account()
+        == "10 images of 2 classes; left out: 1 hidden or kept by a system, 1 not images (.parquet)"
+    )
+    write_parquet(root / "train.parquet", as_rows(20), [0, 1] * 10)
+    data = read(root)
+    assert data.classes == ["a", "b"] and len(data.train) == 16
+    assert data.remarks == [
+        "parquet files are read, and images in folders beside them are not: ant, bee",
+        "no images in metadata.parquet",
+    ]
+
+
+@pytest.mark.parametrize("test", ["testing-0.parquet", "my_test.parquet", "Testing/0.parquet", "dev.parquet"])
+def test_a_test_part_in_parquet_is_not_trained_on(tmp_path, test):
+    write_parquet(tmp_path / "training-0.parquet", as_rows(12)[:8], [0, 1] * 4)
+    write_parquet(tmp_path / test, as_rows(12)[8:], [0, 1] * 2)
+    data = read(tmp_path)
+    assert (len(data.train), len(data.val)) == (8, 4)
 
 
 def write_parquet(
@@ -190,10 +333,11 @@ def as_rows(n: int) -> list:
     ],
 )
 def test_parquet_in_the_forms_of_the_hub(tmp_path, form):
-    rows = [r["bytes"] for r in as_rows(8)] if form.get("plain") else as_rows(8)
+    rows = [r["bytes"] for r in as_rows(12)] if form.get("plain") else as_rows(12)
+    rows, test = rows[:8], rows[8:]
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows, [0, 1] * 4, **form)
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows, [0, 1] * 4, **form)
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows[:4], [0, 1, 1, -1], **form)
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", test, [0, 1, 1, -1], **form)
     data = read(tmp_path)
     assert data.classes == ["a", "b"] and (len(data.train), len(data.val)) == (16, 3)
     assert data.train.image(3).getpixel((0, 0)) == (3, 0, 0)

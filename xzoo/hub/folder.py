@@ -41,6 +41,7 @@ from . import card
 
 RECIPE, METRICS, GOLDEN = "recipe.yaml", card.METRICS, "logits.safetensors"
 CURVES, SPECTRUM = "curves.png", "spectrum.png"
+GREY = "grey_range"  # of the block: largest values of grey images with more than 8 bits, by kind
 HALF_MOVES = 0.02  # points that float16 may cost or bring
 EXPORTED = {CONFIG, WEIGHTS, card.CARD, RECIPE, METRICS, CURVES, SPECTRUM, GOLDEN}
 
@@ -90,7 +91,8 @@ def save(
 def load(folder: Path | str) -> nn.Module:
     """The model of a folder, in eval mode, with its weights; every one of them must be there and fit.
 
-    Its label names and the preparation of images are in its `pretrained_cfg`.
+    Its label names and the preparation of images are in its `pretrained_cfg`, the range of grey images with more
+    than 8 bits in its `grey_range` (of `train.images.grey_ranges`).
     Raises: ModelError that names the folder and what does not fit.
     """
     folder = Path(folder)
@@ -111,6 +113,11 @@ def load(folder: Path | str) -> nn.Module:
     names = model.pretrained_cfg.get("label_names")
     if names is not None and len(names) != model.num_classes:
         raise ModelError(f"{folder / CONFIG}: {len(names)} label names for {model.num_classes} classes")
+    # Not in pretrained_cfg: timm refuses keys of others there, and writes that of a model when it is saved.
+    block = config.get("xzoo") or {}
+    # Runs of before there were ranges read all integers as 16-bit.
+    before = {"16-bit": 65535.0, "32-bit": 65535.0} if block.keys() & {"finetune", "fit"} else {}
+    model.grey_range = dict(block.get(GREY, before))
     return model.eval()
 
 

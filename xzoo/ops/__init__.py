@@ -236,7 +236,7 @@ class _Backward(_Product):
     each call, which takes 20 us."""
 
     @staticmethod
-    def forward(ctx, name, *arguments):
+    def forward(ctx, name, *arguments):  # type: ignore[override]
         _Product.setup_context(ctx, (name, *arguments), None)
         return _do(name, *arguments)
 

@@ -32,7 +32,6 @@ import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,15 +11,16 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
+from rich.console import Console
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
 from ..errors import DataError, ModelError, XzooError
 from ..hub import folder as model_folder
 from ..models import create_model
-from .images import load_rgb
+from .folders import image_files
+from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from .run import write_text
-from .sources import image_files
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def classify(
 
     Args:
         model: a run folder of `xzoo finetune`, a model folder, or the name of a pretrained model.
-        images: image files, and folders of them (at any depth).
+        images: image files, and folders of them (at any depth). Grey images of more than 8 bits have the range that
+            the model was trained with; where it has none for their kind, that of all of them, which is told.
         top: how many classes to give.
         batch_size: images at a time.
         device: auto, cpu, cuda or mps.
@@ -53,16 +56,19 @@ def classify(
     transform = create_transform(**config, is_training=False)
     at_least = 2 * min(config["input_size"][1:])
 
+    ranges = _ranges(net, files)
+
     def look(file: Path) -> Image.Image | str:
         try:
-            return load_rgb(file, at_least)
+            return load_rgb(file, at_least, ranges)
         except DataError as error:
             return str(error)
 
     with ThreadPoolExecutor() as pool, torch.inference_mode():
         for low in range(0, len(files), batch_size):
             part = files[low : low + batch_size]
-            seen = list(pool.map(look, part))
+            with unwarned():
+                seen = list(pool.map(look, part))
             pixels = [transform(image) for image in seen if not isinstance(image, str)]
             rows = net(torch.stack(pixels).to(where)).float().softmax(1).cpu() if pixels else torch.empty(0, 0)
             best = iter(zip(*rows.topk(min(top, rows.shape[1]), dim=1), strict=True))
@@ -73,6 +79,18 @@ def classify(
                     values, indices = next(best)
                     pairs = zip(indices.tolist(), values.tolist(), strict=True)
                     yield Prediction(str(file), [(names[i], value) for i, value in pairs])
+
+
+def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
+    """The ranges of grey images with more than 8 bits: the model's own, else what the files have, and that is told."""
+    own: dict[str, float] = getattr(net, "grey_range", {})
+    with unwarned(), ThreadPoolExecutor() as pool:
+        found = grey_ranges(pool.map(grey_peak, files))
+    console = Console(stderr=True)
+    for kind in found.keys() - own.keys():
+        text = f"{told_range(kind, found[kind])}, as the largest of these images; the model has no range for them"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return found | own
 
 
 def load_any(model: str) -> nn.Module:
@@ -128,13 +146,15 @@ def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5)
 def _files(images: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for given in images:
+        if not str(given).strip():
+            raise DataError("the name of an image is empty; give images, or folders of images")
         path = Path(given).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             found = image_files(path)
             if not found:
                 raise DataError(f"{path} holds no image")
             files += found
-        elif path.exists():
+        elif os.path.exists(path):
             files.append(path)
         else:
             raise DataError(f"{path} does not exist; give images, or folders of images")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -140,6 +142,13 @@ class ImageModule(pl.LightningDataModule):
         return Loader(Views(self.data.val, self.eval_transform, None), order, self.workers)
 
 
+@rank_zero_only
+def _tell(root: str, data: ImageData) -> None:
+    console = Console(stderr=True)
+    for text in (*data.remarks, data.account()):
+        console.print(f"{root}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 class ImageFolder(ImageModule):
     """The images of DATA in any form that `xzoo finetune` reads (see sources.py), for a recipe of one's own.
 
@@ -175,7 +184,9 @@ class ImageFolder(ImageModule):
         self.interpolation, self.mean, self.std = interpolation, tuple(mean), tuple(std)
         config = {name: getattr(self, name) for name in ("input_size", "crop_pct", "interpolation", "mean", "std")}
         data = read(root, at_least=2 * img_size)
+        _tell(root, data)
         super().__init__(data, config, batch_size, seed, crop, mirror, workers)
+        self.grey_range = dict(data.ranges)
         self.class_names, self.num_classes = data.classes, len(data.classes)
         self.n_val = self.n_test = len(data.val)
 

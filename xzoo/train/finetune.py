@@ -10,6 +10,7 @@ weights are in checkpoints/best.ckpt.
 
 import hashlib
 import json
+import os
 import platform
 import re
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from .callbacks import EMA, Clock, Report, checkpoints
 from .classify import device_named
 from .data import ImageModule
 from .evaluate import judged, top
+from .folders import refuse_within
 from .plan import Options, Plan, plan, start, use_weights
 from .run import (
     CONFIG,
@@ -49,7 +51,7 @@ from .run import (
     steps_of,
     write_text,
 )
-from .sources import ImageData, read
+from .sources import ImageData, check_name, read
 from .task import Classifier
 
 DEFAULT_MODEL = "x_resnet18"
@@ -106,15 +108,16 @@ def finetune(
         img_size: pixels a side that the model sees; by default its own, or less for small images from scratch.
         mirror: also train on mirror images; by default yes, for digits no.
         seed: of the order, the augmentation and the new weights.
-        out: the run folder; by default runs/DATA-MODEL.
+        out: the run folder, not in the data; by default runs/DATA-MODEL.
         workers: processes that load images; by default none if they fit in memory and the CPU trains.
         device: auto, cpu, cuda or mps.
     Raises: XzooError for what cannot be trained; KeyboardInterrupt after Ctrl-C (the same call resumes).
     """
     console = Console(stderr=True)
+    check_name(data)
     place = Path(data).expanduser()
     options = Options(
-        data=str(place.resolve()) if place.exists() else data,
+        data=str(place.resolve()) if os.path.exists(place) else data,
         model=model,
         expand=expand,
         epochs=epochs,
@@ -133,6 +136,7 @@ def finetune(
     where = device_named(device)
     run = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
 
+    refuse_within(run, place)
     refuse_other(run, asdict(options), "xzoo finetune", "options")
     if (run / RESULT).exists():
         result = Result(**json.loads((run / RESULT).read_text(encoding="utf-8")))
@@ -202,8 +206,8 @@ class _Job:
         }
         head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
         write_text(self.run / CONFIG, head + to_yaml(config))
-        if self.images.skipped:
-            lines = [f"{escaped(name)}\t{shown(reason)}\n" for name, reason in self.images.skipped]
+        if self.images.left_out:
+            lines = [f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in self.images.left_out]
             write_text(self.run / "skipped.txt", "".join(lines))
 
     def train(self, console: Console) -> None:
@@ -235,7 +239,8 @@ class _Job:
         self.task.load_state_dict(checkpoint["state_dict"])
         made = {"run": self.run.name, "train_images": len(self.images.train), "seed": self.task.hparams["seed"]}
         folder = self.run / "model"
-        model_folder.save(self.task.net, folder, self.images.classes, self.data_config, {"finetune": made})
+        block = {"finetune": made, model_folder.GREY: dict(self.images.ranges)}
+        model_folder.save(self.task.net, folder, self.images.classes, self.data_config, block)
         logits, labels = judged(model_folder.load(folder).to(self.device), self.module, self.device)
         result = Result(
             run=str(self.run),
@@ -320,9 +325,8 @@ def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, r
     """What is about to happen, before the first epoch."""
     for remark in images.remarks:
         say(console, f"{options.data}: {remark}")
-    if images.skipped:
-        names = ", ".join(name for name, _ in images.skipped[:5])
-        say(console, f"{len(images.skipped)} images cannot be read and are left out ({names}); see {run}/skipped.txt")
+    listed = f"; see {run}/skipped.txt" if images.left_out else ""
+    say(console, f"{options.data}: {images.account()}{listed}")
     if not recipe.classifier["pretrained"]:
         reason = "no pretrained weights" if options.pretrained is None else "as asked"
         say(console, f"{options.model}: {reason}, training from scratch")

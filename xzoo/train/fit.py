@@ -133,7 +133,8 @@ def _finish(
     task.load_state_dict(checkpoint["state_dict"])
     device = trainer.strategy.root_device
     made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
-    model_folder.save(task.net, run / "model", data.class_names, _data_config(task.net, data), {"fit": made})
+    block = {"fit": made, model_folder.GREY: getattr(data, "grey_range", {})}
+    model_folder.save(task.net, run / "model", data.class_names, _data_config(task.net, data), block)
     logits, labels = judged(model_folder.load(run / "model").to(device), data, device)
     result = {
         **facts(cli, task, data, trainer),

@@ -171,6 +171,8 @@ def quiet() -> Iterator[None]:
         expected = ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty")
         for message in expected:
             warnings.filterwarnings("ignore", message=f"(?s).*{message}")
+        # Those of single files, which do not name them.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             for logger in loggers:
                 logger.setLevel(logging.WARNING)

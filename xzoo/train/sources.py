@@ -1,23 +1,24 @@
 """Reading the user's images: every form of DATA becomes one `ImageData`.
 
-    a folder      one sub-folder a class; or train/ with val/, validation/ or test/ of such sub-folders
+    a folder      one sub-folder a class; or parts (train/ with val/ or test/, ...) of such sub-folders: folders.py
     parquet       a folder of parquet files in the Hub's image layout
     org/name      a data set on the Hugging Face Hub (needs the extra `data`)
     digits        scikit-learn's 1,797 handwritten digits, 8 x 8: real images that need no download
 
 A reader only lists what is there (`Listing`). Then every image is decoded once, whatever the form: what is
 broken is left out by name before training instead of failing in its third epoch, and what fits in memory
-is kept as pixels. Parts that DATA does not separate are separated by a hash of the images' names.
+is kept as pixels. Parts that DATA does not separate are separated by a hash of the images' names. Identical
+files never lie on both sides: they are held out together, and what validates in DATA is not trained on.
 """
 
 import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ from rich.progress import track
 from ..errors import DataError
 from ..names import encoded, rejoined
 from ..profile import cores
-from .images import Pixels, load_rgb
+from . import folders
+from .folders import LeftOut, few, part_of, same_letters
+from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
-# What people call images. Files of other kinds (notes, thumbnails' databases) are passed over in silence;
-# one of these that cannot be read is reported. Pillow reads HEIC only with a plug-in: then it is reported.
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .avif .heic .heif".split())
 VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there is used
 HELD_OUT = 0.2
+# Kinds of reasons for which an image is left out, beside those of folders.py.
+UNREADABLE = "cannot be read"
+BOTH = "identical to images that validate"
 # Decoded pixels are kept up to here: 21,000 images of 128 x 128, or a thousand reduced photographs.
 MEMORY = 1 << 30
 Row = tuple[str, Any, Any]  # of a table: name, image, label
@@ -60,6 +63,7 @@ class Listing:
     val: list[Item] | None = None
     mirror: bool = True
     remarks: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Images:
 
     items: Sequence[Item]
     at_least: int | None = None
+    ranges: Mapping[str, float] = field(default_factory=dict)  # of `images.grey_ranges`
 
     def __len__(self) -> int:
         return len(self.items)
@@ -76,7 +81,7 @@ class Images:
         """The image as RGB. Raises DataError that names it, if it went away since it was scanned."""
         item = self.items[index]
         try:
-            return load_rgb(item.source, self.at_least)
+            return load_rgb(item.source, self.at_least, self.ranges)
         except DataError as error:
             raise DataError(f"{item.name} could be read before and cannot now: {error}") from error
 
@@ -90,8 +95,10 @@ class ImageData:
     """The images of DATA, ready to train on.
 
     `mirror` says whether a mirror image is still of its class (not so for digits); `skipped` holds name and
-    reason of what could not be read, `remarks` what a reader decided; `in_memory`, whether pixels are kept;
-    `side` is the median of the images' shorter sides, in pixels.
+    reason of what could not be read, `left_out` these and every other file that is not used, `remarks` what a
+    reader decided, `facts` what else is to be told of the images; `in_memory`, whether pixels are kept; `side` is
+    the median of the images' shorter sides, in pixels; `ranges`, the largest value of grey images with more than 8
+    bits, by kind (`images.grey_ranges`).
     """
 
     classes: list[str]
@@ -102,11 +109,39 @@ class ImageData:
     remarks: list[str]
     in_memory: bool
     side: int
+    left_out: list[LeftOut] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    ranges: Mapping[str, float] = field(default_factory=dict)
+
+    def account(self) -> str:
+        """In a line: the images and classes, the files that are left out by reason, and what is odd about the rest."""
+        parts = [f"{len(self.train) + len(self.val)} images of {len(self.classes)} classes", *self.facts]
+        reasons: dict[str, list[LeftOut]] = {}
+        for left in self.left_out:
+            reasons.setdefault(left.why, []).append(left)
+        counts = [f"{len(files)} {why}{_shown(why, files)}" for why, files in reasons.items()]
+        return "; ".join([*parts, f"left out: {', '.join(counts)}"] if counts else parts)
 
     def fingerprint(self) -> str:
-        """Changes when an image is added, removed, renamed or moves to another class or part."""
+        """Changes when an image is added, removed, renamed or moves to another class or part, or looks otherwise."""
         lines = [f"{part}:{i.label}:{i.name}" for part in ("train", "val") for i in getattr(self, part).items]
+        # As pixels were before there were ranges, it is as it was.
+        lines += [f"range:{kind}:{full:g}" for kind, full in self.ranges.items() if not _usual(kind, full)]
         return hashlib.sha256(encoded("\n".join([*self.classes, *lines]))).hexdigest()[:16]
+
+
+def _shown(why: str, files: Sequence[LeftOut]) -> str:
+    """Which ones, where that is short and tells something."""
+    if why == UNREADABLE:
+        return f" ({few([left.name for left in files])})"
+    if why == folders.NO_IMAGE:
+        return f" ({few(sorted({folders.ending(left.name) for left in files}))})"
+    return ""
+
+
+def _usual(kind: str, full: float) -> bool:
+    """Whether a range is one that was taken before folders had ranges."""
+    return full in ((1.0, 255.0, 65535.0) if kind == "float" else (65535.0,))
 
 
 def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) -> ImageData:
@@ -122,54 +157,148 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     items = listing.train + (listing.val or [])
     if not items:
         raise DataError(f"{data}: no images in it; put those of each class into a sub-folder")
-    kept, skipped, sides = _decode(items, at_least, memory)
+    with unwarned():
+        ranges = grey_ranges(_threaded(lambda item: grey_peak(item.source), items, "looking for deep images"))
+        kept, skipped, sides = _decode(items, at_least, memory, ranges)
     _check_broken(str(data), items, kept, skipped)
+    left_out = [LeftOut(name, UNREADABLE, reason) for name, reason in skipped]
+    facts = [told_range(kind, full) for kind, full in ranges.items()]
 
-    train = [item for item in kept[: len(listing.train)] if item is not None]
-    val = [item for item in kept[len(listing.train) :] if item is not None]
+    used = [item for item in kept if item is not None]
+    same = identical([item for item, there in zip(items, kept, strict=True) if there is not None])
+    first_val = sum(item is not None for item in kept[: len(listing.train)])
+    train, val = used[:first_val], used[first_val:]
     if listing.val is None:
-        train, val = hold_out(train)
-    _check_classes(str(data), listing, train, val)
+        train, val = hold_out(train, same=same)
+        copies = len(same) - len(set(same))
+        if copies:
+            facts.append(f"{copies} of them are copies of others, and on the same side as those")
+    else:
+        judged = set(same[first_val:])
+        left_out += [LeftOut(item.name, BOTH, BOTH) for item, n in zip(train, same, strict=False) if n in judged]
+        train = [item for item, n in zip(train, same, strict=False) if n not in judged]
+    several = _in_several_classes(used, same)
+    if several:
+        listing.remarks.append(f"{len(several)} images are identical to one of another class: {few(several)}")
+    _check_classes(str(data), listing, train, val, sum(left.why == BOTH for left in left_out))
     return ImageData(
         classes=[rejoined(name) for name in listing.classes],
-        train=Images(train, at_least),
-        val=Images(val, at_least),
+        train=Images(train, at_least, ranges),
+        val=Images(val, at_least, ranges),
         mirror=listing.mirror,
         skipped=skipped,
         remarks=[*listing.remarks, *same_letters(listing.classes)],
         in_memory=isinstance(train[0].source, np.ndarray),
         side=int(np.median(sides)),
+        left_out=left_out + listing.left_out,
+        facts=facts,
+        ranges=ranges,
     )
 
 
-def hold_out(items: Sequence[Item], share: float = HELD_OUT) -> tuple[list[Item], list[Item]]:
+def hold_out(
+    items: Sequence[Item], share: float = HELD_OUT, same: Sequence[int] | None = None
+) -> tuple[list[Item], list[Item]]:
     """Split into train and val, class by class, by a hash of the names: the same split on every machine.
 
     Of each class `share` is held out, one image or more where it has two; one or more stay in train.
+
+    Args:
+        same: for each item the first one that is identical (`identical`). They count as one and are on the same
+            side; those that are in two classes stay in train.
     """
-    held: set[str] = set()
-    for label in sorted({item.label for item in items}):
-        names = sorted((i.name for i in items if i.label == label), key=_hash)
-        held.update(names[: min(max(1, round(share * len(names))), len(names) - 1)])
-    return [i for i in items if i.name not in held], [i for i in items if i.name in held]
+    same = range(len(items)) if same is None else same
+    labels: dict[int, set[int]] = {}
+    by_label: dict[int, list[int]] = {}
+    for place, item in enumerate(items):
+        labels.setdefault(same[place], set()).add(item.label)
+        by_label.setdefault(item.label, []).append(place)
+    held: set[int] = set()
+    for places in by_label.values():
+        places.sort(key=lambda place: _hash(items[place].name))
+        different = list(dict.fromkeys(same[place] for place in places))
+        count = min(max(1, round(share * len(different))), len(different) - 1)
+        held.update([first for first in different if len(labels[first]) == 1][:count])
+    train = [item for item, first in zip(items, same, strict=True) if first not in held]
+    return train, [item for item, first in zip(items, same, strict=True) if first in held]
+
+
+def identical(items: Sequence[Item]) -> list[int]:
+    """For each item the place of the first one whose file has the same bytes: its own, if no other has.
+
+    Only files of the same size and the same end are read whole, which are few among photographs.
+    """
+    groups = [list(range(len(items)))]
+    for look in (_size, _end, _digest):
+        groups = [part for group in groups for part in _alike(group, items, look)]
+    first = list(range(len(items)))
+    for group in groups:
+        for place in group:
+            first[place] = group[0]
+    return first
+
+
+def _alike(places: Sequence[int], items: Sequence[Item], look: Callable[[Item], Hashable]) -> list[list[int]]:
+    """Groups of two places or more whose items look the same."""
+    found: dict[Hashable, list[int]] = {}
+    for place in places:
+        # A file that went away since it was read is like no other; training says that it is gone.
+        with suppress(OSError):
+            found.setdefault(look(items[place]), []).append(place)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _size(item: Item) -> Hashable:
+    if isinstance(item.source, Path):
+        return item.source.stat().st_size
+    # Pixels are those of digits, which are all different.
+    return len(item.source) if isinstance(item.source, bytes) else item.name
+
+
+def _end(item: Item, most: int = 4096) -> Hashable:
+    if not isinstance(item.source, Path):
+        return bytes(item.source[-most:])
+    with open(item.source, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read()
+
+
+def _digest(item: Item) -> Hashable:
+    if not isinstance(item.source, Path):
+        return hashlib.sha256(bytes(item.source)).digest()
+    with open(item.source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _in_several_classes(items: Sequence[Item], same: Sequence[int]) -> list[str]:
+    labels: dict[int, set[int]] = {}
+    for item, first in zip(items, same, strict=True):
+        labels.setdefault(first, set()).add(item.label)
+    return [item.name for item, first in zip(items, same, strict=True) if len(labels[first]) > 1]
 
 
 def _hash(name: str) -> bytes:
     return hashlib.sha256(encoded(name)).digest()
 
 
+def check_name(data: str) -> None:
+    """Raise DataError for an empty name, which as a path is the current folder."""
+    if not data.strip():
+        raise DataError("the name of the data is empty; give a folder of images, a Hub data set (org/name) or digits")
+
+
 def list_images(data: str) -> Listing:
     """What DATA holds, in any of the forms above; no image is decoded. Raises: DataError if it has none of them."""
+    check_name(data)
     path = Path(data).expanduser()
-    if data == "digits" and not path.exists():
+    if data == "digits" and not os.path.exists(path):
         return _digits()
-    if path.is_dir():
+    if os.path.isdir(path):
         try:
-            tables = sorted(f for f in path.rglob("*.parquet") if not f.name.startswith("."))
-            return _tables(path, tables) if tables else _folder(path)
+            return _folder_or_tables(path)
         except OSError as error:
             raise DataError(f"{data}: {error.strerror or error}") from error
-    if path.exists():
+    if os.path.exists(path):  # which is also False for a name that is too long
         raise DataError(f"{data} is a file; give a folder with one sub-folder a class, or of parquet files")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data):
         return _hub(data)
@@ -192,60 +321,43 @@ def _digits() -> Listing:
     return Listing([str(digit) for digit in range(10)], items, mirror=False)
 
 
-def _folder(root: Path) -> Listing:
-    """Sub-folders as classes, in text order; dot-files (macOS' `._photo.jpg` among them) are no images."""
-    parts = _subfolders(root)
-    train = next((part for part in parts if part.name.lower() == "train"), None)
-    if train is None or not _subfolders(train) or any(_is_image(f) for f in train.iterdir()):
-        classes = [part for part in parts if image_files(part)]
-        if not classes and any(_is_image(f) for f in root.iterdir()):
-            raise DataError(f"{root}: images lie in it directly; put those of each class into a sub-folder")
-        return Listing([c.name for c in classes], _labelled(root, classes))
-
-    remarks = []
-    train_classes = [part for part in _subfolders(train) if image_files(part)]
-    listing = Listing([c.name for c in train_classes], _labelled(root, train_classes))
-    by_name = {part.name.lower(): part for part in parts}
-    for name in VAL_NAMES:
-        if name not in by_name:
-            continue
-        val_classes = [part for part in _subfolders(by_name[name]) if image_files(part)]
-        if not val_classes:
-            remarks.append(f"{by_name[name].name}/ is not used: it has no class folders with images")
-            continue
-        check_same_classes(str(root), listing.classes, [c.name for c in val_classes])
-        listing.val = _labelled(root, val_classes)
-        break
-    others = [p.name for p in parts if p.name.lower() not in ("train", *VAL_NAMES)]
-    if others:
-        remarks.append(f"beside train/, these folders are not used: {few(others)}")
-    listing.remarks = remarks
+def _folder_or_tables(root: Path) -> Listing:
+    """Parquet files that hold images come first; others beside class folders are something else's."""
+    tables, beside = folders.files_that_end_in(root, ".parquet"), folders.folders_with_images(root)
+    with_images = [table for table in tables if _has_images(table)]
+    if not tables or (beside and not with_images):
+        return _folder(root)
+    listing = _tables(root, with_images or tables)
+    rows = [*listing.train, *(listing.val or [])]
+    if beside and not any(isinstance(row.source, Path) for row in rows):
+        listing.remarks.append(f"parquet files are read, and images in folders beside them are not: {few(beside)}")
+    strange = [table.name for table in tables if with_images and table not in with_images]
+    if strange:
+        listing.remarks.append(f"no images in {few(strange)}")
     return listing
 
 
-def _labelled(root: Path, classes: Sequence[Path]) -> list[Item]:
-    return [
-        Item(file.relative_to(root).as_posix(), label, file)
-        for label, folder in enumerate(classes)
-        for file in image_files(folder)
-    ]
+def _has_images(table: Path) -> bool:
+    """Whether a parquet file has a column of images; also where that cannot be told, so that it is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return any(_kind(column.type) == "image" for column in pq.read_schema(table))
+    except (pa.ArrowException, OSError):
+        return True
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Every image file at any depth, in text order."""
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(place, f) for f in sorted(files) if _is_image(Path(f))]
-    return found
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+def _folder(root: Path) -> Listing:
+    layout = folders.read_folder(root)
+    train, val = ([Item(*image) for image in part] for part in (layout.train, layout.val or []))
+    return Listing(
+        layout.classes,
+        train,
+        None if layout.val is None else val,
+        remarks=layout.remarks,
+        left_out=layout.left_out,
+    )
 
 
 def _tables(root: Path, files: Sequence[Path]) -> Listing:
@@ -270,11 +382,15 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
 
 
 def split_of(file: Path) -> str:
-    """The part of the data that the name of a file, or else of its folder, begins with."""
-    for name in (file.stem, file.parent.name):
+    """The part of the data that the name of a file, or else of its folder, tells; train if none does."""
+    words = {part_of(word) for word in re.split(r"[\W_]+", file.stem)} - {None}
+    kinds = (words.pop() if len(words) == 1 else None, part_of(file.parent.name))
+    for name, kind in zip((file.stem, file.parent.name), kinds, strict=True):
         found = re.match(r"(train|val|validation|valid|test)(?![a-z])", name.lower())
         if found:
             return found[1]
+        if kind:
+            return kind
     return "train"
 
 
@@ -364,6 +480,9 @@ def _hub(name: str) -> Listing:
 def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None) -> Listing:
     """Rows with labels as numbers, or as text where the table has no class names."""
     remarks = []
+    trains = [split for split in parts if part_of(split) == "train"]
+    if "train" not in parts and len(trains) == 1:
+        parts["train"] = parts.pop(trains[0])
     if "train" not in parts:
         if len(parts) > 1:
             raise DataError(f"{data}: no train part among {few(sorted(parts))}")
@@ -381,7 +500,8 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
         raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
-    val = next((split for split in VAL_NAMES if items.get(split)), None)
+    others = sorted((split for split in items if part_of(split) in ("val", "test")), key=folders.rank)
+    val = next((split for split in (*VAL_NAMES, *others) if items.get(split)), None)
     remarks += [f"{s} is not used" for s in sorted(items) if s not in ("train", val)]
     return Listing(classes, items["train"], items[val] if val else None, remarks=remarks)
 
@@ -390,7 +510,7 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
 
 
 def _decode(
-    items: Sequence[Item], at_least: int | None, memory: int
+    items: Sequence[Item], at_least: int | None, memory: int, ranges: Mapping[str, float]
 ) -> tuple[list[Item | None], list[tuple[str, str]], list[int]]:
     """Decode every image; keep pixels as long as all of them fit. Broken ones become None.
 
@@ -400,7 +520,7 @@ def _decode(
 
     def look(item: Item) -> tuple[int, int, Pixels | None] | str:
         try:
-            pixels = np.asarray(load_rgb(item.source, at_least))
+            pixels = np.asarray(load_rgb(item.source, at_least, ranges))
         except DataError as error:
             return str(error)
         return min(pixels.shape[:2]), pixels.nbytes, pixels if room >= 0 else None
@@ -408,27 +528,26 @@ def _decode(
     kept: list[Item | None] = []
     skipped: list[tuple[str, str]] = []
     sides: list[int] = []
-    # Threads, because Pillow decodes without the interpreter's lock and pixels need not be sent anywhere.
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        for item, seen in zip(items, _watched(pool.map(look, items), len(items)), strict=True):
-            if isinstance(seen, str):
-                skipped.append((item.name, seen))
-                kept.append(None)
-                continue
-            side, size, pixels = seen
-            sides.append(side)
-            room -= size
-            kept.append(item if pixels is None or room < 0 else Item(item.name, item.label, pixels))
+    for item, seen in zip(items, _threaded(look, items, "looking at the images"), strict=True):
+        if isinstance(seen, str):
+            skipped.append((item.name, seen))
+            kept.append(None)
+            continue
+        side, size, pixels = seen
+        sides.append(side)
+        room -= size
+        kept.append(item if pixels is None or room < 0 else Item(item.name, item.label, pixels))
     if room < 0:
         kept = [None if k is None else item for k, item in zip(kept, items, strict=True)]
     return kept, skipped, sides
 
 
-def _watched(results: Iterator[Any], total: int) -> Iterable[Any]:
+def _threaded(look: Callable[[Item], Any], items: Sequence[Item], what: str) -> Iterator[Any]:
     console = Console(stderr=True)
-    return track(
-        results, "looking at the images", total, console=console, transient=True, disable=not console.is_terminal
-    )
+    # Threads, because Pillow decodes without the interpreter's lock and pixels need not be sent anywhere.
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        seen = pool.map(look, items)
+        yield from track(seen, what, len(items), console=console, transient=True, disable=not console.is_terminal)
 
 
 def _check_broken(
@@ -452,48 +571,16 @@ def _check_broken(
         )
 
 
-def _check_classes(data: str, listing: Listing, train: list[Item], val: list[Item]) -> None:
+def _check_classes(data: str, listing: Listing, train: list[Item], val: list[Item], both: int = 0) -> None:
     classes, counts = listing.classes, Counter(item.label for item in train)
     lost = sorted({item.label for item in listing.train + val} - counts.keys())
     if lost:
-        raise DataError(f"{data}: no training image that can be read of {few([classes[i] for i in lost])}")
+        same = f" ({both} are identical to images that validate)" if both else ""
+        raise DataError(f"{data}: no training image that can be read of {few([classes[i] for i in lost])}{same}")
     if len(classes) < 2 or len(counts) < 2:
         only = classes[next(iter(counts))] if counts else classes[0]
         raise DataError(f"{data}: one class only ({only}); two or more are needed, a sub-folder each")
     if not val:
-        raise DataError(f"{data}: one image in each class; two or more are needed, one of them to validate")
-
-
-def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
-    if set(train) != set(val):
-        missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {_letters(n) for n in extra}:
-            raise DataError(
-                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in two forms "
-                "of Unicode; rename the folders of one of them"
-            )
         raise DataError(
-            f"{data}: train and val must have the same classes; "
-            f"only in train: {few(missing) or 'none'}; only in val: {few(extra) or 'none'}"
+            f"{data}: one image in each class, not counting copies; two or more are needed, one of them to validate"
         )
-
-
-def same_letters(classes: Sequence[str]) -> list[str]:
-    """A remark on each set of classes whose names are the same letters, as macOS and other systems spell them."""
-    spelled: dict[str, list[str]] = {}
-    for name in dict.fromkeys(classes):
-        spelled.setdefault(_letters(name), []).append(name)
-    return [
-        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of Unicode; "
-        "if they are one class, put their images into one folder"
-        for names in spelled.values()
-        if len(names) > 1
-    ]
-
-
-def _letters(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,705 @@
+"""A folder of images: what each file in it is for. Used as an image of a class and a part, or left out, and why.
+
+    a class      a sub-folder; all images in it count, at any depth
+    a part       class folders in a folder with a usual name (train, Training, seg_train, val_images, test_set, ...);
+                 parts may lie deeper (archive/photos/train/CLASS, seg_train/seg_train/CLASS), or within each class
+                 (CLASS/train), or val and test beside the classes
+    left out     what KEPT_BY_SYSTEMS and a leading dot name, what is no image or no regular file, images beside the
+                 class folders, parts that are not used, and a file that is reached twice, through a link
+
+A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to hold class folders,
+and stand alone or beside another part. Where that leaves two readings, the folder is refused and both are named.
+
+Not here: whether a file can be read, and which are identical (sources.py).
+"""
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import DataError
+
+# What people call images. Pillow reads HEIC only with a plug-in: without it, it is reported.
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .avif .heic .heif "
+    ".avifs .jp2 .j2k .j2c .jpc .jpf .jpx .tga .qoi .pcx .sgi .ras .dds .xbm .xpm .mpo".split()
+)
+# A file without any ending is one if it begins as one. Not so with an ending that is not known: camera files and
+# unfinished downloads begin as images, too.
+SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL)
+
+# Copies of images, and their remains, that no user put there: archives, trash cans, thumbnailers, versions, disks
+# (compared in lower case). Whatever begins with a dot is of the same kind: ._photo.jpg, .DS_Store, .Trash-1000,
+# .thumbnails, .ipynb_checkpoints, .cache, .git. A class may well be called "trash" or "thumbnails": those are not here.
+KEPT_BY_SYSTEMS = frozenset(
+    {
+        *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+        *("$recycle.bin", "recycler", "recycled", "system volume information", "thumbs.db", "ehthumbs.db"),  # Windows
+        *("desktop.ini", "found.000", "lost+found"),
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),  # network storage
+        *("__pycache__",),
+    }
+)
+
+# Kinds of reasons, as the line of `xzoo finetune` counts them.
+HIDDEN = "hidden or kept by a system"
+NO_IMAGE = "not images"
+NO_FILE = "no regular files"
+NO_CLASS = "in no class folder"
+UNUSED = "in folders that are not used"
+TWICE = "reached twice through links"
+
+FLAT = "images lie in it directly; put those of each class into a sub-folder"
+
+_PARTS = {
+    "train": ("train", "training", "trainval"),
+    "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "holdout", "heldout"),
+}
+_KINDS = {word: kind for kind, words in _PARTS.items() for word in words}
+_BESIDE = "(?:seg|segmented|data|dataset|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9]+)*"
+_PART = re.compile(f"{_BESIDE}({'|'.join(sorted(_KINDS, key=len, reverse=True))}){_BESIDE}")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not used: its name below DATA, the kind of reason (plural, to be counted), and what exactly."""
+
+    name: str
+    why: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}\t{self.detail}"
+
+
+@dataclass
+class Layout:
+    """What a folder holds: images as (name, label, file) in the order of names, and everything else."""
+
+    classes: list[str]
+    train: list[tuple[str, int, Path]]
+    val: list[tuple[str, int, Path]] | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def part_of(name: str) -> str | None:
+    """Which part a name stands for (train, val or test), in any case and with any separators; None for others."""
+    found = _PART.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
+    return _KINDS[found[1]] if found else None
+
+
+def rank(name: str, kind: str | None = None) -> tuple[bool, int, str]:
+    """Order of what may validate: val, validation, valid, other names of that kind, and test last."""
+    usual, lower = ("val", "validation", "valid"), name.lower()
+    place = usual.index(lower) if lower in usual else len(usual)
+    return (kind or part_of(name)) == "test", place, name
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
+    if set(train) != set(val):
+        missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {_letters(n) for n in extra}:
+            raise DataError(
+                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in two forms "
+                "of Unicode; rename the folders of one of them"
+            )
+        raise DataError(
+            f"{data}: train and val must have the same classes; "
+            f"only in train: {few(missing) or 'none'}; only in val: {few(extra) or 'none'}"
+        )
+
+
+def same_letters(classes: Sequence[str]) -> list[str]:
+    """A remark on each set of classes whose names are the same letters, as macOS and other systems spell them."""
+    spelled: dict[str, list[str]] = {}
+    for name in dict.fromkeys(classes):
+        spelled.setdefault(_letters(name), []).append(name)
+    return [
+        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of Unicode; "
+        "if they are one class, put their images into one folder"
+        for names in spelled.values()
+        if len(names) > 1
+    ]
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+# ---- the files of one folder
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder as it was reached, with its name below DATA ("" for DATA itself) and where it really is."""
+
+    path: Path
+    name: str
+    real: str
+
+    @cached_property
+    def content(self) -> "Content":
+        return _content(self)
+
+    @property
+    def base(self) -> str:
+        return self.path.name
+
+    @property
+    def shown(self) -> str:
+        return f"{self.name}/"
+
+    def below(self, name: str) -> str:
+        return f"{self.name}/{name}" if self.name else name
+
+
+@dataclass
+class Content:
+    """What lies directly in a folder, by name: folders, those reached by a link, images, and what is left out."""
+
+    folders: list[Place] = field(default_factory=list)
+    links: list[Place] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    linked: set[str] = field(default_factory=set)  # those of the images that are links
+    left_out: list[LeftOut] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)  # folders
+
+
+def _content(place: Place) -> Content:
+    found = Content()
+    with os.scandir(place.path) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = place.below(entry.name)
+            link = entry.is_symlink()
+            if is_hidden(entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    found.hidden.append(Path(entry.path))
+                else:
+                    found.left_out.append(LeftOut(name, HIDDEN, "hidden, or kept by a system"))
+            elif _is(entry, stat.S_ISDIR):
+                path = Path(entry.path)
+                real = os.path.realpath(path) if link else os.path.join(place.real, entry.name)
+                (found.links if link else found.folders).append(Place(path, name, real))
+            elif _is(entry, stat.S_ISREG) or (link and not os.path.exists(entry.path)):
+                # A link to nothing is an image that cannot be read, if its name is an image's.
+                if is_image(Path(entry.path)):
+                    found.images.append(entry.name)
+                    if link:
+                        found.linked.add(entry.name)
+                else:
+                    found.left_out.append(LeftOut(name, NO_IMAGE, f"no image by its ending {ending(entry.name)}"))
+            else:
+                found.left_out.append(LeftOut(name, NO_FILE, no_regular_file(entry.path) or "no regular file"))
+    return found
+
+
+def _is(entry: "os.DirEntry[str]", kind: object) -> bool:
+    try:
+        return entry.is_dir() if kind is stat.S_ISDIR else entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out unseen."""
+    return name.startswith(".") or name.lower() in KEPT_BY_SYSTEMS
+
+
+def is_image(file: Path) -> bool:
+    """By its ending; without one, by its first bytes."""
+    ending = file.suffix.lower()
+    if ending:
+        return ending in SUFFIXES
+    try:
+        with open(file, "rb") as opened:
+            return SIGNATURE.match(opened.read(12)) is not None
+    except OSError:
+        return False
+
+
+def no_regular_file(path: Path | str) -> str | None:
+    """What a path is if it is there and no regular file: opening a named pipe waits for ever. None if it is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {
+        "a named pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a folder": stat.S_ISDIR,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    }
+    kind = next((name for name, test in kinds.items() if test(mode)), "something else")
+    return f"{kind}, and no regular file"
+
+
+def ending(name: str) -> str:
+    return Path(name).suffix.lower() or "(none)"
+
+
+# ---- all files below a folder
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image file: its name below DATA, its path, and where it really is."""
+
+    name: str
+    path: Path
+    real: str
+
+
+def gather(top: Place, root: str) -> tuple[list[Found], list[LeftOut]]:
+    """Every image at any depth, through links as well, in text order; and every other file with its reason.
+
+    Args:
+        root: the real path of DATA; a link to it, or to a folder above it, is not followed.
+    Raises: DataError for a folder that cannot be listed: nobody knows how much of a class is in it.
+    """
+    images: list[Found] = []
+    left_out: list[LeftOut] = []
+    seen: set[str] = set()
+    # Links come last, so that what is reached twice is found under its own name first.
+    folders, links = [top], list[Place]()
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        if place.real in seen or (place is not top and leads_back(place, root)):
+            left_out.append(LeftOut(place.name, TWICE, f"a link to {place.real}, which is read already"))
+            continue
+        seen.add(place.real)
+        content = listed(place)
+        for name in content.images:
+            path = place.path / name
+            real = os.path.realpath(path) if name in content.linked else os.path.join(place.real, name)
+            images.append(Found(place.below(name), path, real))
+        left_out += content.left_out
+        for folder in content.hidden:
+            left_out += below(folder, place.below(folder.name), HIDDEN, "hidden, or kept by a system")
+        folders += content.folders
+        links += content.links
+    return sorted(images, key=lambda image: _as_walked(image.name)), left_out
+
+
+def leads_back(link: Place, root: str) -> bool:
+    """Whether a folder is DATA itself or holds it."""
+    return Path(root).is_relative_to(link.real)
+
+
+def listed(place: Place) -> Content:
+    try:
+        return place.content
+    except OSError as error:
+        reason = f"{place.path} cannot be listed ({error.strerror or error})"
+        raise DataError(f"{reason}; make it readable, or move it out of the data") from error
+
+
+def below(folder: Path, name: str, why: str, detail: str) -> list[LeftOut]:
+    """Every file below a folder that is left out with all that is in it; links are not followed."""
+    return [LeftOut(f"{name}/{file}", why, detail) for file in _walked(folder)]
+
+
+def _walked(folder: Path) -> list[str]:
+    """Names of all files below a folder, and of links to folders and folders that cannot be listed as if files."""
+    names: list[str] = []
+    closed: list[str] = []
+    for at, folders, files in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
+        start = Path(at).relative_to(folder).as_posix()
+        links = [name for name in folders if os.path.islink(os.path.join(at, name))]
+        names += [name if start == "." else f"{start}/{name}" for name in sorted(files + links)]
+    return names + [Path(path).relative_to(folder).as_posix() for path in closed]
+
+
+def _as_walked(name: str) -> list[tuple[bool, str]]:
+    """Sorts as os.walk goes: the files of a folder, then its folders. Fingerprints of runs hang on this order."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
+def each_once(images: Sequence[Found], root: str) -> tuple[list[Found], list[LeftOut]]:
+    """Without further names of the same file, which links give it; where it has a name of its own, that stays."""
+    own = [image for image in images if image.real == os.path.join(root, image.name)]
+    first: dict[str, str] = {}
+    for image in [*own, *images]:
+        first.setdefault(image.real, image.name)
+    kept = [image for image in images if first[image.real] == image.name]
+    again = [image for image in images if first[image.real] != image.name]
+    return kept, [LeftOut(image.name, TWICE, f"the same file as {first[image.real]}") for image in again]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image at any depth, in text order; also what is called one and is no regular file. Raises: as `gather`."""
+    real = os.path.realpath(folder)
+    images, left_out = gather(Place(folder, "", real), real)
+    odd = [folder / left.name for left in left_out if left.why == NO_FILE and is_image(Path(left.name))]
+    return [image.path for image in images] + odd
+
+
+def refuse_within(run: Path, data: Path) -> None:
+    """Raise DataError where a run would write among the images of a folder, or replace them."""
+    if not os.path.isdir(data):
+        return
+    top = Place(data, "", os.path.realpath(data))
+    above = Path(os.path.realpath(run))
+    if not {str(folder) for folder in (above, *above.parents)}.isdisjoint(_all_real(top)):
+        raise DataError(f"{run} is in the data, {data}: a run would write among the images; choose another --out")
+    for made in ("model", "checkpoints"):
+        if Path(top.real).is_relative_to(above / made):
+            raise DataError(f"{data} is where the run {run} writes its {made}; choose another --out")
+
+
+def _all_real(top: Place) -> set[str]:
+    """Where the folder and all below it really are, through links as well."""
+    seen: set[str] = set()
+    waiting = [top]
+    while waiting:
+        place = waiting.pop()
+        if place.real not in seen and (place is top or not leads_back(place, top.real)):
+            seen.add(place.real)
+            waiting += listed(place).folders + listed(place).links
+    return seen
+
+
+def files_that_end_in(root: Path, ending: str) -> list[Path]:
+    """Files at any depth that no system keeps for itself, in text order."""
+    names = [name for name in _walked(root) if name.lower().endswith(ending)]
+    return sorted(root / name for name in names if not any(is_hidden(part) for part in name.split("/")))
+
+
+def folders_with_images(root: Path) -> list[str]:
+    top = Place(root, "", os.path.realpath(root))
+    return [folder.base for folder in _Reader(top).subs(top)]
+
+
+# ---- parts and classes
+
+
+Classes = dict[str, list[Place]]  # the folders of each class
+
+
+def read_folder(root: Path) -> Layout:
+    """Which file of a folder is an image of which class and part, and why every other one is not.
+
+    Raises: DataError if it has no class folders, or can be read in two ways.
+    """
+    top = Place(root, "", os.path.realpath(root))
+    reader = _Reader(top)
+    train, val = reader.arranged(top)
+    layout = Layout(list(train), [])
+    layout.train = reader.labelled(layout, train)
+    if val is not None:
+        layout.val = reader.labelled(layout, {name: val[name] for name in train})
+    layout.remarks = reader.remarks
+    _drop_empty(layout)
+    reader.account(layout)
+    return layout
+
+
+class _Reader:
+    """What is decided about the folders of DATA, and remembered until all files are accounted for."""
+
+    def __init__(self, top: Place) -> None:
+        self.top = top
+        self.remarks: list[str] = []
+        self.unused: dict[str, str] = {}  # name of a folder -> why it is not used
+        self.kinds: dict[str, str] = {}  # name of a folder -> the part that its name stands for
+
+    # ---- what there is
+
+    def subs(self, place: Place) -> list[Place]:
+        """Its folders with images, in text order."""
+        found = [folder for folder in self.folders(place) if has_images(folder, self.top.real)]
+        for folder, kind in kinds_of(found).items():
+            self.kinds[folder] = kind
+        return found
+
+    def folders(self, place: Place) -> list[Place]:
+        content = listed(place)
+        links = [link for link in content.links if not leads_back(link, self.top.real)]
+        return sorted([*content.folders, *links], key=lambda folder: folder.base)
+
+    def names(self, place: Place) -> set[str]:
+        return {sub.base for sub in self.subs(place)}
+
+    def of_kind(self, places: Sequence[Place], *kinds: str | None) -> list[Place]:
+        return [place for place in places if self.kinds.get(place.name) in kinds]
+
+    def leave(self, place: Place, reason: str) -> None:
+        self.unused[place.name] = reason
+
+    # ---- parts
+
+    def arranged(self, place: Place) -> tuple[Classes, Classes | None]:
+        """The class folders of training and validation below a folder; None where it has no part to validate."""
+        subs = self.subs(place)
+        if not subs:
+            if listed(place).images:
+                raise DataError(f"{place.path}: {FLAT}")
+            return {}, None
+        trains, others = self.of_kind(subs, "train"), self.of_kind(subs, None)
+        judges = self.of_kind(subs, "val", "test")
+        if trains:
+            if self.are_parts(place, trains, judges, others):
+                return self.parts(place, trains, judges)
+            self.remarks.append(f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}")
+            return self.classes(place, subs), None
+        if judges and others:
+            return self.classes_and_judges(place, others, judges)
+        if len(subs) == 1 and not listed(subs[0]).images:
+            self.remarks.append(f"{subs[0].shown} is read, the only folder with images in it")
+            return self.arranged(subs[0])
+        if judges:
+            raise DataError(f"{place.path}: {_and(judges)}, and no train part; call the one to train on train/")
+        return self.deeper(place, subs)
+
+    def are_parts(self, place: Place, trains: list[Place], judges: list[Place], others: list[Place]) -> bool:
+        """Whether what is called train is a part. Raises: DataError where it may be a part or a class."""
+        nested = [train for train in trains if self.subs(train)]
+        if not nested and (judges or not others):
+            raise DataError(f"{place.path}, {_and(trains + judges)}: {FLAT}")
+        if judges or not others:
+            return True
+        if not nested or all(listed(train).images for train in trains):
+            return False
+        # Parts of one data set have the same classes, and classes of another have not.
+        if all(self.names(other) & self.names(nested[0]) for other in others):
+            return True
+        beside = few([other.base for other in others])
+        raise DataError(
+            f"{place.path}: {nested[0].shown} may be a part, or a class as {beside}; "
+            f"to train on it alone give {nested[0].path}, to make it a class give it another name"
+        )
+
+    def parts(self, place: Place, trains: list[Place], judges: list[Place]) -> tuple[Classes, Classes | None]:
+        """Folders of parts: one to train on, the first of the others that has class folders to validate."""
+        usable = [train for train in trains if self.subs(train)]
+        usable = [train for train in usable if train.base.lower() == "train"] or usable
+        if len(usable) > 1:
+            raise DataError(
+                f"{place.path}: {_and(usable)} may each be the training part; give {usable[0].path}, or take one away"
+            )
+        folder = self.unwrapped(usable[0], set())
+        train = self.classes(folder, self.subs(folder))
+        val = self.validating(judges, set(train))
+        beside = [other for other in self.folders(place) if other not in [usable[0], *judges]]
+        for other in beside:
+            if part_of(other.base) in ("val", "test"):
+                self.leave(other, f"{other.shown} is not used: it has no class folders with images")
+                self.remarks.append(self.unused[other.name])
+            else:
+                self.leave(other, f"beside {usable[0].shown}, and not used")
+        rest = [other.base for other in beside if part_of(other.base) not in ("val", "test")]
+        if rest:
+            self.remarks.append(f"beside {usable[0].shown}, these folders are not used: {few(rest)}")
+        return train, val
+
+    def validating(self, judges: list[Place], classes: set[str]) -> Classes | None:
+        """The part that validates: val, validation or valid, another name of that kind, or else test."""
+        chosen: Place | None = None
+        for judge in sorted(judges, key=lambda judge: rank(judge.base, self.kinds[judge.name])):
+            folder = self.unwrapped(judge, classes)
+            if chosen is not None:
+                self.leave(judge, f"{judge.shown} is not used, since {chosen.shown} validates")
+            elif not self.subs(folder):
+                self.leave(judge, f"{judge.shown} is not used: it has no class folders with images")
+            else:
+                check_same_classes(str(self.top.path), sorted(classes), sorted(self.names(folder)))
+                chosen = judge
+                validates = {sub.base: [sub] for sub in self.subs(folder)}
+                if self.kinds[judge.name] == "test":
+                    self.remarks.append(f"{judge.shown} validates, since there is no part called val")
+            if judge.name in self.unused:
+                self.remarks.append(self.unused[judge.name])
+        return validates if chosen is not None else None
+
+    def unwrapped(self, part: Place, classes: set[str]) -> Place:
+        """seg_train/seg_train/CLASS: the inner one. `classes`: names that are no wrappers."""
+        subs = self.subs(part)
+        while len(subs) == 1 and not listed(subs[0]).images and subs[0].base not in classes:
+            part, subs = subs[0], self.subs(subs[0])
+        return part
+
+    def classes_and_judges(
+        self, place: Place, others: list[Place], judges: list[Place]
+    ) -> tuple[Classes, Classes | None]:
+        """CLASS/ and test/CLASS beside each other. Raises: DataError if test/ may be a class itself."""
+        names = {other.base for other in others}
+        for judge in judges:
+            if not self.names(self.unwrapped(judge, names)) & names:
+                raise DataError(
+                    f"{place.path}: {judge.shown} may be a part, or a class as {few(sorted(names))}; "
+                    "take it away, or to make it a class give it another name"
+                )
+        return self.classes(place, others, judges), self.validating(judges, names)
+
+    def deeper(self, place: Place, subs: list[Place]) -> tuple[Classes, Classes | None]:
+        """No part here: is each folder a class, or do folders have parts?"""
+        parts = {sub.name: self.of_kind(self.subs(sub), "train", "val", "test") for sub in subs}
+        split = [sub for sub in subs if 0 < len(self.of_kind(parts[sub.name], "train")) < len(parts[sub.name])]
+        if not split:
+            return self.classes(place, subs), None
+        if len(split) == len(subs) > 1 and not any(self.subs(part) for sub in subs for part in parts[sub.name]):
+            return self.parts_of_classes(subs, parts)
+        if len(split) > 1:
+            raise DataError(f"{place.path}: {_and(split)} have parts; give one of them, such as {split[0].path}")
+        beside = [sub for sub in subs if sub is not split[0]]
+        for other in beside:
+            self.leave(other, f"beside {split[0].shown}, which has the parts, and not used")
+        self.remarks.append(f"{split[0].shown} is read; not used beside it: {few([other.base for other in beside])}")
+        return self.arranged(split[0])
+
+    def parts_of_classes(self, subs: list[Place], parts: dict[str, list[Place]]) -> tuple[Classes, Classes | None]:
+        """CLASS/train and CLASS/val."""
+        train = {sub.base: self.of_kind(parts[sub.name], "train") for sub in subs}
+        val = {sub.base: self.of_kind(parts[sub.name], "val") for sub in subs}
+        test = {sub.base: self.of_kind(parts[sub.name], "test") for sub in subs}
+        judges, name = (val, "val") if any(val.values()) else (test, "test")
+        check_same_classes(str(self.top.path), list(train), [name for name, places in judges.items() if places])
+        self.remarks.append(f"each class has parts: its train part is trained on, its {name} part validates")
+        used = [place for part in (train, judges) for places in part.values() for place in places]
+        rest = [place for sub in subs for place in self.folders(sub) if place not in used]
+        for place in rest:
+            self.leave(place, f"{place.shown} is not used, since {name} validates")
+        if rest:
+            self.remarks.append(f"not used: {few([place.shown for place in rest])}")
+        return train, judges
+
+    # ---- classes
+
+    def classes(self, place: Place, subs: list[Place], parts: Sequence[Place] = ()) -> Classes:
+        """Each of these folders as a class; and told what a user may not have meant. `parts`: what else is used."""
+        empty = [folder.base for folder in self.folders(place) if folder not in [*subs, *parts]]
+        if empty:
+            self.remarks.append(f"no class, since there is no image in it: {few(empty)}")
+        by_lower: dict[str, list[str]] = {}
+        for sub in subs:
+            by_lower.setdefault(sub.base.lower(), []).append(sub.base)
+        alike = [" and ".join(names) for names in by_lower.values() if len(names) > 1]
+        if alike:
+            self.remarks.append(f"two classes, though only upper case tells them apart: {few(alike)}")
+        inside = [inner.name for sub in subs for inner in self.subs(sub)]
+        judges = [name for name in inside if self.kinds.get(name) in ("val", "test")]
+        if judges:
+            self.remarks.append(f"read as images of the class, though called as a part: {few(judges)}")
+        if inside:
+            self.remarks.append(f"sub-folders are of the class that they lie in: {few(inside)}")
+        return {sub.base: [sub] for sub in subs}
+
+    def labelled(self, layout: Layout, classes: Classes) -> list[tuple[str, int, Path]]:
+        """The images of a part, each file once; what lies beside them in the class folders is left out."""
+        images: list[Found] = []
+        labels: dict[str, int] = {}
+        for label, places in enumerate(classes.values()):
+            for place in places:
+                found, left_out = gather(place, self.top.real)
+                images += found
+                labels |= {image.name: label for image in found}
+                layout.left_out += left_out
+        kept, again = each_once(images, self.top.real)
+        layout.left_out += again
+        return [(image.name, labels[image.name], image.path) for image in kept]
+
+    # ---- everything else
+
+    def account(self, layout: Layout) -> None:
+        """Give every file that has no reason yet its own."""
+        known = {name for name, _, _ in [*layout.train, *(layout.val or [])]}
+        known |= {left.name for left in layout.left_out}
+        # A link to a folder that was followed is known by what is in it.
+        known |= {folder for name in known for folder in _above(name)}
+        layout.left_out += [self.reason(name) for name in _walked(self.top.path) if name not in known]
+        layout.left_out.sort(key=lambda left: (left.why, _as_walked(left.name)))
+
+    def reason(self, name: str) -> LeftOut:
+        path = self.top.path / name
+        if any(is_hidden(part) for part in name.split("/")):
+            return LeftOut(name, HIDDEN, "hidden, or kept by a system")
+        unused = next((self.unused[folder] for folder in [name, *_above(name)] if folder in self.unused), None)
+        if path.is_dir():
+            if not path.is_symlink():
+                return LeftOut(name, UNUSED, "cannot be listed")
+            if leads_back(Place(path, name, os.path.realpath(path)), self.top.real):
+                return LeftOut(name, TWICE, f"a link back to {os.path.realpath(path)}, which holds it")
+            return LeftOut(name, UNUSED, unused or "a link to a folder without images")
+        odd = no_regular_file(path)
+        if odd:
+            return LeftOut(name, NO_FILE, odd)
+        if not is_image(path):
+            return LeftOut(name, NO_IMAGE, f"no image by its ending {ending(name)}")
+        if unused:
+            return LeftOut(name, UNUSED, unused)
+        return LeftOut(name, NO_CLASS, "beside the class folders, in none of them")
+
+
+def _drop_empty(layout: Layout) -> None:
+    """A class whose files all belong to another one, through links, is none."""
+    there = {label for _, label, _ in [*layout.train, *(layout.val or [])]}
+    lost = [name for label, name in enumerate(layout.classes) if label not in there]
+    if not lost:
+        return
+    layout.remarks.append(f"no class, since all its files are another's, through links: {few(lost)}")
+    new = {label: i for i, label in enumerate(sorted(there))}
+    layout.classes = [layout.classes[label] for label in sorted(there)]
+    layout.train = [(name, new[label], path) for name, label, path in layout.train]
+    if layout.val is not None:
+        layout.val = [(name, new[label], path) for name, label, path in layout.val]
+
+
+def _above(name: str) -> list[str]:
+    """Names of the folders that a file lies in, the nearest first."""
+    return [parent.as_posix() for parent in Path(name).parents if parent.name]
+
+
+def _and(places: Sequence[Place]) -> str:
+    return " and ".join(place.shown for place in places)
+
+
+def has_images(top: Place, root: str) -> bool:
+    """Whether there is an image at any depth, through links too."""
+    seen: set[str] = set()
+    waiting = [top]
+    while waiting:
+        place = waiting.pop()
+        if place.real in seen or leads_back(place, root):
+            continue
+        seen.add(place.real)
+        content = listed(place)
+        if content.images:
+            return True
+        waiting += content.folders + content.links
+    return False
+
+
+def kinds_of(places: Sequence[Place]) -> dict[str, str]:
+    """Of folders beside each other, the part that each name stands for; those that stand for none are not in it.
+
+    They may have more in common, as chest_xray_train and chest_xray_test have: then the word that differs tells.
+    """
+    found = {place.name: kind for place in places if (kind := part_of(place.base))}
+    alike: dict[tuple[str, ...], dict[str, str]] = {}
+    for place in places:
+        words = re.split(r"[\W_]+", place.base.lower())
+        parts = [word for word in words if word in _KINDS]
+        if place.name not in found and len(parts) == 1:
+            rest = tuple(word for word in words if word != parts[0])
+            alike.setdefault(rest, {})[place.name] = _KINDS[parts[0]]
+    groups = [group for group in alike.values() if "train" in group.values() and len(set(group.values())) > 1]
+    if len(groups) > 1:
+        train, val = list(groups[0])[:2]
+        raise DataError(
+            f"{places[0].path.parent}: {train}/ and {val}/ may be parts of a class; make train/CLASS and val/CLASS of "
+            "them, or to make them classes give them other names"
+        )
+    return found | groups[0] if groups else found
