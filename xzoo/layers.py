@@ -273,7 +273,7 @@ class ExpanderLinear(_Expander):
 
 
 def _changes(tensor: Tensor) -> int:
-    """How often torch has seen a tensor change in place; -1 where it was made in inference mode, which does not count."""
+    """How often torch has seen a tensor change in place; -1 where it does not count: made in inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 
