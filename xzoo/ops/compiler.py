@@ -59,11 +59,15 @@ class BuildError(RuntimeError):
 
 
 class Built(NamedTuple):
-    """A library that is loaded; `record` tells command, version, flags, level, and what was refused before."""
+    """A library that is loaded; `record` tells command, version, flags, level, and what was refused before.
+
+    `skipped` are folders that came first and would not do, with the reason.
+    """
 
     library: ctypes.CDLL
     path: Path
     record: dict[str, Any]
+    skipped: Sequence[str] = ()
 
 
 class Variant(NamedTuple):
@@ -176,12 +180,14 @@ def _by(
         if folder in wrong:
             continue
         try:
-            if kept := _kept(folder, key, load, again):
-                return kept
-            _prepare(folder)
-            with _locked(folder / f"{key}.{os.getuid()}.lock", notice):
-                # Another process may have been faster.
-                return _kept(folder, key, load, again) or _made(folder, key, words, source, variants, load, notice)
+            found = _kept(folder, key, load, again)
+            if found is None:
+                _prepare(folder)
+                with _locked(folder / f"{key}.{os.getuid()}.lock", notice):
+                    # Another process may have been faster.
+                    found = _kept(folder, key, load, again)
+                    found = found or _made(folder, key, words, source, variants, load, notice)
+            return found._replace(skipped=tuple(wrong.values()))
         except OSError as error:  # full, read-only, noexec, another user's: the next one
             wrong[folder] = f"{folder}: {error.strerror or error}"
     raise BuildError(f"no folder to build in ({'; '.join(wrong.values())}); name one in XZOO_HOME")
@@ -300,18 +306,20 @@ def _compiled(compiler: "_Compiler", source: Path, variants: Sequence[Variant]) 
             failed.add(level)
             refused.append(f"{level}: {said or f'{compiler.name} wrote no file'}")
             continue
+        wrong = []
         for number, needs in enumerate(LINKS):
             library = compiler.work / f"{number}.so"
             said = compiler.run([*flags, "-o", str(library), str(code), *needs])
             if not said and not library.is_file():
                 said = f"{compiler.name} wrote no file"
-            if not said and (wrong := _loads(library)):
-                said = f"{compiler.name}: its library cannot be loaded: {wrong}"
+            if not said and (reason := _loads(library)):
+                said = f"{compiler.name}: its library cannot be loaded: {reason}"
+            wrong.append(said)
             if not said:
                 record = {"command": compiler.words, "version": compiler.version(), "flags": [*flags, *needs]}
                 digest = hashlib.sha256(library.read_bytes()).hexdigest()
                 return library, record | {"level": level, "refused": refused, "sha256": digest}
-        raise BuildError(said, lasting=True)
+        raise BuildError(next((said for said in wrong if "cannot be loaded" in said), wrong[0]), lasting=True)
     raise BuildError(refused[-1].partition(": ")[2], lasting=bool(failed))
 
 
