@@ -42,27 +42,28 @@ def _is_dir(path: Path) -> bool:
         return False
 
 
-@functools.cache
 def private(parent: str | None = None) -> Path:
     """A folder that this user alone can enter, in `parent` or where temporary files are; the same for all processes.
 
     Where another user has taken its name: a new one, for this process. Where none can be made, it does not exist.
     """
-    user = os.getuid() if hasattr(os, "getuid") else 0  # on Windows, the place itself is the user's own
-    folder = Path(parent or "/tmp", f"xzoo-{user}")
     try:
-        folder = Path(parent or tempfile.gettempdir(), f"xzoo-{user}")
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        ours = os.name != "posix" or (found.st_uid == user and not stat.S_IMODE(found.st_mode) & 0o077)
-        if stat.S_ISDIR(found.st_mode) and ours:
+        place = parent or tempfile.gettempdir()
+    except OSError:  # nothing can be written anywhere
+        place = "/tmp"
+    return _private(place, os.getuid() if hasattr(os, "getuid") else 0)
+
+
+@functools.cache
+def _private(place: str, user: int) -> Path:
+    folder = Path(place, f"xzoo-{user}")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+        ours = os.name != "posix" or (state.st_uid == user and not state.st_mode & 0o077)  # Windows: the user's place
+        if stat.S_ISDIR(state.st_mode) and ours:
             return folder
-    except FileExistsError:  # a file
-        pass
-    except OSError:  # nothing can be written here
-        return folder
-    try:
-        own = Path(tempfile.mkdtemp(prefix=f"xzoo-{user}-", dir=parent))
+        own = Path(tempfile.mkdtemp(prefix=f"xzoo-{user}-", dir=place))
     except OSError:
         return folder
     atexit.register(shutil.rmtree, own, ignore_errors=True)
