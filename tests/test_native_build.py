@@ -75,7 +75,7 @@ def script(tmp_path, monkeypatch):
         count = f'echo "$*" >> "{tmp_path}/calls"'
         file.write_text(f'#!/bin/sh\n{count}\n{lines}\nexec "{GXX}" "$@"\n')
         file.chmod(0o755)
-        monkeypatch.setenv("CXX", f'"{file}"')
+        monkeypatch.setenv("CXX", str(file))
         return file
 
     return write
