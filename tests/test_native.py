@@ -367,7 +367,7 @@ def test_a_broken_compiler_is_said_once_and_the_library_used(tmp_path):
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")  # for root, every folder can be written
     for home in (tmp_path / "file", "/proc/none"):
-        assert said(process(NATIVE, home, TMPDIR=str(tmp_path))) == ("12.0", "", 0)
+        assert said(process(NATIVE, home, TMPDIR=str(tmp_path)))[::2] == ("12.0", 0)
     assert len(list(tmp_path.glob("xzoo-*/native/*.so"))) == 1  # for all that cannot use their cache
 
 

@@ -3,11 +3,12 @@
 import os
 import platform
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from . import __version__, ops
+from . import ops
 from .home import home
 from .ops import native
 from .profile import hardware
@@ -23,7 +24,7 @@ def doctor() -> dict[str, str]:
     """
     found = native.examine()
     facts = {
-        "xzoo": f"{__version__}, Python {platform.python_version()}",
+        "xzoo": f"{version('xzoo')}, Python {platform.python_version()}",
         "torch": f"{torch.__version__}, which uses {torch.backends.cpu.get_cpu_capability()}",
         "CPU": hardware(torch.device("cpu")),
         "vectors": _vectors(),
