@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def doctor() -> dict[str, str]:
     """
     found = native.examine()
     facts = {
-        "xzoo": f"{version('xzoo')}, Python {platform.python_version()}",
+        "xzoo": f"{import_module('xzoo').__version__}, Python {platform.python_version()}",
         "torch": f"{torch.__version__}, which uses {torch.backends.cpu.get_cpu_capability()}",
         "CPU": hardware(torch.device("cpu")),
         "vectors": _vectors(),
