@@ -358,18 +358,21 @@ def test_a_broken_compiler_is_said_once_and_the_library_used(tmp_path):
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")  # for root, every folder can be written
     for home in (tmp_path / "file", "/proc/none"):
-        assert said(process(NATIVE, home)) == ("12.0", "", 0)
+        assert said(process(NATIVE, home, TMPDIR=str(tmp_path)))[::2] == ("12.0", 0)
+    assert len(list(tmp_path.glob("xzoo-*/native/*.so"))) == 1  # for all that cannot use their cache
 
 
 @pytest.mark.slow
 def test_eight_processes_compile_once(tmp_path):
     counter = tmp_path / "c++"
-    counter.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo x >> {tmp_path}/count\nexec c++ "$@"\n')
+    counter.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) echo x >> {tmp_path}/count;; esac\nexec c++ "$@"\n')
     counter.chmod(0o755)
     runs = [process(NATIVE, tmp_path / "home", CXX=str(counter)) for _ in range(8)]
-    assert {said(run) for run in runs} == {("12.0", "", 0)}
+    for run in runs:
+        out, err, code = said(run)
+        assert (out, code) == ("12.0", 0) and len(err.splitlines()) <= 1, err  # it may say that it waits
     assert (tmp_path / "count").read_text() == "x\n"
-    assert sorted(path.suffix for path in (tmp_path / "home" / "native").iterdir()) == [".lock", ".so"]
+    assert sorted(path.suffix for path in (tmp_path / "home" / "native").iterdir()) == [".json", ".lock", ".so"]
 
 
 @pytest.mark.slow
@@ -381,10 +384,8 @@ def test_a_killed_build_is_made_again(tmp_path):
     os.kill(run.pid, signal.SIGKILL)
     run.communicate()
     assert list(folder.glob("*.tmp"))
-    assert said(process(NATIVE, tmp_path)) == ("12.0", "", 0)
-    (built,) = folder.glob("*.so")
-    built.write_bytes(b"half of it")
-    assert said(process(NATIVE, tmp_path)) == ("12.0", "", 0)
+    assert said(process(NATIVE, tmp_path))[::2] == ("12.0", 0)
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_forked_process_computes_alone(tmp_path):
@@ -503,7 +504,7 @@ def test_no_kernel_touches_memory_that_is_not_its_own(level, tmp_path):
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
     (tmp_path / "empty.cpp").write_text("int main() {}")
     for name in ("empty", "driver"):
-        command = [native._compiler(), *flags, *checks, "-o", name, f"{name}.cpp"]
+        command = [*next(native.compilers()), *flags, *checks, "-o", name, f"{name}.cpp"]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         if run.returncode and name == "empty":
             pytest.skip(f"this compiler has no sanitizers: {run.stderr[:300]}")

@@ -17,7 +17,7 @@ ROOT = Path(xzoo.__file__).parent
 STAIR = (
     {"__main__"},
     {"cli"},
-    {"bench"},
+    {"bench", "doctor"},
     {"train"},
     {"hub"},
     {"models"},

@@ -34,6 +34,7 @@ COMMANDS = {
     "publish": ("send an exported folder or a run to the Hub", "xzoo publish runs/photos --repo me/my-flowers"),
     "compare": ("draw results beside the paper's", "xzoo compare recipes/results.csv --out figures"),
     "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
+    "doctor": ("what computes here: CPU, backends, our kernels, and why not better ones", "xzoo doctor"),
     "bench": ("measure layers, models and the training loop", "xzoo bench --models x_vgg16_c8 --csv bench.csv"),
 }
 # Those whose options are a recipe's, and Lightning's to parse.
@@ -338,6 +339,18 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
                     print(shown(picture))
             except OSError as error:
                 raise XzooError(f"cannot draw into {args.pictures}: {error.strerror}") from error
+
+    return run
+
+
+def _doctor(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    def run(args: Namespace) -> None:
+        from .doctor import doctor
+
+        facts = doctor()
+        width = max(map(len, facts)) + 2
+        for name, fact in facts.items():
+            print(f"{name:<{width}}{fact}")
 
     return run
 

@@ -1,9 +1,9 @@
 """Our own kernels, native.cpp: float32 on CPUs, 3x3 and 1x1 convolutions and linear layers.
 
-The file is compiled at the first call (some 5 s), for the widest vectors of this CPU, and kept under
-XZOO_HOME. It knows neither torch nor Python: a function gets addresses and sizes, and the address of
-OpenMP's entry, so that it works in torch's pool of threads and in no second one. Without a compiler, or
-where compiling fails, `available` says why, once, and the library's backends do the work.
+The file is compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler, and kept
+under XZOO_HOME (compiler.py). It knows neither torch nor Python: a function gets addresses and sizes, and the
+address of OpenMP's entry, so that it works in torch's pool of threads and in no second one. Without a compiler,
+or where compiling fails, `available` says why, once, and the library's backends do the work.
 
 Not here: anything but float32, other kernels, paddings and strides (`supports`); those are dense's.
 """
@@ -11,23 +11,19 @@ Not here: anything but float32, other kernels, paddings and strides (`supports`)
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
-import shutil
 import struct
-import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..home import home
+from .compiler import BuildError, Built, Variant, compilers
+from .compiler import build as compiled
 from .rows import checked
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -177,10 +173,26 @@ def _empty(shape: Any, like: Tensor) -> Tensor:
 
 # ---- building and loading
 
+# LEVELS in words that GCC before 11 and clang before 12 know; then what the source cannot do without.
+SPELLED = {
+    "v4": [
+        "-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mavx2 -mfma -mbmi -mbmi2 -mf16c -mlzcnt -mmovbe",
+        "-mavx512f -mavx2 -mfma",
+    ],
+    "v3": ["-mavx2 -mfma -mbmi -mbmi2 -mf16c -mlzcnt -mmovbe", "-mavx2 -mfma"],
+}
+
+_found: list[Built | str] = []  # as _loaded, with how it was built, or why it was not
+
 
 def possible() -> bool:
     """Whether there is a chance: a compiler, and no failure so far. Compiles nothing."""
-    return os.name == "posix" and (_loaded[0] is not None if _loaded else _compiler() is not None)
+    if os.name != "posix" or _loaded:
+        return os.name == "posix" and _loaded[0] is not None
+    try:
+        return next(compilers(), None) is not None
+    except BuildError:
+        return False
 
 
 def available() -> bool:
@@ -188,8 +200,18 @@ def available() -> bool:
     if not _loaded:
         with _lock:
             if not _loaded:
-                _loaded.append(_first())
+                _first()
+                if isinstance(_found[0], str):
+                    _logger.warning("xzoo's own CPU kernels are not available, torch's are used: %s", _found[0])
     return _loaded[0] is not None
+
+
+def examine() -> Built | str:
+    """How the kernels were built, or why there are none. A failure, also a remembered one, is tried again."""
+    with _lock:
+        if not _loaded or _loaded[0] is None:
+            _first(again=True)
+        return _found[0]
 
 
 def lanes() -> int:
@@ -199,20 +221,27 @@ def lanes() -> int:
     return int(library.xzoo_lanes())
 
 
-def _first() -> ctypes.CDLL | None:
+def _first(again: bool = False) -> None:
     try:
-        return build(_flags())
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        found: Built | str = _build(_flags(), again)
+    except (OSError, BuildError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        _logger.warning("xzoo's own CPU kernels are not available, torch's are used: %s", lines[0])
-        return None
+        found = lines[0]
+    _found[:] = [found]
+    _loaded[:] = [None if isinstance(found, str) else found.library]
 
 
 def _flags() -> list[str]:
     """The compiler's flags for this CPU, or for what torch is told to use of it."""
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread"]
+    level = next(iter(levels()), None)
+    return [*flags, f"-march=x86-64-{level}"] if level else flags
+
+
+def levels() -> list[str]:
+    """Those of LEVELS that this CPU has, the best first; fewer where torch is told to use less (HELD)."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return flags
+        return []
     has: set[str] = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -220,65 +249,33 @@ def _flags() -> list[str]:
                 has = set(line.partition(":")[2].split())
                 break
     allowed = HELD.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), LEVELS)
-    level = next((level for level in allowed if LEVELS[level] <= has), None)
-    return [*flags, f"-march=x86-64-{level}"] if level else flags
+    return [level for level in allowed if LEVELS[level] <= has]
 
 
-def _compiler() -> str | None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def _variants(flags: list[str]) -> list[Variant]:
+    """These flags, and what to ask a compiler for that does not take them: other words, then lower levels."""
+    wanted = flags[-1].removeprefix("-march=x86-64-")
+    if wanted not in SPELLED:
+        return [Variant("", flags)]
+    common, found = flags[:-1], []
+    for level in list(SPELLED)[list(SPELLED).index(wanted) :]:
+        found.append(Variant(level, [*common, f"-march=x86-64-{level}"]))
+        found += [Variant(level, [*common, "-march=x86-64", *words.split()]) for words in SPELLED[level]]
+    return [*found, Variant("", common)]
 
 
 def build(flags: list[str]) -> ctypes.CDLL:
     """The kernels compiled with these flags, from the cache if they are there.
 
-    Raises OSError, subprocess.SubprocessError or RuntimeError where that cannot be done.
+    Raises: OSError or RuntimeError (BuildError) where that cannot be done.
     """
-    compiler = _compiler()
-    if os.name != "posix" or compiler is None:
-        raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = [SOURCE.read_text(), " ".join(flags), version.partition("\n")[0], platform.machine()]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError), _locked(home() / "native", key) as folder:
-        return _load(folder, key, [compiler, *flags])
-    # The cache cannot be written to. A folder of ours alone (0700) instead; what is loaded needs no file.
-    private = tempfile.mkdtemp(prefix="xzoo-native-")
-    try:
-        return _load(Path(private), key, [compiler, *flags])
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
+    return _build(flags).library
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, key: str) -> Iterator[Path]:
-    """One process at a time; the lock goes with the process, however that ends."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{key}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.glob(f"{key}.*.tmp"):  # by a process that was killed
-            left.unlink()
-        yield folder
-
-
-def _load(folder: Path, key: str, command: list[str]) -> ctypes.CDLL:
-    path = folder / f"{key}.so"
-    if path.exists() and path.stat().st_uid == os.getuid():
-        with contextlib.suppress(OSError):  # damaged: compile it anew
-            return _opened(path)
-    file, name = tempfile.mkstemp(dir=folder, prefix=f"{key}.", suffix=".tmp")
-    os.close(file)
-    try:
-        run = subprocess.run([*command, "-o", name, str(SOURCE)], capture_output=True, text=True, timeout=600)
-        if run.returncode:
-            said = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
-            raise RuntimeError(f"{command[0]} failed with code {run.returncode}: {(said or ['no message'])[0]}")
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return _opened(path)
+def _build(flags: list[str], again: bool = False) -> Built:
+    if os.name != "posix":
+        raise BuildError("they are for Linux and macOS")
+    return compiled(SOURCE, _variants(flags), _opened, again)
 
 
 def _opened(path: Path) -> ctypes.CDLL:
