@@ -1,4 +1,4 @@
-"""Random layers, and memory that ends where its numbers end: what test_guard.py runs, each time in a process of its own.
+"""Random layers, and memory that ends where its numbers end: test_guard.py runs it, in processes of their own.
 
     python tests/guard.py pages LEVEL     every array and all scratch of the kernels between pages that cannot be read
     python tests/guard.py scratch LEVEL   each request for scratch refused once
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xzoo import ops
@@ -284,7 +283,6 @@ class Run:
 
     def __init__(self, args):
         self.args, self.faults, self.done, self.case = args, 0, 0, ""
-        self.note = Path(args.note).open("w") if args.note else None
 
     def seeds(self):
         began, number = time.monotonic(), self.args.first
@@ -294,11 +292,8 @@ class Run:
 
     def begin(self, case, seed):
         self.case = f"--seed {seed // 10**7} --first {seed % 10**7}: {case}"
-        if self.note:
-            self.note.seek(0)
-            self.note.truncate()
-            self.note.write(self.case)
-            self.note.flush()
+        if self.args.note:
+            Path(self.args.note).write_text(self.case)
 
     def report(self, what):
         self.faults += 1
@@ -463,7 +458,7 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
                 given[name] = region.place(t)
         calls = {
             "": (given["x"], given["weight"], given["rows"], given["bias"]),
-            **{part: (given["grad"], given["x"], given["weight"], given["rows"]) for part in PARTS[1:]},
+            **dict.fromkeys(PARTS[1:], (given["grad"], given["x"], given["weight"], given["rows"])),
         }
         for part, tensors in calls.items():
             found = {}

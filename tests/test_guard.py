@@ -8,7 +8,6 @@ machine; XZOO_GUARD_CASES takes that many cases of each instead:
     XZOO_GUARD_SECONDS=600 pytest -n 0 -m slow tests/test_guard.py -k sanitizer
 """
 
-import ctypes
 import itertools
 import os
 import platform
