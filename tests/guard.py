@@ -460,14 +460,16 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
         }
         for part, tensors in calls.items():
             found = {}
-            for backend in ("native", "auto", "dense"):
+            # Torch's own operations crash where the storage is gone.
+            gone = any(t is not None and t.numel() > 0 == t.untyped_storage().nbytes() for t in tensors)
+            for backend in ("native", "auto", "dense")[: 1 if gone else 3]:
                 name = case.operation + part
                 try:
                     found[backend] = getattr(torch.ops.xzoo, name)(*tensors, *case.geometry, backend)
                 except REFUSED as error:
                     found[backend] = type(error).__name__
-            for backend in ("native", "auto"):
-                got, want = found[backend], found["dense"]
+            want = found.get("dense", "no storage")
+            for backend, got in found.items():
                 if isinstance(got, Tensor) and isinstance(want, str):
                     run.report(f"{backend} {case.operation}{part} accepts what dense refuses ({want})")
                 elif isinstance(got, Tensor):
