@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -411,19 +412,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 DRIVER = r"""
 #include <cstdint>
 #include <sanitizer/asan_interface.h>
-#if defined(__AVX2__)  // GCC checks no access that is an instruction of its own: a plain one goes before it
-#include <immintrin.h>
-static void touch(const float* p, unsigned lanes) {
-  for (int i = 0; lanes >> i; i++) if (lanes >> i & 1) (void)*(const volatile float*)(p + i);
-}
-#define LANES(mask) (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(mask))
-#define _mm512_maskz_loadu_ps(mask, p) (touch(p, mask), _mm512_maskz_loadu_ps(mask, p))
-#define _mm512_mask_storeu_ps(p, mask, v) (touch(p, mask), _mm512_mask_storeu_ps(p, mask, v))
-#define _mm512_stream_ps(p, v) (touch(p, 0xffff), _mm512_stream_ps(p, v))
-#define _mm256_maskload_ps(p, mask) (touch(p, LANES(mask)), _mm256_maskload_ps(p, mask))
-#define _mm256_maskstore_ps(p, mask, v) (touch(p, LANES(mask)), _mm256_maskstore_ps(p, mask, v))
-#define _mm256_stream_ps(p, v) (touch(p, 0xff), _mm256_stream_ps(p, v))
-#endif
+#include "checked.h"
 #include "native.cpp"
 
 static uint64_t state = 1;
@@ -501,6 +490,7 @@ def test_no_kernel_touches_memory_that_is_not_its_own(level, tmp_path):
     )
     (tmp_path / "native.cpp").write_text(source.replace(found, exact + found))
     (tmp_path / "driver.cpp").write_text(DRIVER)
+    shutil.copy(Path(__file__).parent / "checked.h", tmp_path)
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
     (tmp_path / "empty.cpp").write_text("int main() {}")
     for name in ("empty", "driver"):

@@ -29,6 +29,7 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
 
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
     shape = [weight.shape[0], x.shape[1], *weight.shape[2:]]
+    x, stride = only_read(x, weight, stride, padding)
     return gather(conv2d_weight(x, shape, grad, stride, padding, dilation), neighbours)
 
 
@@ -42,6 +43,17 @@ def linear_input_grad(grad, x, weight, neighbours):
 
 def linear_weight_grad(grad, x, weight, neighbours):
     return gather(grad.t() @ x, neighbours)
+
+
+def only_read(x, weight, stride, padding):
+    """(x without the pixels that a 1x1 kernel passes over, stride 1); what is given, for other kernels.
+
+    For a gradient of weights: oneDNN's own way of leaving them out writes outside its memory, or leaves the result
+    wrong, where x is channels_last and has fewer channels than a vector has floats (oneDNN#6035; torch 2.14).
+    """
+    if tuple(weight.shape[2:]) != (1, 1) or any(padding):
+        return x, stride
+    return x[:, :, :: stride[0], :: stride[1]], (1, 1)
 
 
 # Rows of a matrix, and whole kernels where those have several numbers: 2 to 10 times as fast on a CPU as an index for

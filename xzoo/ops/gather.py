@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .dense import only_read
+
 
 def conv2d(x, weight, neighbours, bias, stride, padding, dilation):
     gathered = x.index_select(1, neighbours.flatten())  # [B, blocks * degree, H, W]
@@ -22,6 +24,7 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
 
 
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
+    x, stride = only_read(x, weight, stride, padding)
     gathered = x.index_select(1, neighbours.flatten())
     return conv2d_weight(gathered, weight.shape, grad, stride, padding, dilation, groups=len(neighbours))
 

@@ -16,7 +16,6 @@
 // Loops over arrays of accumulators carry UNROLL: GCC 12 otherwise unrolls them too late, keeps the array in memory
 // and stores each product to the stack, at half the speed and without a warning.
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -185,15 +184,22 @@ int (*thread_count)();
 int (*inside)();
 volatile int forked;  // a pool does not survive fork(): a child that enters it hangs, in torch's own operations too
 
+// Whether scratch could not be had since this thread's call, or its part of one, began. No exception, which could not
+// leave a thread of the pool: who asked for scratch and got none returns.
+thread_local bool no_memory;
+
 template <class F>
 struct Task {
   F& f;
   long n;
+  bool no_memory_there;
   static void run(void* p) {
     Task& t = *(Task*)p;
     long i = thread_number(), k = thread_count(), begin = t.n * i / k, end = t.n * (i + 1) / k;
     if (begin < end) t.f(begin, end);
     fence();
+    if (no_memory) __atomic_store_n(&t.no_memory_there, true, __ATOMIC_RELAXED);
+    no_memory = false;  // of a thread of the pool: the one that called is told below
   }
 };
 
@@ -202,8 +208,9 @@ template <class F>
 void parallel(long n, long threads, F f) {
   threads = least(threads, n);
   if (threads > 1 && start && !forked && !inside()) {
-    Task<F> task{f, n};
+    Task<F> task{f, n, false};
     start(Task<F>::run, &task, (unsigned)threads, 0);
+    no_memory |= task.no_memory_there;
   } else if (n > 0) {
     f(0, n);
     fence();
@@ -217,16 +224,16 @@ struct Scratch {
   float* p = nullptr;
   size_t bytes = 0;
   ~Scratch() { free(p); }
-  float* floats(long n) {
+  float* floats(long n) {  // null, and no_memory, where there is none
     size_t need = ((size_t)n * sizeof(float) + (2 << 20)) >> 21 << 21;
     if (need > bytes) {
       free(p);
-      p = (float*)aligned_alloc(2 << 20, need);
+      p = n < 1l << 48 ? (float*)aligned_alloc(2 << 20, need) : nullptr;
+      bytes = p ? need : 0;
       if (!p) {
-        fprintf(stderr, "xzoo: no memory for %zu bytes of scratch\n", need);
-        abort();
+        no_memory = true;
+        return nullptr;
       }
-      bytes = need;
 #ifdef MADV_HUGEPAGE
       madvise(p, need, MADV_HUGEPAGE);
 #endif
@@ -324,6 +331,7 @@ Edges transposed(const Layer& a, const int32_t* neighbours, const float* weight,
   int32_t* begin = (int32_t*)scratch[2].floats(a.C + 1 + n);
   int32_t* from = begin + a.C + 1;
   float* w = scratch[3].floats(n * 9);
+  if (no_memory) return {};
   memset(begin, 0, (a.C + 1) * sizeof(int32_t));
   for (long o = 0; o < a.O; o++)
     for (long j = 0; j < a.degree; j++) begin[neighbours[o / a.share * a.degree + j] + 1]++;
@@ -485,6 +493,7 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
   };
   auto outputs = [&](long n, long top, long o_begin, long o_end, const float* packed) {
     float* out = scratch[1].floats(together * strip * Wo * VL);
+    if (no_memory) return;
     const auto [h0, pixels] = source(top);
     const long some = least(VL, N - n), plane = pixels * VL;
     for (long oh = top; oh < least(Ho, top + window); oh += strip) {
@@ -516,6 +525,7 @@ void by_samples(const float* x, const Edges& e, const float* bias, float* y, lon
   };
   auto some_blocks = [&](long begin, long end, long team) {
     float* packed = scratch[0].floats(C * least(H, window * reach + 3) * W * VL);
+    if (no_memory) return;
     for (long n = begin * VL; n < least(N, end * VL); n += VL)
       for (long top = 0; top < Ho; top += window) {
         parallel(x_last ? source(top).pixels : C, team,
@@ -609,6 +619,7 @@ void by_rows(const float* x, const Layer& a, const Edges& e, const float* bias, 
   parallel(a.N * shares, a.threads, [&](long begin, long end) {
     float* packed = scratch[0].floats(C * plane + VL * VL);
     float* out = scratch[1].floats(VL * R * vectors * VL);
+    if (no_memory) return;
     for (long unit = begin; unit < end; unit++) {
       const long n = unit / shares, pairs = O / K;
       const long o_begin = pairs * (unit % shares) / shares * K, o_end = pairs * (unit % shares + 1) / shares * K;
@@ -765,6 +776,7 @@ void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias
   parallel(a.N * shares, a.threads, [&](long begin, long end) {
     float* packed = scratch[0].floats(size);
     float* out = scratch[1].floats(together * width + VL);
+    if (no_memory) return;
     for (long unit = begin, there = -1; unit < end; unit++) {
       const long n = unit / shares, o_end = a.O * (unit % shares + 1) / shares;
       if (there != n) {
@@ -821,6 +833,7 @@ float* spread_out(const float* d, const Layer& a) {
   const long Ho = (a.H - 1) / 2 + 1, Wo = (a.W - 1) / 2 + 1, pixels = a.H * a.W;
   const long planes = a.y_last ? a.N : a.N * a.O, each = a.y_last ? a.O : 1;
   float* to = scratch[4].floats(a.N * a.O * pixels);
+  if (no_memory) return nullptr;
   memset(to, 0, a.N * a.O * pixels * sizeof(float));
   for (long p = 0; p < planes; p++)
     for (long r = 0; r < Ho; r++)
@@ -883,6 +896,7 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
     float* panel = scratch[0].floats(a.C * width);
     float* out = scratch[1].floats(together * a.share * width);
     int32_t* at = (int32_t*)scratch[2].floats(together);
+    if (no_memory) return;
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
       if (packed != m) to_panel(x, a.x_last, a.C, pixels, m, n, panel, width);
@@ -945,6 +959,7 @@ void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const f
   // Entries by block of outputs, then input: count, add up, fill.
   int32_t* first = (int32_t*)scratch[2].floats(blocks * row + 1);
   Entry* entries = (Entry*)scratch[3].floats(2 * a.O * a.degree);
+  if (no_memory) return;
   memset(first, 0, (blocks * row + 1) * sizeof(int32_t));
   for (int fill = 0; fill < 2; fill++) {
     for (long o = 0; o < a.O; o++) {
@@ -963,6 +978,7 @@ void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const f
   parallel(panels * shares, a.threads, [&](long begin, long end) {
     float* panel = scratch[0].floats(a.O * width);
     float* out = scratch[1].floats(a.C * width);
+    if (no_memory) return;
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
       const long c_begin = a.C * (unit % shares) / shares, c_end = a.C * (unit % shares + 1) / shares;
@@ -1008,6 +1024,7 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
   int32_t* at = first + blocks * groups + 1;
   int32_t* place = (int32_t*)scratch[1].floats(a.degree);
   float* w = scratch[3].floats(a.O * a.degree);
+  if (no_memory) return;
   memset(first, 0, (blocks * groups + 1) * sizeof(int32_t));
   for (long g = 0; g < groups; g++)
     for (long j = 0; j < a.degree; j++) first[(neighbours[g * a.degree + j] >> shift) * groups + g + 1]++;
@@ -1027,6 +1044,7 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
   parallel(panels * shares, a.threads, [&](long begin, long end) {
     float* panel = scratch[0].floats(a.O * width);
     float* out = scratch[1].floats(channels * width);
+    if (no_memory) return;
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
       if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
@@ -1071,6 +1089,7 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
   const long d = a.degree, blocks = parts(a.O, VL);
   parallel(a.N * blocks, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(d + VL);
+    if (no_memory) return;
     for (long unit = begin; unit < end; unit++) {
       const long n = unit / blocks, o = unit % blocks * VL, some = least(VL, a.O - o);
       V r[VL];
@@ -1102,8 +1121,10 @@ void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, c
   // The groups in pieces with sums of their own, as many whatever the threads, so that the bits stay the same.
   const long pieces = most(1, least(16, a.O * a.degree >> 17));
   float* sums = scratch[2].floats(pieces * inputs);
+  if (no_memory) return;
   parallel(pieces, a.threads, [&](long begin, long end) {
     float* group = scratch[0].floats(a.degree + VL);
+    if (no_memory) return;
     for (long piece = begin; piece < end; piece++) {
       float* to = pieces == 1 ? dx : sums + piece * inputs;
       memset(to, 0, inputs * sizeof(float));
@@ -1135,6 +1156,7 @@ void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, c
 void weights_by_dots(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
   parallel(a.O / a.share, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(a.N * a.degree + VL);
+    if (no_memory) return;
     for (long g = begin; g < end; g++) {
       const int32_t* from = neighbours + g * a.degree;
       for (long n = 0; n < a.N; n++) pick(x + n * a.C, from, a.degree, in + n * a.degree);
@@ -1221,6 +1243,7 @@ void weights3(const float* x, const float* d, const Layer& a, const int32_t* nei
   const long edges = a.O * a.degree;
   int32_t* next = (int32_t*)scratch[0].floats(a.C + 1 + edges);
   int32_t* order = next + a.C + 1;
+  if (no_memory) return;
   memset(next, 0, (a.C + 1) * sizeof(int32_t));
   for (long i = 0; i < edges / a.share; i++) next[neighbours[i] + 1] += (int32_t)a.share;
   for (long c = 0; c < a.C; c++) next[c + 1] += next[c];
@@ -1280,6 +1303,7 @@ void weights_by_rows(const float* x, const float* d, const Layer& a, const int32
   const long at_once = most(1, least(a.N, PACKED / (xs_each + ds_each)));
   float* xs = scratch[2].floats(at_once * xs_each);
   float* ds = scratch[3].floats(at_once * ds_each);
+  if (no_memory) return;
   memset(xs, 0, at_once * xs_each * sizeof(float));
   memset(ds, 0, at_once * ds_each * sizeof(float));
   memset(dw, 0, edges * 9 * sizeof(float));
@@ -1338,10 +1362,12 @@ void weights1(const float* x, const float* d, const Layer& a, const int32_t* nei
   const long pieces = most(1, least(least(panels, 8), PACKED / edges));
   const long shares = pieces >= a.threads ? 1 : least(parts(a.threads, pieces), groups);
   float* later = scratch[2].floats((pieces - 1) * edges);
+  if (no_memory) return;
   constexpr int K4 = VL == 16 ? 4 : VL == 8 ? 2 : 1, J1 = VL >= 8 ? 8 : 4;  // accumulators <= lanes
   parallel(pieces * shares, a.threads, [&](long begin, long end) {
     float* xs = scratch[0].floats(a.C * width);
     float* ds = scratch[1].floats(a.O * width);
+    if (no_memory) return;
     for (long unit = begin; unit < end; unit++) {
       const long piece = unit / shares, p_end = panels * (piece + 1) / pieces;
       const long g_begin = groups * (unit % shares) / shares, g_end = groups * (unit % shares + 1) / shares;
@@ -1381,16 +1407,40 @@ void weights1(const float* x, const float* d, const Layer& a, const int32_t* nei
   });
 }
 
-// Before any address is made of them: an index out of range would read memory that is not the input's.
+// ---- what is asked of them, before any address is made of it
+
+enum Answer { DONE, BAD_NEIGHBOUR, NO_MEMORY, BAD_SIZES };  // native.py's
+
+// Sizes that are a layer's. None is divided by, or counted to, that was not looked at: edges and inputs are numbered in
+// 32 bits, and 2^44 numbers leave room for every product of sizes in 64.
+bool is_layer(const Layer& a) {
+  const long limit = INT32_MAX;
+  if (a.N < 0 || a.H < 0 || a.W < 0 || a.C < 1 || a.O < 1 || a.degree < 1 || a.share < 1 || a.threads < 1) return false;
+  if (a.O % a.share || a.stride < 1 || a.stride > 2 || a.activation < 0 || a.activation > 2) return false;
+  if (a.C > limit || a.O > limit || a.degree > limit / a.O) return false;
+  return (double)a.N * (double)a.H * (double)a.W * (double)most(a.C, a.O) <= 0x1p44;
+}
+
+// An index out of range would read memory that is not the input's.
 bool in_range(const Layer& a, const int32_t* neighbours) {
   uint32_t bad = 0;
   for (long i = 0; i < a.O / a.share * a.degree; i++) bad |= (uint32_t)neighbours[i] >= (uint32_t)a.C;
   return !bad;
 }
 
+Answer begun(const Layer& a, const int32_t* neighbours) {
+  no_memory = false;
+  if (!is_layer(a)) return BAD_SIZES;
+  return in_range(a, neighbours) ? DONE : BAD_NEIGHBOUR;
+}
+Answer ended() { return no_memory ? NO_MEMORY : DONE; }
+
+// No sample, or no pixel: no sum to make.
+bool is_empty(const Layer& a) { return !a.N || !a.H || !a.W; }
+
 }  // namespace
 
-// ---- what native.py calls: 0, or 1 where a neighbour is not an input
+// ---- what native.py calls; each returns an Answer
 
 extern "C" {
 
@@ -1405,39 +1455,45 @@ void xzoo_init(void* start_, void* thread_number_, void* thread_count_, void* in
 int xzoo_lanes() { return VL; }
 
 int xzoo_conv3(const Layer* a, const float* x, const float* w, const int32_t* neighbours, const float* bias, float* y) {
-  if (!in_range(*a, neighbours)) return 1;
+  if (Answer no = begun(*a, neighbours)) return no;
+  if (is_empty(*a)) return DONE;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long Ho = (a->H - 1) / 2 + 1, Wo = (a->W - 1) / 2 + 1;
   if (a->stride == 1) stride_one(x, *a, e, bias, y);
   else if (2 * a->N <= VL) by_rows<2>(x, *a, e, bias, y);
   else by_samples<2>(x, e, bias, y, a->N, a->C, a->H, a->W, a->O, Ho, Wo, a->x_last, a->y_last, a->threads, range(*a));
-  return 0;
+  return ended();
 }
 
 int xzoo_conv3_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
-  if (!in_range(*a, neighbours)) return 1;
+  if (Answer no = begun(*a, neighbours)) return no;
+  if (is_empty(*a)) return DONE;
   const Layer t{a->N, a->O, a->H, a->W, a->C, 0, 1, 1, a->y_last, a->x_last, a->threads, 0};
   // Of stride 2, by_samples leaves out three of four products; the others multiply with zeros.
   const bool spread = a->stride == 2 && 4 * least(row_cost(t), a->N * plane_cost(a->H, a->W)) < sample_cost(t);
   const Edges e = transposed(*a, neighbours, w, a->stride == 1 || spread);
-  if (a->stride == 1 || spread) stride_one(spread ? spread_out(d, *a) : d, t, e, nullptr, dx);
+  const float* from = spread ? spread_out(d, *a) : d;
+  if (no_memory) return NO_MEMORY;
+  if (a->stride == 1 || spread) stride_one(from, t, e, nullptr, dx);
   else
     by_samples<-2>(d, e, nullptr, dx, a->N, a->O, (a->H - 1) / 2 + 1, (a->W - 1) / 2 + 1, a->C, a->H, a->W, a->y_last,
                    a->x_last, a->threads);
-  return 0;
+  return ended();
 }
 
 int xzoo_conv3_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
-  if (!in_range(*a, neighbours)) return 1;
+  if (Answer no = begun(*a, neighbours)) return no;
+  if (is_empty(*a)) return memset(dw, 0, a->O * a->degree * 9 * sizeof(float)), DONE;
   const Layer t{a->N, a->C, (a->H - 1) / a->stride + 1, (a->W - 1) / a->stride + 1};
   if (2 * a->N <= VL && row_cost(t) < sample_cost(t))
     a->stride == 1 ? weights_by_rows<1>(x, d, *a, neighbours, dw) : weights_by_rows<2>(x, d, *a, neighbours, dw);
   else a->stride == 1 ? weights3<1>(x, d, *a, neighbours, dw) : weights3<2>(x, d, *a, neighbours, dw);
-  return 0;
+  return ended();
 }
 
 int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* neighbours, const float* bias, float* y) {
-  if (!in_range(*a, neighbours)) return 1;
+  if (Answer no = begun(*a, neighbours)) return no;
+  if (is_empty(*a)) return DONE;
   const Edges e{neighbours, w, a->degree, a->share, nullptr};
   const long columns = a->N * a->H * a->W;
   if (a->H * a->W == 1 && a->N <= FEW) by_dots(x, *a, e, bias, y);
@@ -1458,14 +1514,15 @@ int xzoo_point(const Layer* a, const float* x, const float* w, const int32_t* ne
       default: by_panels<1>(x, *a, e, bias, y);
     }
   }
-  return 0;
+  return ended();
 }
 
 int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const int32_t* neighbours, float* dx) {
-  if (!in_range(*a, neighbours)) return 1;
+  if (Answer no = begun(*a, neighbours)) return no;
+  if (is_empty(*a)) return DONE;
   if (a->H * a->W == 1 && a->N <= FEW) {
     inputs_by_dots(d, *a, neighbours, w, dx);
-    return 0;
+    return ended();
   }
   const long columns = a->N * a->H * a->W;
   if (a->share < (WIDE ? 4 : 2)) {
@@ -1476,18 +1533,19 @@ int xzoo_point_input_grad(const Layer* a, const float* d, const float* w, const 
       case 2: by_edges<2>(d, *a, neighbours, w, dx); break;
       default: by_edges<1>(d, *a, neighbours, w, dx);
     }
-    return 0;
+    return ended();
   }
   if (columns > 2 * VL) by_groups<WIDE ? 4 : 3>(d, *a, neighbours, w, dx);
   else if (columns > VL) by_groups<2>(d, *a, neighbours, w, dx);
   else by_groups<1>(d, *a, neighbours, w, dx);
-  return 0;
+  return ended();
 }
 
 int xzoo_point_weight_grad(const Layer* a, const float* d, const float* x, const int32_t* neighbours, float* dw) {
-  if (!in_range(*a, neighbours)) return 1;
+  if (Answer no = begun(*a, neighbours)) return no;
+  if (is_empty(*a)) return memset(dw, 0, a->O * a->degree * sizeof(float)), DONE;
   if (a->H * a->W == 1 && a->N <= FEW) weights_by_dots(x, d, *a, neighbours, dw);
   else weights1(x, d, *a, neighbours, dw);
-  return 0;
+  return ended();
 }
 }

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import XzooError
 from .compiler import BuildError, Built, Variant, compilers
 from .compiler import build as compiled
 from .rows import checked
@@ -119,8 +120,8 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
     threads = torch.get_num_threads()
     layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, ACTIVATIONS[activation])
-    if getattr(_loaded[0], name)(layer, *addresses):
-        raise IndexError(f"neighbours must be from 0 to {sizes[1] - 1}, the inputs there are")
+    if answer := getattr(_loaded[0], name)(layer, *addresses):
+        raise _refusal(answer, list(x.shape), list(weight.shape), share)
     return result
 
 
@@ -142,6 +143,16 @@ def readable(t: Tensor | None) -> Tensor | None:
     if t.untyped_storage().nbytes() >= t.element_size() * (t.storage_offset() + end):
         return t
     raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
+
+
+def _refusal(answer: int, x: list[int], weight: list[int], share: int) -> Exception:
+    """What native.cpp's Answer means, of a layer of these shapes."""
+    if answer == 1:
+        return IndexError(f"neighbours must be from 0 to {x[1] - 1}, the inputs there are")
+    layer = f"a layer of x {x}, weight {weight}, share {share}"
+    if answer == 2:
+        return MemoryError(f"no memory for what the native kernels keep of {layer}: take a smaller batch")
+    return XzooError(f"{layer} is none that the native kernels do; use backend 'dense'")
 
 
 def _step(weight: Tensor, stride: tuple[int, int]) -> int:
