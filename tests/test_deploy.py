@@ -89,7 +89,7 @@ def test_what_is_used_elsewhere_too_stays():
         for norm in (model.norm1, model.norm2, model.norm3, model.norm4, model.norm6):
             nn.init.uniform_(norm.running_mean)
         before = model(x)
-        assert fold(model) == 1 and isinstance(model.norm6, nn.Identity)
+        assert fold(model, x) == 1 and isinstance(model.norm6, nn.Identity)
         torch.testing.assert_close(model(x), before)
 
 
@@ -104,7 +104,7 @@ class Branching(nn.Module):
 
 def test_what_cannot_be_traced_stays_and_is_told(caplog):
     model = Branching().eval()
-    assert fold(model) == 0 and "torch.fx cannot trace the model" in caplog.text and norms(model) == 1
+    assert fold(model, torch.ones(1, 3, 2, 2)) == 0 and "torch.fx cannot trace the model" in caplog.text and norms(model) == 1
 
 
 def test_an_example_that_does_not_fit_is_told():
@@ -133,11 +133,11 @@ def activations(model: nn.Module) -> list[str]:
 )
 def test_activations_that_follow_are_fused(name, activation, others):
     model = trained(name)
-    fold(model)
     x = torch.randn(2, 3, 32, 32)
+    fold(model, x)
     with torch.no_grad():
         before = model(x)
-        done = fuse(model)
+        done = fuse(model, x)
         torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
         found = activations(model)
         assert found.count(activation) == done > 0 and found.count("") == others
@@ -167,7 +167,7 @@ def test_activations_that_are_used_elsewhere_too_stay():
     model, x = Followed().eval(), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
         before = model(x)
-        assert fuse(model) == 1 and activations(model) == ["", "", "", "", "relu"]
+        assert fuse(model, x) == 1 and activations(model) == ["", "", "", "", "relu"]
         torch.testing.assert_close(model(x), before)
 
 

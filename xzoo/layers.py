@@ -64,6 +64,14 @@ class _Expander(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
 
+    def dense_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The matrix of the layer, [out, in, ...], differentiable: its weights where there is an edge, else zero.
+
+        A parametrization of `weight`, which cannot ask for the layer's, gives the compact one that it is computing:
+        torch.linalg.matrix_norm(layer.dense_weight(weight).flatten(1), 2) is the spectral norm.
+        """
+        return ops.dense.scatter(self.weight if weight is None else weight, self.neighbours, self._n_in)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = f"{prefix}neighbours"
         neighbours = state_dict.get(key)
