@@ -382,7 +382,9 @@ def _candidates(
             reason = f"kept: {type(layer).__name__} is a subclass that may compute something else"
         elif isinstance(layer, nn.Conv2d) and layer.groups != 1:
             reason = f"kept: a grouped convolution ({layer.groups} groups)"
-        elif name in computed or "weight" not in layer._parameters:
+        elif name in computed:
+            reason = f"kept: its {computed[name].split()[1]} is computed (parametrized)"
+        elif "weight" not in layer._parameters:
             reason = "kept: its weight is computed (parametrized)"
         elif type(layer.weight) is not nn.Parameter:
             reason = f"kept: its weight is a {type(layer.weight).__name__}"
@@ -403,7 +405,11 @@ def _without_x_form(name: str, module: nn.Module) -> Iterable[tuple[str, nn.Modu
     if isinstance(module, ExpanderConv2d | ExpanderLinear):
         yield name, module, "kept: an X-layer already"
     elif _remedy(module, "weight") or _has_weights(module._parameters.get("weight")):
-        yield name, module, f"kept: a {kind}; nn.Conv2d and nn.Linear alone have an X-form"
+        yield (
+            name,
+            module,
+            f"kept: {'an' if kind[0] in 'AEIOU' else 'a'} {kind}; nn.Conv2d and nn.Linear alone have an X-form",
+        )
     for parameter, value in module._parameters.items():
         if _has_weights(value) and not hasattr(module, "weight"):
             where = f"{name}.{parameter}".lstrip(".")

@@ -14,6 +14,7 @@ compared with the model's own, and a change that shows beyond rounding is taken 
 Not here: another number format, pruning, compilers (torch.compile takes a deployed model as any other).
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -82,9 +83,10 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     for name, remedy in computed_tensors(model).items():
         _logger.warning("layer %s stays as it is: %s", name, remedy)
     folded, norms = _fold_norms(proof), sum(isinstance(part, _BatchNorm) for part in model.modules())
-    fused, (said, form) = _fuse_activations(proof), _choose_format(proof, example)
-    _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
-    _logger.info("%d of %d X-layers are faster dense", *_choose_layers(proof, example, form))
+    with _same_random_numbers(example):
+        fused, (said, form) = _fuse_activations(proof), _choose_format(proof, example)
+        _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
+        _logger.info("%d of %d X-layers are faster dense", *_choose_layers(proof, example, form))
     return fast
 
 
@@ -356,11 +358,18 @@ def _dims(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Copies of all tensors in what the model gives for x, with the same random numbers at each call."""
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+    with torch.no_grad(), _same_random_numbers(x):
+        return [y.detach().clone() for y in _tensors(model(x.clone()))]
+
+
+@contextlib.contextmanager
+def _same_random_numbers(x: Tensor) -> Iterator[None]:
+    """The caller's generators, here and on x's device, are afterwards where they were."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.default_generator.manual_seed(0)
         if x.is_cuda:
             torch.cuda.manual_seed(0)
-        return [y.detach().clone() for y in _tensors(model(x.clone()))]
+        yield
 
 
 def _tensors(found: Any) -> Iterator[Tensor]:

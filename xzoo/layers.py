@@ -10,11 +10,16 @@ persistent buffer, is checked whenever it is loaded, and may never be absent bes
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from . import graphs, ops
 from .errors import GraphError, ModelError
@@ -72,6 +77,23 @@ class _Expander(nn.Module):
         """
         return ops.dense.scatter(self.weight if weight is None else weight, self.neighbours, self._n_in)
 
+    # What torch computes a weight by takes the compact tensor for the layer's matrix. That is right output by output
+    # (weight_norm, pruning), and wrong for what goes by the whole matrix: refused, at once and at each later use.
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
+        if _needs_the_matrix(hook):  # of the older kind, which hooks the layer when it has replaced the weight
+            stored: Any = hook
+            original = self._parameters.get(f"{stored.name}_orig", self._parameters.get(f"{stored.name}_v"))
+            stored.remove(self)
+            self.register_parameter(stored.name, original)
+            raise ModelError(_matrix_wanted(type(stored).__name__))
+        return super().register_forward_pre_hook(hook, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and type(value) is nn.ModuleDict:  # of the newer kind: empty yet
+            value = _Parametrizations(self)
+        super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = f"{prefix}neighbours"
         neighbours = state_dict.get(key)
@@ -100,6 +122,59 @@ class _Expander(nn.Module):
     def _graph_repr(self) -> str:
         text = f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
         return f"{text}, activation={self.activation!r}" if self.activation else text
+
+
+class _Parametrizations(nn.ModuleDict):
+    """Of an X-layer: refuses to compute its weight by what needs the whole matrix."""
+
+    def __init__(self, layer: _Expander):
+        super().__init__()
+        self.__dict__["_layer"] = layer  # as no module of its own: the layer holds this one
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        super().__setitem__(name, module)
+        if name != "weight":
+            return
+        for part in module.children():
+            if _needs_the_matrix(part):
+                self._restore(name, module)
+                raise ModelError(_matrix_wanted(type(part).__name__))
+        module.register_forward_pre_hook(_refuse_matrix)
+
+    def _restore(self, name: str, module: Any) -> None:
+        """Make the tensor the layer's parameter again: torch has replaced it before it gets here."""
+        original = getattr(module, "original1", None)  # of weight_norm; 0 are its lengths
+        if isinstance(module[0], _Orthogonal):  # has overwritten it: what it computes is all that is left
+            original = nn.Parameter(module().detach())
+        elif original is None:
+            original = module.original
+        layer = self.__dict__["_layer"]
+        delattr(type(layer), name)
+        plain = type_before_parametrizations(layer)
+        del self[name]
+        if not self:
+            del layer.parametrizations
+            layer.__class__ = plain
+        layer.register_parameter(name, original)
+
+
+def _refuse_matrix(module: nn.Module, args: Any) -> None:
+    for part in module.children():
+        if _needs_the_matrix(part):  # appended to others
+            raise ModelError(_matrix_wanted(type(part).__name__))
+
+
+def _needs_the_matrix(part: Any) -> bool:
+    # weight_norm goes by output (dim=0), or over all weights (None, stored as -1): zeros add nothing to either.
+    along_inputs = isinstance(part, WeightNorm | _WeightNorm) and part.dim not in (0, -1)
+    return along_inputs or isinstance(part, SpectralNorm | _SpectralNorm | _Orthogonal)
+
+
+def _matrix_wanted(kind: str) -> str:
+    return (
+        f"{kind.lstrip('_')} on an X-layer would go by its compact weight [out, degree], not by its matrix: use it on "
+        "xzoo.to_dense(layer), or register a parametrization that goes by layer.dense_weight(weight)"
+    )
 
 
 class ExpanderConv2d(_Expander):
