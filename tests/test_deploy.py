@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from test_convert import FAMILIES
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -551,3 +552,29 @@ def test_models_that_store_what_they_computed_are_deployed(name, left, monkeypat
     assert norms(fast) == left < norms(model) or left == 0  # LeViT's linear layers are flattened before theirs
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+# With those of test_convert, 36 kinds of models.
+KINDS = FAMILIES | {
+    **{"cait_xxs24_224": {"depth": 2}, "pit_ti_224": {}, "repvgg_a0": {}, "mobilenetv3_small_050": {}},
+    **{"ghostnet_050": {}, "mobileone_s0": {}, "fastvit_t8": {}, "xcit_nano_12_p16_224": {}},
+    **{"poolformer_s12": {}, "resnest14d": {}, "vgg11_bn": {}},
+}
+QUICK = ("test_efficientnet", "beit_base_patch16_224")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+def test_expanded_models_of_all_kinds_are_deployed(name, monkeypatch):
+    monkeypatch.setattr(sys.modules["xzoo.deploy"], "RUNS", 1)
+    model = trained(name, **KINDS[name])
+    xzoo.expand(model)
+    side = KINDS[name].get("img_size", timm.get_pretrained_cfg(name).input_size[-1])
+    x = torch.randn(1, 3, side, side)
+    fast = deploy(model, torch.zeros(1, 3, side, side))
+    with torch.no_grad():
+        for y, wanted in zip(Outputs(fast, tensors)(x), Outputs(model, tensors)(x), strict=True):
+            torch.testing.assert_close(y, wanted, rtol=1e-3, atol=float(1e-3 * wanted.abs().max()))
+
+
+def tensors(y):
+    return y if isinstance(y, tuple) else (y,)

@@ -7,13 +7,12 @@ The models of the zoo are built by the same `swap` from their own tables of degr
 """
 
 import ast
-import copy
 import fnmatch
 import functools
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -302,37 +301,6 @@ def _remedy(layer: nn.Module, tensor: str) -> str:
 def _called(name: str, layer: nn.Module) -> str:
     kind = type_before_parametrizations(layer).__name__
     return f"layer {name} ({kind})" if name else f"the {kind}"
-
-
-def refuse_unsized(model: nn.Module) -> None:
-    """Raise ModelError for a lazy layer that has not yet seen an input."""
-    for name, layer in model.named_modules():
-        if any(isinstance(p, UninitializedParameter) for p in layer._parameters.values()):
-            raise ModelError(f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass first")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper and those of data-parallel training."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy that holds tensor(t) for each tensor t of the model's modules; ModelError if it cannot be made."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(held, Tensor) and id(held) not in memo:
-                memo[id(held)] = tensor(held)
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # of whatever class an attribute of the model raises
-        raise ModelError(f"{type(model).__name__} cannot be copied: {str(error).partition(chr(10))[0]}") from error
 
 
 def _candidates(

@@ -32,9 +32,10 @@ from timm.models._features_fx import get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .convert import computed_tensors, copy_of, dense_form, read_by_methods, refuse_unsized, unwrapped
+from .convert import computed_tensors, dense_form, read_by_methods
 from .errors import ModelError
 from .layers import ExpanderConv2d, ExpanderLinear
+from .profile import copy_of, refuse_unsized, unwrapped
 
 _logger = logging.getLogger(__name__)
 

@@ -1,17 +1,20 @@
 """Counting the weights and multiply-accumulates that a model really has; and the name of what computes them."""
 
+import copy
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from .convert import copy_of, refuse_unsized, unwrapped
 from .errors import ModelError
 
 
@@ -122,6 +125,37 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def refuse_unsized(model: nn.Module) -> None:
+    """Raise ModelError for a lazy layer that has not yet seen an input."""
+    for name, layer in model.named_modules():
+        if any(isinstance(p, UninitializedParameter) for p in layer._parameters.values()):
+            raise ModelError(f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass first")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper and those of data-parallel training."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy that holds tensor(t) for each tensor t of the model's modules; ModelError if it cannot be made."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(held, Tensor) and id(held) not in memo:
+                memo[id(held)] = tensor(held)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # of whatever class an attribute of the model raises
+        raise ModelError(f"{type(model).__name__} cannot be copied: {str(error).partition(chr(10))[0]}") from error
 
 
 def _layer(name: str, module: nn.Module, macs: int) -> Layer:
