@@ -188,7 +188,7 @@ def test_no_tensor_is_copied():
 
 
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.MultiheadAttention])
-def test_torchs_attention_counts_the_same_in_either_mode(kind):
+def test_products_with_weights_of_torchs_attention_are_counted(kind):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -199,7 +199,6 @@ def test_torchs_attention_counts_the_same_in_either_mode(kind):
 
     weights = 4 * 16 * 16 + (2 * 16 * 32 if "Layer" in kind.__name__ else 0)
     assert xzoo.profile(Net(), (5, 16)).macs == 5 * weights
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_wrapped_models_are_counted():

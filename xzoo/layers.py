@@ -69,31 +69,6 @@ class _Expander(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
 
-    def dense_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The matrix of the layer, [out, in, ...], differentiable: its weights where there is an edge, else zero.
-
-        A parametrization of `weight`, which cannot ask for the layer's, gives the compact one that it is computing:
-        torch.linalg.matrix_norm(layer.dense_weight(weight).flatten(1), 2) is the spectral norm.
-        """
-        return ops.dense.scatter(self.weight if weight is None else weight, self.neighbours, self._n_in)
-
-    # What torch computes a weight by takes the compact tensor for the layer's matrix. That is right output by output
-    # (weight_norm, pruning), and wrong for what goes by the whole matrix: refused, at once and at each later use.
-
-    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
-        if _needs_the_matrix(hook):  # of the older kind, which hooks the layer when it has replaced the weight
-            stored: Any = hook
-            original = self._parameters.get(f"{stored.name}_orig", self._parameters.get(f"{stored.name}_v"))
-            stored.remove(self)
-            self.register_parameter(stored.name, original)
-            raise ModelError(_matrix_wanted(type(stored).__name__))
-        return super().register_forward_pre_hook(hook, **options)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "parametrizations" and type(value) is nn.ModuleDict:  # of the newer kind: empty yet
-            value = _Parametrizations(self)
-        super().__setattr__(name, value)
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = f"{prefix}neighbours"
         neighbours = state_dict.get(key)
@@ -134,6 +109,31 @@ class _Expander(nn.Module):
     def _graph_repr(self) -> str:
         text = f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
         return f"{text}, activation={self.activation!r}" if self.activation else text
+
+    def dense_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The matrix of the layer, [out, in, ...], differentiable: its weights where there is an edge, else zero.
+
+        A parametrization of `weight`, which cannot ask for the layer's, gives the compact one that it is computing:
+        torch.linalg.matrix_norm(layer.dense_weight(weight).flatten(1), 2) is the spectral norm.
+        """
+        return ops.dense.scatter(self.weight if weight is None else weight, self.neighbours, self._n_in)
+
+    # What torch computes a weight by takes the compact tensor for the layer's matrix. That is right output by output
+    # (weight_norm, pruning), and wrong for what goes by the whole matrix: refused, at once and at each later use.
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
+        if _needs_the_matrix(hook):  # of the older kind, which hooks the layer when it has replaced the weight
+            stored: Any = hook
+            original = self._parameters.get(f"{stored.name}_orig", self._parameters.get(f"{stored.name}_v"))
+            stored.remove(self)
+            self.register_parameter(stored.name, original)
+            raise ModelError(_matrix_wanted(type(stored).__name__))
+        return super().register_forward_pre_hook(hook, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and type(value) is nn.ModuleDict:  # of the newer kind: empty yet
+            value = _Parametrizations(self)
+        super().__setattr__(name, value)
 
 
 class _Parametrizations(nn.ModuleDict):

@@ -62,19 +62,14 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
         if input_size is None:
             raise ModelError("profile() of a model without pretrained_cfg: give input_size, such as (3, 224, 224)")
     shadow = copy_of(model, _without_memory).eval()
-    counter, fast_path = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
     try:
-        # The fused operations of torch's attention, which the counter does not know, are for eval mode alone.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shadow(torch.empty(1, *input_size, device="meta", dtype=_dtype(model)))
     except Exception as error:  # of whatever class the model's code raises
         raise ModelError(
             f"profile() cannot run {type(model).__name__} on torch's meta device with an image of {list(input_size)}: "
             f"{str(error).partition(chr(10))[0]}"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
     computed = [name for name, module in shadow.named_modules() if isinstance(module, ParametrizationList)]
