@@ -2,11 +2,15 @@
 
 import copy
 import re
+import warnings
+from collections import Counter
 
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import xzoo
 from xzoo import graphs, ops
@@ -294,6 +298,100 @@ def test_transformer_around_expanded_layers_stays_right():
         torch.testing.assert_close(model.eval()(x), slow, rtol=1e-5, atol=1e-5)
 
 
+# What has no X-form is named too.
+
+
+class Everything(nn.Module):
+    """One of each that holds weights, and small parameters, which are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.one, self.three = nn.Conv1d(16, 32, 5), nn.Conv3d(16, 32, (1, 3, 3))
+        self.up = nn.ConvTranspose2d(16, 8, 2)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.place, self.scale = nn.Parameter(torch.zeros(1, 9, 16)), nn.Parameter(torch.ones(16))
+        self.words, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 3))
+        self.done = ExpanderLinear(16, 16, degree=4)
+        self.both, self.gru = nn.Bilinear(4, 5, 6), nn.GRU(4, 5)
+        self.free, self.head = nn.Linear(16, 16), nn.Linear(16, 2)
+
+
+def test_report_names_all_that_holds_weights():
+    model = Everything()
+    report = xzoo.expand(model)
+    apart = "holds it itself, not in a convolution or linear layer"
+    no_form = "nn.Conv2d and nn.Linear alone have an X-form"
+    assert {row.name: (row.layer, row.weights_before, row.reason) for row in report.rows} == {
+        "place": ("parameter 1x9x16", 144, f"kept: Everything {apart}"),
+        "stem": ("conv 3 -> 16, 1x1", 48, "kept: the first convolution"),
+        "one": ("Conv1d 16 -> 32, 5", 2560, f"kept: a Conv1d; {no_form}"),
+        "three": ("Conv3d 16 -> 32, 1x3x3", 4608, f"kept: a Conv3d; {no_form}"),
+        "up": ("ConvTranspose2d 16 -> 8, 2x2", 512, f"kept: a ConvTranspose2d; {no_form}"),
+        "attention.in_proj_weight": ("parameter 48x16", 768, f"kept: MultiheadAttention {apart}"),
+        "attention.out_proj": (
+            "linear 16 -> 16",
+            256,
+            "kept: NonDynamicallyQuantizableLinear is a subclass that may compute something else",
+        ),
+        "words": ("Embedding 20x16", 320, f"kept: an Embedding; {no_form}"),
+        "normed": ("Conv1d 16 -> 16, 3", 768, f"kept: a Conv1d; {no_form}"),
+        "done": ("ExpanderLinear 16x4", 64, "kept: an X-layer already"),
+        "both": ("Bilinear 6x4x5", 120, f"kept: a Bilinear; {no_form}"),
+        "gru.weight_ih_l0": ("parameter 15x4", 60, f"kept: GRU {apart}"),
+        "gru.weight_hh_l0": ("parameter 15x5", 75, f"kept: GRU {apart}"),
+        "free": ("linear 16 -> 16", 256, "degree 4, share 2"),
+        "head": ("linear 16 -> 2", 32, "kept: the classifier"),
+    }
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
+def test_report_adds_up_for_models_of_any_parts(name):
+    model = timm.create_model(name)
+    weights = xzoo.profile(model).weights
+    report = xzoo.expand(model)
+    assert report.weights_before == weights and report.weights_after == xzoo.profile(model).weights
+
+
+def test_networks_of_other_convolutions_say_so():
+    report = xzoo.expand(torchvision.models.video.r3d_18(weights=None))
+    kinds = Counter(row.layer.split()[0] for row in report.rows)
+    assert kinds == {"Conv3d": 4, "Conv3DSimple": 16, "linear": 1} and report.replaced == ()
+
+
+class Adapter(nn.Module):
+    """As peft wraps a layer."""
+
+    def __init__(self, base_layer, rank=8):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.up = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up["default"](self.down["default"](x))
+
+
+class LoRA(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight_of, self.lora_a, self.lora_b = nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(8, 32)
+
+    def forward(self, x):
+        return self.weight_of(x) + self.lora_b(self.lora_a(x))
+
+
+def test_adapters_stay():
+    model = nn.Sequential(Adapter(nn.Linear(32, 32)), LoRA(), Adapter(nn.Linear(32, 32)))
+    report = xzoo.expand(model)
+    assert report.replaced == ("0.base_layer", "1.weight_of")
+    assert reasons(report)["2.base_layer"] == "kept: the classifier"
+    adapters = ("0.down.default", "0.up.default", "1.lora_a", "1.lora_b", "2.down.default", "2.up.default")
+    assert [name for name, reason in reasons(report).items() if reason == "kept: a matrix of an adapter"] == [*adapters]
+    assert model(torch.ones(2, 32)).shape == (2, 32)
+
+
 # What is kept of the model.
 
 
@@ -442,6 +540,55 @@ def test_expanding_the_dense_form_again_gives_the_model_back():
     for name, layer in x_layers(before).items():
         assert torch.equal(model.get_submodule(name).neighbours, layer.neighbours)
         torch.testing.assert_close(model.get_submodule(name).weight, layer.weight)
+
+
+def computed_layers():
+    """X-layers whose weight is computed, and the call that ends it."""
+    mk = lambda: ExpanderLinear(16, 16, degree=4)  # noqa: E731
+    remove = torch.nn.utils.parametrize.remove_parametrizations
+    yield "remove_parametrizations", nn.utils.parametrizations.weight_norm(mk()), lambda la: remove(la, "weight")
+    yield "prune.remove", prune.l1_unstructured(mk(), "weight", 0.5), lambda la: prune.remove(la, "weight")
+    yield "prune.remove", prune.random_unstructured(mk(), "bias", 0.5), lambda la: prune.remove(la, "bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have the newer form
+        yield "remove_weight_norm", nn.utils.weight_norm(mk()), nn.utils.remove_weight_norm
+
+
+@pytest.mark.parametrize(("remedy", "layer", "remove"), list(computed_layers()))
+def test_computed_x_layers_are_refused_by_name_and_the_remedy_helps(remedy, layer, remove):
+    model = nn.Sequential(ExpanderLinear(16, 16, degree=4), layer, nn.Linear(16, 2))
+    x = torch.ones(2, 16)
+    before, first = model(x), model[0]
+    with pytest.raises(ModelError, match=rf"layer 1 \(ExpanderLinear\): its \w+ is computed .*{remedy}\(layer"):
+        xzoo.to_dense(model)
+    assert model[0] is first and torch.equal(model(x), before)
+    assert xzoo.expand(copy_without_graph(model)).replaced == ()
+    remove(layer)
+    torch.testing.assert_close(xzoo.to_dense(model)(x), before)
+    assert not x_layers(model)
+
+
+def copy_without_graph(model):
+    with torch.no_grad():
+        model(torch.ones(1, 16))
+    return copy.deepcopy(model)
+
+
+class Doubled(ExpanderLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_subclasses_of_x_layers_are_refused_by_name():
+    with pytest.raises(ModelError, match=r"layer 0 \(Doubled\) is a subclass that may compute something else"):
+        xzoo.to_dense(nn.Sequential(Doubled(16, 16, degree=4)))
+
+
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_pruned_layers_stay(tensor):
+    model = nn.Sequential(prune.l1_unstructured(nn.Linear(16, 16), tensor, 0.5), nn.Linear(16, 2))
+    assert reasons(xzoo.expand(model))["0"] == "kept: its weight is computed (parametrized)".replace("weight", tensor)
+    model(torch.ones(1, 16)).sum().backward()
 
 
 # Families of timm besides the paper's.

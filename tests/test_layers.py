@@ -16,6 +16,7 @@ import torch.multiprocessing
 from timm.models import create_feature_extractor
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from xzoo import graphs, ops
@@ -493,8 +494,8 @@ def changed(row, column, value):
         (changed(3, 0, -1), r"has indices from -1 to 15; the layer has inputs 0 to 15"),
         (lambda rows: rows.flip(1), r"is not ascending: row 0 has"),
         (lambda rows: rows[:, [0, 0, 2, 3]], r"repeats an input: row 0 has"),
-        (lambda rows: rows.float(), r"has dtype torch\.float32; a graph is integers"),
-        (lambda rows: rows.bfloat16(), r"has dtype torch\.bfloat16; a graph is integers"),
+        (lambda rows: rows.float() + 0.01, r"has dtype torch\.float32; a graph is integers"),
+        (lambda rows: rows.roll(1, 0).bfloat16(), r"has dtype torch\.bfloat16; a graph is integers"),
         (lambda rows: rows.bool(), r"dtype bool; allowed is a non-empty integer array"),
         (lambda rows: rows[::2], r"has shape \[8, 4\]; this layer needs \[16, 4\]"),  # of another share
         (lambda rows: rows[:, :3], r"has shape \[16, 3\]; this layer needs \[16, 4\]"),
@@ -557,3 +558,113 @@ def test_no_method_has_a_name_that_timm_or_transformers_call():
     called = {"fuse", "reparameterize", "init_weights", "init_non_persistent_buffers"}
     for layer in (ExpanderConv2d, ExpanderLinear):
         assert not called & set(dir(layer))
+
+
+# What computes a weight from others.
+
+
+def test_dense_weight_is_the_matrix_and_differentiable():
+    for layer in (conv(bias=False), ExpanderLinear(16, 12, degree=4, share=2)):
+        dense = layer.dense_weight()
+        assert dense.shape == (layer.weight.shape[0], 16, *layer.weight.shape[2:])
+        assert (dense != 0).sum() == layer.weight.numel()
+        dense.square().sum().backward()
+        torch.testing.assert_close(layer.weight.grad, 2 * layer.weight)
+        assert torch.equal(layer.dense_weight(2 * layer.weight), 2 * dense)
+
+
+class BySpectralNorm(nn.Module):
+    """What the refusal below advises."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def forward(self, weight):
+        return weight / torch.linalg.matrix_norm(self.layer.dense_weight(weight).flatten(1), 2)
+
+
+def along_inputs(form):
+    return lambda layer: form(layer, dim=1)
+
+
+WHOLE_MATRIX = {
+    "spectral_norm": parametrizations.spectral_norm,
+    "spectral_norm, older": nn.utils.spectral_norm,
+    "weight_norm along the inputs": along_inputs(parametrizations.weight_norm),
+    "weight_norm along the inputs, older": along_inputs(nn.utils.weight_norm),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("form", WHOLE_MATRIX)
+def test_what_goes_by_the_whole_matrix_is_refused_and_the_layer_stays(form):
+    layer, x = conv(), images()
+    before, text = layer(x), repr(layer)
+    with pytest.raises(ModelError, match=r"on an X-layer would go by its compact weight .*xzoo\.to_dense\(layer\)"):
+        WHOLE_MATRIX[form](layer)
+    assert type(layer) is ExpanderConv2d and repr(layer) == text
+    assert {*layer.state_dict()} == {*conv().state_dict()}
+    assert isinstance(layer.weight, nn.Parameter) and not layer._forward_pre_hooks
+    assert torch.equal(layer(x), before)
+    parametrizations.weight_norm(layer)  # what is right is still done
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_orthogonal_is_refused_and_leaves_a_layer():
+    """torch has overwritten the weight before anybody can look."""
+    layer = conv()
+    with pytest.raises(ModelError, match="^Orthogonal on an X-layer"):
+        parametrizations.orthogonal(layer)
+    assert type(layer) is ExpanderConv2d and isinstance(layer.weight, nn.Parameter)
+    assert layer(images()).isfinite().all() and layer.weight.std() > 0.01
+
+
+def test_what_is_added_to_another_is_refused_at_each_use():
+    layer = parametrizations.weight_norm(conv())
+    parametrizations.spectral_norm(layer)
+    with pytest.raises(ModelError, match="^SpectralNorm on an X-layer"):
+        layer(images())
+    with pytest.raises(ModelError, match="^SpectralNorm on an X-layer"):
+        _ = layer.weight
+
+
+def test_a_bias_is_no_matrix():
+    layer = parametrizations.spectral_norm(conv(), "bias")
+    with pytest.raises(ModelError, match="^SpectralNorm on an X-layer"):
+        parametrizations.spectral_norm(layer)
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer(images()).isfinite().all()
+
+
+def test_the_advised_parametrization_has_norm_one_and_trains():
+    layer = conv()
+    nn.utils.parametrize.register_parametrization(layer, "weight", BySpectralNorm(layer))
+    norm = torch.linalg.matrix_norm(layer.dense_weight().flatten(1), 2)
+    torch.testing.assert_close(norm, torch.tensor(1.0))
+    layer(images()).square().sum().backward()
+    assert layer.parametrizations.weight.original.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("form", [parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("dim", [0, None])
+def test_weight_norm_by_output_is_that_of_the_matrix(form, dim):
+    layer = conv()
+    wanted = layer.dense_weight()
+    form(layer, dim=dim)
+    torch.testing.assert_close(layer.dense_weight(), wanted)
+    length = layer.parametrizations.weight.original0 if hasattr(layer, "parametrizations") else layer.weight_g
+    norm = wanted.norm() if dim is None else wanted.flatten(1).norm(dim=1)
+    torch.testing.assert_close(length.flatten(), norm.flatten())
+
+
+def test_pruned_layers_compute_with_what_is_left():
+    layer, x = prune.l1_unstructured(conv(), "weight", 0.5), images()
+    assert (layer.dense_weight() != 0).sum() == layer.weight.numel() // 2
+    torch.testing.assert_close(
+        layer(x),
+        nn.functional.conv2d(x, layer.dense_weight(), layer.bias, layer.stride, layer.padding),
+        rtol=1e-4,
+        atol=1e-5,
+    )

@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import xzoo
 from xzoo.errors import ModelError
@@ -146,3 +148,91 @@ def test_layers_that_are_never_called_cost_nothing():
 def test_size_must_be_known():
     with pytest.raises(ModelError, match=r"give input_size, such as \(3, 224, 224\)"):
         xzoo.profile(net())
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "pit_ti_224"])
+def test_models_that_pass_parameters_between_modules_are_counted(name):
+    found = xzoo.profile(timm.create_model(name, num_classes=7))
+    assert sum(layer.macs for layer in found.layers) == found.macs > 4e8
+
+
+BY_OUTPUT = (parametrizations.weight_norm, nn.utils.weight_norm, lambda la: prune.l1_unstructured(la, "weight", 0.5))
+# The last computes its weight by products of matrices.
+BY_MATRIX = (parametrizations.spectral_norm, nn.utils.spectral_norm, parametrizations.orthogonal)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize(
+    ("build", "compute"),
+    [(lambda: ExpanderLinear(16, 16, degree=4), compute) for compute in BY_OUTPUT]
+    + [(lambda: nn.Linear(16, 16), compute) for compute in (*BY_OUTPUT, *BY_MATRIX)],
+)
+def test_computed_weights_count_as_what_they_are(build, compute):
+    plain = xzoo.profile(nn.Sequential(build()), (16,))
+    model = nn.Sequential(compute(build()))
+    model(torch.randn(2, 16)).sum().backward()  # a hook's weight is then a result, which copy.deepcopy refuses
+    state = copy.deepcopy(model.state_dict())
+    found = xzoo.profile(model, (16,))
+    assert (found.macs, found.layers) == (plain.macs, plain.layers)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_no_tensor_is_copied():
+    """On the CPU: 256 MB of weights, a tensor beside the parameters included, for some kilobytes."""
+    model = nn.Sequential(nn.Linear(4000, 8000), ExpanderLinear(8000, 10, degree=4))
+    model[0].mask = torch.ones(4000, 4000)
+    with torch.profiler.profile(profile_memory=True) as trace:
+        xzoo.profile(model, (4000,))
+    largest = max((event.cpu_memory_usage for event in trace.events()), default=0)
+    assert largest < 1e6
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.MultiheadAttention])
+def test_products_with_weights_of_torchs_attention_are_counted(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = kind(16, 2, **({"dim_feedforward": 32} if "Layer" in kind.__name__ else {}), batch_first=True)
+
+        def forward(self, x):
+            return self.block(x) if hasattr(self.block, "linear1") else self.block(x, x, x)[0]
+
+    weights = 4 * 16 * 16 + (2 * 16 * 32 if "Layer" in kind.__name__ else 0)
+    assert xzoo.profile(Net(), (5, 16)).macs == 5 * weights
+
+
+def test_wrapped_models_are_counted():
+    plain = xzoo.profile(net(), (16, 9, 7))
+    assert xzoo.profile(nn.DataParallel(net()), (16, 9, 7)) == plain
+    assert xzoo.profile(torch.compile(net(), backend="eager"), (16, 9, 7)) == plain
+
+
+def test_a_lone_layer_is_counted():
+    found = xzoo.profile(ExpanderLinear(16, 12, degree=4), (16,))
+    assert found.macs == 48 and [layer.macs for layer in found.layers] == [48]
+
+
+def test_transposed_convolutions_have_their_sizes():
+    found = xzoo.profile(nn.Sequential(nn.ConvTranspose2d(6, 4, 2)), (6, 3, 3))
+    assert [(layer.n_in, layer.n_out) for layer in found.layers] == [(6, 4)]
+
+
+class Looks(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_what_cannot_be_counted_is_told():
+    with pytest.raises(ModelError, match=r"profile\(\) cannot run Looks on torch's meta device .*\[3, 8, 8\]: "):
+        xzoo.profile(Looks(), (3, 8, 8))
+    with pytest.raises(ModelError, match="layer 0 is a LazyLinear without sizes yet: run a forward pass first"):
+        xzoo.profile(nn.Sequential(nn.LazyLinear(3)), (8,))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_torchs_counter_is_exact_for_x_layers(train):
+    """What README says of it: nothing else has to be told."""
+    model = net().train(train)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 16, 9, 7))
+    assert counter.get_total_flops() == 2 * xzoo.profile(model, (16, 9, 7)).macs

@@ -14,12 +14,15 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from . import graphs
 from .errors import GraphError, ModelError
@@ -44,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All convolutions and linear layers of a model, in its own order; str() is a table."""
+    """All layers and parameters of a model that hold weights, in its own order; str() is a table."""
 
     rows: tuple[Row, ...]
 
@@ -90,8 +93,10 @@ def expand(
 
     Left as they are, with the reason in the report: the first convolution, the classifier (what timm calls so,
     else the last linear layer), layers of fewer than 8 inputs, grouped convolutions, subclasses of nn.Conv2d and
-    nn.Linear, parametrized layers, weights used in two places, and layers whose weight another module reads by
-    itself, as in F.linear(x, self.proj.weight).
+    nn.Linear, parametrized and pruned layers, weights used in two places, the matrices of adapters (LoRA), and
+    layers whose weight another module reads by itself, as in F.linear(x, self.proj.weight). Other layers with
+    weights (nn.Conv1d, nn.Conv3d, transposed convolutions, nn.MultiheadAttention's in_proj_weight) have no X-form;
+    the report names them too.
 
     Args:
         compression: each output reads max(1, inputs // compression) of the inputs; from 1 on.
@@ -112,13 +117,16 @@ def expand(
     rows: list[Row] = []
     degrees: dict[str, int] = {}
     for name, layer, reason in _candidates(model, _patterns(only), _patterns(skip)):
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            rows.append(Row(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
+            continue
         n_in, _ = _sizes(layer)
         degree = degree_for(graph, n_in, max(1, n_in // compression))
         if not reason and degree == n_in:
             reason = "kept: every output would read every input"
         if not reason:
             degrees[name] = degree
-        rows.append(Row(name, _describe(layer), None, None, layer.weight.numel(), layer.weight.numel(), reason))
+        rows.append(Row(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
     new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=keep_weights)
     return Report(tuple(_done(row, new[row.name]) if row.name in new else row for row in rows))
 
@@ -127,14 +135,27 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Replace every X-layer by a dense layer that computes the same, in place, and return the model.
 
     An X-layer given by itself has nothing to be replaced in: then the dense layer is returned.
+
+    Raises: ModelError, before anything is replaced, for an X-layer whose weight or bias is computed (parametrized,
+        pruned) and for subclasses of X-layers.
     """
+    x_layers = {n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)}
+    computed = computed_tensors(model)
+    for name, layer in x_layers.items():
+        if name in computed:
+            raise ModelError(f"to_dense(): {_called(name, layer)}: {computed[name]}")
+        if type(layer) not in (ExpanderConv2d, ExpanderLinear):
+            raise ModelError(
+                f"to_dense(): {_called(name, layer)} is a subclass that may compute something else; put an "
+                f"{type(layer).__mro__[1].__name__} or a dense layer of your own in its place first"
+            )
     if isinstance(model, ExpanderConv2d | ExpanderLinear):
-        return _dense_layer(model)
+        return dense_form(model)
     dense: dict[nn.Module, nn.Module] = {}  # a layer that is used in two places stays one layer
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, ExpanderConv2d | ExpanderLinear):
             if layer not in dense:
-                dense[layer] = _dense_layer(layer)
+                dense[layer] = dense_form(layer)
             model.set_submodule(name, dense[layer])
     return model
 
@@ -214,7 +235,8 @@ def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
     return ratio.reshape(-1, *[1] * (kept.dim() - 1))
 
 
-def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
+def dense_form(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
+    """A dense layer that computes the same, with the mode and the hooks; a deployed one's activation behind it."""
     new: nn.Conv2d | nn.Linear
     n_in, n_out = _sizes(x_layer)
     weight = x_layer.weight
@@ -224,7 +246,7 @@ def _dense_layer(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
     else:
         new = nn.Linear(n_in, n_out, **factory)
     with torch.no_grad():
-        new.weight.copy_(dense_op.scatter(weight, x_layer.neighbours, n_in))
+        new.weight.copy_(x_layer.dense_weight())
         if x_layer.bias is not None and new.bias is not None:
             new.bias.copy_(x_layer.bias)
     _like(new, x_layer)
@@ -250,10 +272,44 @@ def _like(new: nn.Module, old: nn.Module) -> None:
         setattr(new, name, getattr(old, name))
 
 
+def computed_tensors(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight or bias is no parameter but computed at each call, with the reason and the remedy."""
+    found: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        for tensor in ("weight", "bias"):
+            remedy = _remedy(layer, tensor)
+            if remedy:
+                found.setdefault(name, f"its {tensor} is computed at each call; {remedy} makes it a parameter again")
+    return found
+
+
+def _remedy(layer: nn.Module, tensor: str) -> str:
+    """The call that makes a computed tensor a parameter again; "" where it is none."""
+    if is_parametrized(layer, tensor):
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})"
+    if not isinstance(vars(layer).get(tensor), Tensor):
+        return ""
+    hooks = tuple(layer._forward_pre_hooks.values())
+    if any(isinstance(hook, BasePruningMethod) for hook in hooks):
+        return f"torch.nn.utils.prune.remove(layer, {tensor!r})"
+    if any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return f"torch.nn.utils.remove_spectral_norm(layer, {tensor!r})"
+    if any(isinstance(hook, WeightNorm) for hook in hooks):
+        return f"torch.nn.utils.remove_weight_norm(layer, {tensor!r})"
+    return f"layer.register_parameter({tensor!r}, ...)"
+
+
+def _called(name: str, layer: nn.Module) -> str:
+    kind = type_before_parametrizations(layer).__name__
+    return f"layer {name} ({kind})" if name else f"the {kind}"
+
+
 def _candidates(
     model: nn.Module, only: tuple[str, ...], skip: tuple[str, ...]
-) -> Iterable[tuple[str, nn.Conv2d | nn.Linear, str]]:
-    """Name, layer and the reason to leave it ("" for none) of all convolutions and linear layers."""
+) -> Iterable[tuple[str, nn.Module | Tensor, str]]:
+    """Name, layer and the reason to leave it ("" for none) of all that holds weights: layers, and the parameters of
+    other modules."""
+    adapters = {name for name, _ in model.named_modules() if _in_adapter(model, name)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if "" in layers:
         raise ModelError(
@@ -268,28 +324,39 @@ def _candidates(
             raise ModelError(
                 f"pattern {pattern!r} fits no convolution or linear layer, such as {', '.join([*layers][:3])}"
             )
-    first = next((name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
-    classifier = _classifier(model, layers)
+    own = {name: layer for name, layer in layers.items() if name not in adapters}
+    first = next((name for name, layer in own.items() if isinstance(layer, nn.Conv2d)), None)
+    classifier = _classifier(model, own)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    read = _read_elsewhere(model)
-    for name, layer in layers.items():
+    read, computed = read_by_methods(model, ("weight",)), computed_tensors(model)
+    for name, module in model.named_modules():
+        if name not in layers:
+            yield from _without_x_form(name, module)
+            continue
+        layer = layers[name]
         n_in, _ = _sizes(layer)
         if fits(name, skip):
             reason = "kept: skipped by name"
         elif only and not fits(name, only):
             reason = "kept: not among the names in only"
+        elif name in adapters:
+            reason = "kept: a matrix of an adapter"
         elif not only and name == first:
             reason = "kept: the first convolution"
         elif not only and name in classifier:
             reason = "kept: the classifier"
         elif not only and n_in < 8:
             reason = f"kept: only {n_in} inputs"
-        elif type(layer) not in (nn.Conv2d, nn.Linear):
+        elif type_before_parametrizations(layer) not in (nn.Conv2d, nn.Linear):
             reason = f"kept: {type(layer).__name__} is a subclass that may compute something else"
         elif isinstance(layer, nn.Conv2d) and layer.groups != 1:
             reason = f"kept: a grouped convolution ({layer.groups} groups)"
-        elif is_parametrized(layer) or "weight" not in layer._parameters:
+        elif name in computed:
+            reason = f"kept: its {computed[name].split()[1]} is computed (parametrized)"
+        elif "weight" not in layer._parameters:
             reason = "kept: its weight is computed (parametrized)"
+        elif type(layer.weight) is not nn.Parameter:
+            reason = f"kept: its weight is a {type(layer.weight).__name__}"
         elif any(uses[id(parameter)] > 1 for parameter in layer.parameters()):
             reason = "kept: its weight is used in two places"
         elif name in read:
@@ -299,6 +366,41 @@ def _candidates(
         yield name, layer, reason
 
 
+def _without_x_form(name: str, module: nn.Module) -> Iterable[tuple[str, nn.Module | Tensor, str]]:
+    """What a module that is neither nn.Conv2d nor nn.Linear holds of weights, itself and not in modules of its own."""
+    kind = type_before_parametrizations(module).__name__
+    if isinstance(module, ParametrizationList):
+        return  # counted with the layer whose weight it computes
+    if isinstance(module, ExpanderConv2d | ExpanderLinear):
+        yield name, module, "kept: an X-layer already"
+    elif _remedy(module, "weight") or _has_weights(module._parameters.get("weight")):
+        yield (
+            name,
+            module,
+            f"kept: {'an' if kind[0] in 'AEIOU' else 'a'} {kind}; nn.Conv2d and nn.Linear alone have an X-form",
+        )
+    for parameter, value in module._parameters.items():
+        if _has_weights(value) and not hasattr(module, "weight"):
+            where = f"{name}.{parameter}".lstrip(".")
+            yield where, value, f"kept: {kind} holds it itself, not in a convolution or linear layer"
+
+
+def _has_weights(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not isinstance(value, UninitializedParameter) and value.dim() >= 2
+
+
+def _in_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to an adapter: beside a `base_layer`, as peft builds it, or under a name lora_*."""
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts):
+        return True
+    for depth in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent._modules.get("base_layer"), nn.Module) and parts[depth] not in ("", "base_layer"):
+            return True
+    return False
+
+
 def _classifier(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     found = {name for name in ((names,) if isinstance(names, str) else names) if name in layers}
@@ -306,22 +408,22 @@ def _classifier(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     return found or set(linear[-1:])
 
 
-def _read_elsewhere(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight a module above them reads by itself, with the class of that module.
+def read_by_methods(model: nn.Module, tensors: tuple[str, ...]) -> dict[str, str]:
+    """Layers of which a module above them reads one of these tensors by itself, with the class of that module.
 
     Told from the source of the classes: what is found is left dense. What hides behind another name is not
     found, and fails loudly at the first forward pass, because a compact weight has another shape.
     """
     found = {}
     for prefix, module in model.named_modules():
-        for path in _weights_read_by(type(module)):  # type: ignore[arg-type]
+        for path in _tensors_read_by(type(module), tensors):  # type: ignore[arg-type]
             found[f"{prefix}.{path}".lstrip(".")] = type(module).__name__
     return found
 
 
 @functools.cache
-def _weights_read_by(cls: Any) -> frozenset[str]:
-    """Paths p for which a method of cls, other than those that build or initialise, uses self.p.weight."""
+def _tensors_read_by(cls: Any, tensors: tuple[str, ...]) -> frozenset[str]:
+    """Paths p for which a method of cls, other than those that build or initialise, uses self.p.weight (say)."""
     paths: set[str] = set()
     for base in cls.__mro__:
         if base in (nn.Module, nn.Sequential, object):
@@ -332,16 +434,16 @@ def _weights_read_by(cls: Any) -> frozenset[str]:
             continue
         methods = [f for node in tree.body for f in getattr(node, "body", ()) if isinstance(f, ast.FunctionDef)]
         for method in methods:
-            if not method.name.lstrip("_").startswith(("init", "reset", "load", "fix", "extra_repr")):
-                paths.update(_weights_read_in(method))
+            if not method.name.lstrip("_").startswith(("init", "zero", "reset", "load", "fix", "extra_repr")):
+                paths.update(_tensors_read_in(method, tensors))
     return frozenset(paths)
 
 
-def _weights_read_in(method: ast.FunctionDef) -> Iterable[str]:
+def _tensors_read_in(method: ast.FunctionDef, tensors: tuple[str, ...]) -> Iterable[str]:
     harmless = {"dtype", "device", "shape", "ndim", "requires_grad", "grad", "size", "numel"}
     about = {id(n.value) for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr in harmless}
     for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in about:
+        if isinstance(node, ast.Attribute) and node.attr in tensors and id(node) not in about:
             text = ast.unparse(node.value).replace("[", ".").replace("]", "")
             if text.startswith("self."):
                 yield text.removeprefix("self.")
@@ -359,11 +461,25 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     return getattr(layer, names[0]), getattr(layer, names[1])
 
 
-def _describe(layer: nn.Conv2d | nn.Linear) -> str:
-    n_in, n_out = _sizes(layer)
-    if isinstance(layer, nn.Linear):
-        return f"linear {n_in} -> {n_out}"
-    return f"conv {n_in} -> {n_out}, {layer.kernel_size[0]}x{layer.kernel_size[1]}"
+def _weights(held: nn.Module | Tensor) -> int:
+    return held.numel() if isinstance(held, Tensor) else held.weight.numel()  # type: ignore[operator]
+
+
+def _describe(held: nn.Module | Tensor) -> str:
+    if isinstance(held, Tensor):
+        return f"parameter {_by(held.shape)}"
+    kind = type_before_parametrizations(held).__name__
+    if isinstance(held, nn.Linear):
+        return "linear {} -> {}".format(*_sizes(held))
+    if isinstance(held, nn.Conv2d):
+        kind = "conv"
+    if hasattr(held, "in_channels") and hasattr(held, "out_channels") and hasattr(held, "kernel_size"):
+        return "{} {} -> {}, {}".format(kind, *_sizes(held), _by(held.kernel_size))
+    return f"{kind} {_by(held.weight.shape)}"
+
+
+def _by(sizes: Any) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _patterns(given: Patterns) -> tuple[str, ...]:

@@ -7,16 +7,23 @@ bias of the layer before it can take on. A relu after an X-layer is done when it
 pairs; the modules stay where they are, so that what else a model can do (features, another head) works as before.
 Then the clock decides: the memory format of the model, and for each X-layer whether it or its dense form computes.
 
+Only classes whose arithmetic is known are touched, and only where nothing else reads their tensors. What a trace cannot
+tell (a method that reads a weight, a list that holds a layer a second time) the outputs do: after each step they are
+compared with the model's own, and a change that shows beyond rounding is taken back.
+
 Not here: another number format, pruning, compilers (torch.compile takes a deployed model as any other).
 """
 
+import contextlib
 import copy
+import dataclasses
 import functools
+import inspect
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,96 +31,206 @@ from timm.layers import BatchNormAct2d
 from timm.models._features_fx import get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
 
-from .convert import to_dense
+from .convert import computed_tensors, dense_form, read_by_methods
 from .errors import ModelError
 from .layers import ExpanderConv2d, ExpanderLinear
+from .profile import copy_of, refuse_unsized, unwrapped
 
 _logger = logging.getLogger(__name__)
 
-FOLDS_INTO = (nn.Conv2d, nn.Linear, ExpanderConv2d, ExpanderLinear)
+# By exact type: a subclass may compute something else (StdConv2d, a norm that clamps). Beside each kind of layer the
+# norms that scale its channels, and the dimensions of what passes between them. A norm of [B, T, C] scales T.
+_CONV_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+_LINEAR_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
+FOLDS_INTO: dict[type, tuple[tuple[type, ...], int]] = {
+    nn.Conv2d: (_CONV_NORMS, 4),
+    ExpanderConv2d: (_CONV_NORMS, 4),
+    nn.Linear: (_LINEAR_NORMS, 2),
+    ExpanderLinear: (_LINEAR_NORMS, 2),
+}
+X_LAYERS = (ExpanderConv2d, ExpanderLinear)
 ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+TENSORS = ("weight", "bias", "running_mean", "running_var")
 RUNS = 7  # in each form that is measured; the fastest counts, because other work on a machine only adds
 CLEARLY = 1.1  # times as fast: the clock is not that exact, and a dense layer needs more memory
+EXACT = 1e-5  # of the largest output, in float64: far below the rounding of float32, far above that of float64
+
+Undo = Callable[[], None]
+Change = Callable[[nn.Module], Undo]  # done to a model in place
 
 
 def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy of the model for inference on inputs like the example, whose outputs differ by rounding alone.
 
+    The copy is compared with the model on the example and on noise of its size, also in float64 where the model runs
+    in it. A change that makes a difference is taken back and told as a warning; a model whose outputs cannot be
+    compared, because they hold no tensors or differ from call to call, stays as it is.
+
     Args:
+        model: called as model(example). Of a compiled or data-parallel model the module within is taken.
         example: float [B, C, H, W] on the model's device; its content does not matter, its size and batch do: what
             is measured to be faster is so for them.
     Returns: the copy, in eval mode and without gradients. What was done is logged ("xzoo.deploy", INFO).
-    Raises: ModelError if the model does not run on the example.
+    Raises: ModelError if the model does not run on the example, has layers without sizes, or cannot be copied.
     """
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
-    with torch.inference_mode():
-        try:
-            fast(example)
-        except Exception as error:
-            raise ModelError(f"the model does not run on an example of {list(example.shape)}: {error}") from error
-    folded, norms = fold(fast), sum(isinstance(part, _BatchNorm) for part in model.modules())
-    fused, (said, form) = fuse(fast), _choose_format(fast, example)
-    _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
-    _logger.info("%d of %d X-layers are faster dense", *_choose_layers(fast, example, form))
+    model = unwrapped(model)
+    refuse_unsized(model)
+    fast = copy_of(model, _own).eval().requires_grad_(False)
+    proof = Proof(fast, example)
+    if not proof.trials:
+        _logger.warning("nothing is changed: the model's outputs hold no tensors, or differ from call to call")
+        return fast
+    for name, remedy in computed_tensors(model).items():
+        _logger.warning("layer %s stays as it is: %s", name, remedy)
+    folded, norms = _fold_norms(proof), sum(isinstance(part, _BatchNorm) for part in model.modules())
+    with _same_random_numbers(example):
+        fused, (said, form) = _fuse_activations(proof), _choose_format(proof, example)
+        _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
+        _logger.info("%d of %d X-layers are faster dense", *_choose_layers(proof, example, form))
     return fast
 
 
-def fold(model: nn.Module) -> int:
+def fold(model: nn.Module, example: Tensor) -> int:
     """Fold every batch norm of a model in eval mode that directly follows its layer, in place; returns how many.
 
     Those stay that follow something else (a sum, an activation: DenseNet's first in each layer), or a layer that is
     called, read or trained in more than one place. A model that torch.fx cannot trace stays as it is.
     """
-    pairs = [(layer, norm, name) for layer, norm, name in _pairs(model, "folded") if _folds(layer, norm)]
-    for layer, norm, name in pairs:
-        _fold(layer, norm)
-        model.set_submodule(
-            name, nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        )
-    return len(pairs)
+    return _fold_norms(Proof(model, example))
 
 
-def fuse(model: nn.Module) -> int:
+def fuse(model: nn.Module, example: Tensor) -> int:
     """Let every X-layer do the relu or relu6 module that directly follows it, in place; returns how many do."""
-    pairs = [
-        (layer, act, name)
-        for layer, act, name in _pairs(model, "fused")
-        if isinstance(layer, ExpanderConv2d | ExpanderLinear) and type(act) in ACTIVATIONS and not _watched(layer, act)
-    ]
-    for layer, act, name in pairs:
-        layer.activation = ACTIVATIONS[type(act)]
-        model.set_submodule(name, nn.Identity())
-    return len(pairs)
+    return _fuse_activations(Proof(model, example))
 
 
-def _pairs(model: nn.Module, what: str) -> Iterator[tuple[Any, Any, str]]:
-    """Two modules, and the name of the second, which alone gets the first one's result; each called once, and with
-    parameters of its own. Modules between them that do nothing count as absent."""
+class Proof:
+    """What a model gives before anything is changed; `holds` tells whether it still does.
+
+    `models` are the model and, where it runs in float64, a copy of it: both are changed alike. In float64 a mistake
+    shows beside no rounding; in the model's own type also those of kernels do.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor):
+        self.models = [model]
+        self.trials: list[tuple[nn.Module, Tensor, list[Tensor], list[float]]] = []
+        self.dims = _dims(model, example)
+        noise = _noise(model, example)
+        for x in [example] if noise is example else [example, noise]:
+            outputs = _outputs(model, x)
+            self.trials.append((model, x, outputs, [_rounding(y) for y in outputs]))
+        self._add_float64(noise)
+        # A model with a memory or dice of its own, or without a tensor in its result, proves nothing.
+        if not any(outputs for _, _, outputs, _ in self.trials) or not self.holds():
+            self.trials = []
+
+    def _add_float64(self, x: Tensor) -> None:
+        model, _, outputs, allowed = self.trials[-1]
+        exact_x = x.double() if x.is_floating_point() else x
+        try:
+            exact = copy_of(model, _own).double()
+            wanted = _outputs(exact, exact_x)
+        except Exception:  # of whatever class: a fixed type in the model's code, a device without float64
+            return
+        if x.dtype == torch.float64 or [y.shape for y in outputs] != [y.shape for y in wanted]:
+            return
+        for i, (y, z) in enumerate(zip(outputs, wanted, strict=True)):
+            allowed[i] = max(allowed[i], 4 * _apart(y, z))
+        self.models.append(exact)
+        self.trials.append((exact, exact_x, wanted, [EXACT * _largest(y) for y in wanted]))
+
+    def holds(self) -> bool:
+        return all(self._same(*trial) for trial in self.trials)
+
+    def _same(self, model: nn.Module, x: Tensor, wanted: list[Tensor], allowed: list[float]) -> bool:
+        try:
+            outputs = _outputs(model, x)
+        except Exception:  # of whatever class: a change took away what the model's code reads
+            return False
+        if [(y.shape, y.dtype) for y in outputs] != [(y.shape, y.dtype) for y in wanted]:
+            return False
+        for y, expected, atol in zip(outputs, wanted, allowed, strict=True):
+            if y.dtype.is_floating_point or y.is_complex():
+                if not torch.isclose(y, expected, rtol=0, atol=atol, equal_nan=True).all():
+                    return False
+            elif model is not self.models[0] and not torch.equal(y, expected):  # else a rank may change by rounding
+                return False
+        return True
+
+
+def _change(proof: Proof, changes: Mapping[str, Change], done: str) -> list[str]:
+    """Make these changes, but for those that show in an output; the names of those made."""
+    undo = [change(model) for change in changes.values() for model in proof.models]
+    if not changes or (proof.trials and proof.holds()):
+        return list(changes)
+    for step in reversed(undo):
+        step()
+    made = []
+    for name, change in changes.items():
+        undo = [change(model) for model in proof.models]
+        if proof.trials and proof.holds():
+            made.append(name)
+            continue
+        for step in undo:
+            step()
+        _logger.warning("%s is not %s: the model's outputs would change", name, done)
+    return made
+
+
+def _fold_norms(proof: Proof) -> int:
+    changes: dict[str, Change] = {}
+    for layer, norm in _pairs(proof.models[0], "folded", reads_matter=True):
+        parts = [proof.models[0].get_submodule(name) for name in (layer, norm)]
+        if _folds(parts[0], parts[1], proof.dims.get(norm, 0)):
+            changes[norm] = functools.partial(_fold, layer, norm)
+    return len(_change(proof, changes, "folded into the layer before it"))
+
+
+def _fuse_activations(proof: Proof) -> int:
+    changes: dict[str, Change] = {}
+    for layer, act in _pairs(proof.models[0], "fused", reads_matter=False):
+        parts = [proof.models[0].get_submodule(name) for name in (layer, act)]
+        if type(parts[0]) in X_LAYERS and type(parts[1]) in ACTIVATIONS and all(map(_plain, parts)):
+            changes[act] = functools.partial(_fuse, layer, act)
+    return len(_change(proof, changes, "done by the layer before it"))
+
+
+def _pairs(model: nn.Module, what: str, reads_matter: bool) -> Iterator[tuple[str, str]]:
+    """Names of two modules, of which the second alone gets the first one's result; each called once, under one name,
+    and with parameters of its own, which no code but its own reads. Modules between them that do nothing count as
+    absent."""
+    tracer = _Tracer()
+    # A copy, because code that stores what it computed would store fx's proxies (levit's biases); tensors are shared.
+    shadow = copy_of(model, lambda tensor: tensor)
     try:
-        nodes = _Tracer().trace(model).nodes
+        nodes = tracer.trace(shadow, _defaults(shadow)).nodes
     except Exception as error:  # of whatever class the model's own code raises on a proxy
-        _logger.warning("nothing is %s: torch.fx cannot trace the model (%s)", what, str(error).splitlines()[0])
+        _logger.warning("nothing is %s: torch.fx cannot trace the model (%s)", what, str(error).partition("\n")[0])
         return
     modules = dict(model.named_modules(remove_duplicate=False))
+    names = Counter(map(id, modules.values()))
     calls = Counter(id(modules[str(node.target)]) for node in nodes if node.op == "call_module")
     owners = Counter(id(p) for part in model.modules() for p in part.parameters(recurse=False))
+    read = read_by_methods(model, TENSORS)
 
     def alone(node: fx.Node) -> bool:
         part = modules[str(node.target)]
-        return calls[id(part)] == 1 and all(owners[id(p)] == 1 for p in part.parameters(recurse=False))
+        if calls[id(part)] > 1 or names[id(part)] > 1 or any(owners[id(p)] > 1 for p in part.parameters()):
+            return False
+        tensors = (*part._parameters.values(), *part._buffers.values())
+        return not reads_matter or not (str(node.target) in read or tracer.read & set(map(id, tensors)))
 
     def before(node: fx.Node) -> Any:
-        return node.args[0] if node.op == "call_module" and node.args else None
+        return node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
 
     for node in nodes:
         first = before(node)
         while isinstance(first, fx.Node) and first.op == "call_module" and len(first.users) == 1:
             part = modules[str(first.target)]
-            if type(part) is not nn.Identity or _watched(part):
+            if type(part) is not nn.Identity or not _plain(part):
                 if alone(first) and alone(node):
-                    yield part, modules[str(node.target)], str(node.target)
+                    yield str(first.target), str(node.target)
                 break
             first = before(first)
 
@@ -121,26 +238,53 @@ def _pairs(model: nn.Module, what: str) -> Iterator[tuple[Any, Any, str]]:
 class _Tracer(fx.Tracer):
     """Goes into containers alone: layers, norms and what timm says cannot be traced are leaves."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()  # tensors that traced code asks a module for, by id
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         leaves = (*FOLDS_INTO, _BatchNorm, *get_notrace_modules())
         return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-def _folds(layer: nn.Module, norm: nn.Module) -> bool:
-    if not (isinstance(layer, FOLDS_INTO) and isinstance(norm, _BatchNorm)):
+
+def _defaults(model: nn.Module) -> dict[str, Any] | None:
+    """The arguments after the first of model(example): a proxy in their place would take the other branch."""
+    values = [(p.name, p.default) for p in inspect.signature(model.forward).parameters.values()][1:]
+    plain = {name: value for name, value in values if value is None or type(value) in (bool, int, float, str)}
+    return plain or None
+
+
+def _plain(part: nn.Module) -> bool:
+    """Whether it computes what its class says, from tensors of its own: no hooks, no parametrization, no adapters."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._modules if type(part) in FOLDS_INTO else ())
+    patched = [name for name in ("forward", *TENSORS) if vars(part).get(name) is not None]
+    tensors = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
+    usual = all(type(t) in (Tensor, nn.Parameter) for t in tensors)  # not quantized, sharded, without sizes
+    return usual and not any(hooks) and not patched and set(part._parameters) <= {"weight", "bias"}
+
+
+def _folds(layer: nn.Module, norm: nn.Module, dims: int) -> bool:
+    norms, wanted = FOLDS_INTO.get(type(layer), ((), 0))
+    if type(norm) not in norms or dims != wanted or not (_plain(layer) and _plain(norm)):
         return False
-    # Without statistics of its own it takes each batch's.
-    known = norm.running_mean is not None and len(norm.running_mean) == len(layer.weight)
-    return known and not getattr(layer, "activation", "") and not _watched(layer, norm)
-
-
-def _watched(*parts: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks or is_parametrized(part) for part in parts)
+    # Without statistics of its own, or in training mode, it takes each batch's.
+    mean: Any = norm.running_mean
+    known = mean is not None and norm.running_var is not None and not norm.training
+    weight: Any = layer.weight
+    return known and len(mean) == len(weight) and weight.is_floating_point() and not getattr(layer, "activation", "")
 
 
 @torch.no_grad()
-def _fold(layer: Any, norm: Any) -> None:
+def _fold(layer_name: str, norm_name: str, model: nn.Module) -> Undo:
     """weight * s and (bias - mean) * s + beta, s = gamma / sqrt(var + eps); in float64, so that it is rounded once."""
+    layer: Any = model.get_submodule(layer_name)
+    norm: Any = model.get_submodule(norm_name)
+    before = layer.weight, layer.bias
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -152,13 +296,119 @@ def _fold(layer: Any, norm: Any) -> None:
     weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    model.set_submodule(norm_name, rest.eval())
+
+    def undo() -> None:
+        layer.weight, layer.bias = before
+        model.set_submodule(norm_name, norm)
+
+    return undo
 
 
-def _choose_format(model: nn.Module, example: Tensor) -> tuple[str, torch.memory_format]:
+def _fuse(layer_name: str, act_name: str, model: nn.Module) -> Undo:
+    layer: Any = model.get_submodule(layer_name)
+    act = model.get_submodule(act_name)
+    layer.activation = ACTIVATIONS[type(act)]
+    model.set_submodule(act_name, nn.Identity())
+
+    def undo() -> None:
+        layer.activation = ""
+        model.set_submodule(act_name, act)
+
+    return undo
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy; of a weight that a hook computed from others, its value now (copy.deepcopy refuses those)."""
+    return copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
+
+
+def _noise(model: nn.Module, example: Tensor) -> Tensor:
+    """Noise like the example, which may be all zero and hide every mistake; the example where noise is no input."""
+    if not example.is_floating_point():
+        return example
+    draw = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+    noise = draw.to(example)
+    try:
+        outputs = _outputs(model, noise)
+    except Exception:  # of whatever class the model's own checks raise
+        return example
+    return noise if all(y.isfinite().all() for y in outputs) else example
+
+
+def _dims(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """The dimensions of what each batch norm gets, 0 where they differ from call to call; the first run of all."""
+    dims: dict[str, int] = {}
+
+    def note(name: str, part: nn.Module, args: tuple[Any, ...]) -> None:
+        found = args[0].dim() if args else 0
+        dims[name] = found if dims.get(name, found) == found else 0
+
+    named = [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]
+    hooks = [part.register_forward_pre_hook(functools.partial(note, name)) for name, part in named]
+    try:
+        _outputs(model, example)
+    except Exception as error:
+        raise ModelError(f"the model does not run on an example of {list(example.shape)}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dims
+
+
+def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Copies of all tensors in what the model gives for x, with the same random numbers at each call."""
+    with torch.no_grad(), _same_random_numbers(x):
+        return [y.detach().clone() for y in _tensors(model(x.clone()))]
+
+
+@contextlib.contextmanager
+def _same_random_numbers(x: Tensor) -> Iterator[None]:
+    """The caller's generators, here and on x's device, are afterwards where they were."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.default_generator.manual_seed(0)
+        if x.is_cuda:
+            torch.cuda.manual_seed(0)
+        yield
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found if found.layout == torch.strided else found.to_dense()
+    elif isinstance(found, Mapping):
+        for value in found.values():
+            yield from _tensors(value)
+    elif isinstance(found, list | tuple):
+        for value in found:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(found):
+        for field in dataclasses.fields(found):
+            yield from _tensors(getattr(found, field.name))
+
+
+def _rounding(y: Tensor) -> float:
+    """Half of the digits of its type, of the largest output: what the rounding of a deep network stays below."""
+    if not (y.is_floating_point() or y.is_complex()):
+        return 0.0
+    return math.sqrt(torch.finfo(y.dtype).eps) * _largest(y)
+
+
+def _largest(y: Tensor) -> float:
+    finite = y[y.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _apart(y: Tensor, exact: Tensor) -> float:
+    return _largest(y.to(exact.dtype) - exact) if y.is_floating_point() else 0.0
+
+
+def _choose_format(proof: Proof, example: Tensor) -> tuple[str, torch.memory_format]:
     """Put the model into the memory format in which it is faster; by how much in words, and the format."""
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if example.dim() != 4:
         return "contiguous", torch.contiguous_format
+    model = proof.models[0]
     models = {name: _in_format(copy.deepcopy(model), form) for name, form in formats.items()}
     spent = dict.fromkeys(formats, math.inf)
     with torch.inference_mode():
@@ -166,8 +416,21 @@ def _choose_format(model: nn.Module, example: Tensor) -> tuple[str, torch.memory
             for name, candidate in models.items():
                 spent[name] = min(spent[name], _seconds(candidate, example))
     best = min(spent, key=spent.__getitem__)
-    _in_format(model, formats[best])
+    del models
+    if not _change(proof, {f"the format {best}": functools.partial(_format, formats[best])}, "taken"):
+        return "in the memory format that it had", torch.contiguous_format
     return f"{best}, {max(spent.values()) / spent[best]:.2f} times as fast as the other", formats[best]
+
+
+def _format(form: torch.memory_format, model: nn.Module) -> Undo:
+    before = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    _in_format(model, form)
+
+    def undo() -> None:
+        for tensor, data in before:
+            tensor.data = data
+
+    return undo
 
 
 def _in_format(model: nn.Module, form: torch.memory_format) -> nn.Module:
@@ -175,27 +438,43 @@ def _in_format(model: nn.Module, form: torch.memory_format) -> nn.Module:
     model.to(memory_format=form)
     for part in model.modules():
         if isinstance(part, ExpanderConv2d):
-            part.weight.data = part.weight.data.contiguous()
+            for parameter in part.parameters():
+                parameter.data = parameter.data.contiguous()
     return model
 
 
-def _choose_layers(model: nn.Module, example: Tensor, form: torch.memory_format) -> tuple[int, int]:
+def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> tuple[int, int]:
     """Put the dense layer in the place of each X-layer that it clearly beats there; how many, of how many."""
-    names = [name for name, part in model.named_modules() if isinstance(part, ExpanderConv2d | ExpanderLinear)]
+    model = proof.models[0]
+    places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
+    read = read_by_methods(model, TENSORS)
+    ours = {name: part for name, part in model.named_modules() if isinstance(part, X_LAYERS)}
+    names = [
+        name
+        for name, part in ours.items()
+        if type(part) in X_LAYERS and _plain(part) and places[id(part)] == 1 and name not in read
+    ]
     if not names:
-        return 0, 0
-    dense = _in_format(to_dense(copy.deepcopy(model)), form)
+        return 0, len(ours)
+    dense = copy.deepcopy(model)
+    for name in names:
+        _dense(form, name, dense)
     # Within runs of whole models: a layer that is called again and again finds its weights in the cache.
-    ours, theirs = (dict.fromkeys(names, math.inf) for _ in range(2))
+    least, theirs = (dict.fromkeys(names, math.inf) for _ in range(2))
     with torch.inference_mode():
         for _ in range(RUNS):
-            for candidate, least in ((model, ours), (dense, theirs)):
+            for candidate, best in ((model, least), (dense, theirs)):
                 for name, seconds in _seconds_of(candidate, names, example).items():
-                    least[name] = min(least[name], seconds)
-    slower = [name for name in names if theirs[name] * CLEARLY < ours[name]]
-    for name in slower:
-        model.set_submodule(name, dense.get_submodule(name))
-    return len(slower), len(names)
+                    best[name] = min(best[name], seconds)
+    slower = [name for name in names if theirs[name] * CLEARLY < least[name]]
+    changes: dict[str, Change] = {name: functools.partial(_dense, form, name) for name in slower}
+    return len(_change(proof, changes, "replaced by its dense form")), len(ours)
+
+
+def _dense(form: torch.memory_format, name: str, model: nn.Module) -> Undo:
+    layer: Any = model.get_submodule(name)
+    model.set_submodule(name, _in_format(dense_form(layer), form))
+    return functools.partial(model.set_submodule, name, layer)
 
 
 def _seconds_of(model: nn.Module, names: list[str], example: Tensor) -> dict[str, float]:

@@ -18,6 +18,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from . import graphs, ops
 from .errors import GraphError, ModelError
@@ -126,6 +130,8 @@ class _Expander(nn.Module):
             if neighbours is None and f"{prefix}weight" in state_dict:
                 raise GraphError("missing, and the weights beside it mean nothing on another graph; use the whole file")
             if isinstance(neighbours, Tensor) and not neighbours.is_meta:
+                if self._is_average_of_own_graph(neighbours):
+                    neighbours = self.neighbours.clone()
                 self._check_graph(neighbours)
                 # A file may hold a narrower type, which assign=True would keep.
                 state_dict[key] = neighbours.to(torch.int32)
@@ -135,6 +141,16 @@ class _Expander(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
             if neighbours is not None and not self.neighbours.is_meta:
                 self._remember_graph()
+
+    def _is_average_of_own_graph(self, neighbours: Tensor) -> bool:
+        """Whether these floats are the layer's own graph but for rounding, as in an average of state dicts.
+
+        Of another graph even a share of one in a thousand shows: indices differ by one or more.
+        """
+        own = self.neighbours
+        if not neighbours.is_floating_point() or own.is_meta or neighbours.shape != own.shape:
+            return False
+        return torch.allclose(neighbours.double().cpu(), own.double().cpu(), rtol=1e-5, atol=1e-4)
 
     def _check_graph(self, neighbours: Tensor) -> None:
         if neighbours.shape != self.neighbours.shape:
@@ -149,6 +165,84 @@ class _Expander(nn.Module):
     def _graph_repr(self) -> str:
         text = f"degree={self.degree}, share={self.share}, graph={self.graph!r}, seed={self.seed}"
         return f"{text}, activation={self.activation!r}" if self.activation else text
+
+    def dense_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The matrix of the layer, [out, in, ...], differentiable: its weights where there is an edge, else zero.
+
+        A parametrization of `weight`, which cannot ask for the layer's, gives the compact one that it is computing:
+        torch.linalg.matrix_norm(layer.dense_weight(weight).flatten(1), 2) is the spectral norm.
+        """
+        return ops.dense.scatter(self.weight if weight is None else weight, self.neighbours, self._n_in)
+
+    # What torch computes a weight by takes the compact tensor for the layer's matrix. That is right output by output
+    # (weight_norm, pruning), and wrong for what goes by the whole matrix: refused, at once and at each later use.
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
+        if _needs_the_matrix(hook):  # of the older kind, which hooks the layer when it has replaced the weight
+            stored: Any = hook
+            original = self._parameters.get(f"{stored.name}_orig", self._parameters.get(f"{stored.name}_v"))
+            stored.remove(self)
+            self.register_parameter(stored.name, original)
+            raise ModelError(_matrix_wanted(type(stored).__name__))
+        return super().register_forward_pre_hook(hook, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and type(value) is nn.ModuleDict:  # of the newer kind: empty yet
+            value = _Parametrizations(self)
+        super().__setattr__(name, value)
+
+
+class _Parametrizations(nn.ModuleDict):
+    """Of an X-layer: refuses to compute its weight by what needs the whole matrix."""
+
+    def __init__(self, layer: _Expander):
+        super().__init__()
+        self.__dict__["_layer"] = layer  # as no module of its own: the layer holds this one
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        super().__setitem__(name, module)
+        if name != "weight":
+            return
+        for part in module.children():
+            if _needs_the_matrix(part):
+                self._restore(name, module)
+                raise ModelError(_matrix_wanted(type(part).__name__))
+        module.register_forward_pre_hook(_refuse_matrix)
+
+    def _restore(self, name: str, module: Any) -> None:
+        """Make the tensor the layer's parameter again: torch has replaced it before it gets here."""
+        original = getattr(module, "original1", None)  # of weight_norm; 0 are its lengths
+        if isinstance(module[0], _Orthogonal):  # has overwritten it: what it computes is all that is left
+            original = nn.Parameter(module().detach())
+        elif original is None:
+            original = module.original
+        layer = self.__dict__["_layer"]
+        delattr(type(layer), name)
+        plain = type_before_parametrizations(layer)
+        del self[name]
+        if not self:
+            del layer.parametrizations
+            layer.__class__ = plain
+        layer.register_parameter(name, original)
+
+
+def _refuse_matrix(module: nn.Module, args: Any) -> None:
+    for part in module.children():
+        if _needs_the_matrix(part):  # appended to others
+            raise ModelError(_matrix_wanted(type(part).__name__))
+
+
+def _needs_the_matrix(part: Any) -> bool:
+    # weight_norm goes by output (dim=0), or over all weights (None, stored as -1): zeros add nothing to either.
+    along_inputs = isinstance(part, WeightNorm | _WeightNorm) and part.dim not in (0, -1)
+    return along_inputs or isinstance(part, SpectralNorm | _SpectralNorm | _Orthogonal)
+
+
+def _matrix_wanted(kind: str) -> str:
+    return (
+        f"{kind.lstrip('_')} on an X-layer would go by its compact weight [out, degree], not by its matrix: use it on "
+        "xzoo.to_dense(layer), or register a parametrization that goes by layer.dense_weight(weight)"
+    )
 
 
 class ExpanderConv2d(_Expander):

@@ -3,12 +3,16 @@
 import copy
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ModelError
@@ -44,32 +48,48 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
     """Count weights, parameters and MACs of one image of `input_size` (C, H, W); the model is left as it is.
 
     Without input_size the size of the model's pretrained_cfg is taken. Runs on torch's meta device: nothing is
-    computed. MACs are those of convolutions and matrix products with a weight; the products between
-    activations (attention) are not counted. Tied parameters count once.
+    computed, and no tensor is copied. MACs are those of convolutions and matrix products with a weight; the products
+    between activations (attention) are not counted, nor those that compute a weight (parametrizations). Tied
+    parameters count once; of a parametrized weight the tensors that it is computed from count as parameters.
 
-    Raises: ModelError where the model has no size of its own and none is given.
+    Raises: ModelError where the model has no size of its own and none is given, where layers have no sizes yet, and
+        where the model does not run on the meta device with this size.
     """
+    model = unwrapped(model)
+    refuse_unsized(model)
     if input_size is None:
         input_size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if input_size is None:
             raise ModelError("profile() of a model without pretrained_cfg: give input_size, such as (3, 224, 224)")
-    shadow = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, *input_size, device="meta", dtype=_dtype(model)))
+    shadow = copy_of(model, _without_memory).eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            shadow(torch.empty(1, *input_size, device="meta", dtype=_dtype(model)))
+    except Exception as error:  # of whatever class the model's code raises
+        raise ModelError(
+            f"profile() cannot run {type(model).__name__} on torch's meta device with an image of {list(input_size)}: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
+    computed = [name for name, module in shadow.named_modules() if isinstance(module, ParametrizationList)]
+
+    def products(name: str) -> int:
+        return sum(flops.get(name, {}).get(op, 0) for op in _PRODUCTS) // 2
 
     def macs(name: str) -> int:
-        return sum(flops.get(name, {}).get(op, 0) for op in _PRODUCTS) // 2
+        inside = [part for part in computed if part.startswith(f"{name}." if name else "")]
+        whole = products(f"{root}.{name}" if name else "Global")
+        return whole - sum(products(f"{root}.{part}") for part in inside)
 
     parameters = list(model.parameters())
     return Profile(
         weights=sum(p.numel() for p in parameters if p.dim() >= 2),
         params=sum(p.numel() for p in parameters),
-        macs=macs("Global"),
+        macs=macs(""),
         layers=tuple(
-            _layer(name, module, macs(f"{root}.{name}"))
-            for name, module in model.named_modules()
+            _layer(name, module, macs(name))
+            for name, module in shadow.named_modules()
             if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() >= 2
         ),
     )
@@ -102,15 +122,54 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def refuse_unsized(model: nn.Module) -> None:
+    """Raise ModelError for a lazy layer that has not yet seen an input."""
+    for name, layer in model.named_modules():
+        if any(isinstance(p, UninitializedParameter) for p in layer._parameters.values()):
+            raise ModelError(f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass first")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper and those of data-parallel training."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy that holds tensor(t) for each tensor t of the model's modules; ModelError if it cannot be made."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(held, Tensor) and id(held) not in memo:
+                memo[id(held)] = tensor(held)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # of whatever class an attribute of the model raises
+        raise ModelError(f"{type(model).__name__} cannot be copied: {str(error).partition(chr(10))[0]}") from error
+
+
 def _layer(name: str, module: nn.Module, macs: int) -> Layer:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     groups = getattr(module, "groups", 1)
     degree, share = getattr(module, "degree", None), getattr(module, "share", None)
     n_in = getattr(module, "in_channels", getattr(module, "in_features", weight.shape[1]))
+    n_out = getattr(module, "out_channels", getattr(module, "out_features", weight.shape[0]))
     kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else (1, 1)
-    kind = type(module).__name__
-    return Layer(name, kind, n_in, weight.shape[0], kernel, groups, degree, share, weight.numel(), macs)
+    kind = type_before_parametrizations(module).__name__
+    return Layer(name, kind, n_in, n_out, kernel, groups, degree, share, weight.numel(), macs)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    """Its size and type on the meta device. Without gradients: torch's counter hooks those that pass between modules,
+    and a parameter given to a module (cait's class token) has none to hook."""
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
