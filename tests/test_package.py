@@ -24,7 +24,7 @@ STAIR = (
     {"convert", "theory", "drawing", "profile", "deploy", "weights"},
     {"layers"},
     {"ops", "graphs"},
-    {"errors", "options", "home"},
+    {"errors", "options", "home", "network", "files"},
 )
 # Of the modules of one step, which may import which.
 BESIDE = {
@@ -33,6 +33,7 @@ BESIDE = {
     ("deploy", "convert"),
     ("deploy", "profile"),
     ("drawing", "profile"),
+    ("files", "errors"),
 }
 
 
