@@ -5,6 +5,7 @@ Not here: writing itself (train/run.py: atomic).
 
 import errno
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _WORDS = {
 }
 # What the draft of a file needs of a disk that has room for it.
 _PROBE = 1 << 20
+# What torch's writers call a disk that refuses, also where it has room again by now.
+_TORN = "unexpected pos|PytorchStreamWriter|iostream error|file write failed"
 
 
 def reason(error: OSError) -> str:
@@ -29,72 +32,80 @@ def reason(error: OSError) -> str:
     return f"{words} ({told})" if words else told
 
 
-def refused(draft: Path) -> str | None:
-    """Why the disk takes no more of a file whose writing has just failed; None if it does.
+def why(error: BaseException, draft: Path) -> str | None:
+    """Why writing `draft` has just failed; None where neither the operating system nor the disk is the cause.
 
-    By asking for more, since libraries turn a full disk into errors of their own ("unexpected pos").
+    Libraries turn a full disk into errors of their own (torch's "unexpected pos 901760 vs 901656"), so the disk is
+    asked for more.
     """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return reason(cause)
+        cause = cause.__cause__
+    if number := re.search(r"os error (\d+)", str(error)):  # safetensors, which is written in Rust
+        return reason(OSError(int(number[1]), os.strerror(int(number[1]))))
     try:
         with open(draft, "ab") as file:
             file.write(bytes(_PROBE))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        return reason(error)
-    return None
+    except OSError as refusal:
+        return reason(refusal)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"the disk took only a part of it ({first})" if re.search(_TORN, first) else None
 
 
-def check_file(path: Path | str, what: str = "") -> None:
+def check_file(path: Path | str, option: str = "") -> None:
     """Raise XzooError unless a file can be written there, into a folder that exists; before the work, not after it.
 
     Args:
         path: where it will be; a file that is there may be replaced, anything else may not.
-        what: the option that named it, such as "--csv", for the message.
+        option: what named it, such as "--csv", for the message.
     """
     path = Path(path)
-    cannot = f"{what} {path}: cannot be written".strip()
-    try:
-        if path.is_dir():
-            raise XzooError(f"{cannot}: it is a folder; give the name of a file")
-        if path.exists() and not path.is_file():
-            raise XzooError(f"{cannot}: it is not a regular file; give another name")
-        if not path.parent.is_dir():
-            raise XzooError(f"{cannot}: there is no folder {path.parent}; make it first, or give another")
-        _touch(path.parent, path.name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, XzooError):
-            raise
-        raise XzooError(f"{cannot}: {_why(error)}; give another place") from error
+    if problem := _problem(path, path.parent):
+        raise XzooError(f"cannot write {path}: {problem}; give another{option and f' with {option}'}")
 
 
-def check_folder(path: Path | str, what: str = "") -> None:
+def check_folder(path: Path | str, option: str = "") -> None:
     """Raise XzooError unless files can be written into that folder, which may be absent, and is so afterwards."""
     path = Path(path)
-    cannot = f"{what} {path}: cannot be written".strip()
     made: list[Path] = []
     try:
         if path.exists() and not path.is_dir():
-            raise XzooError(f"{cannot}: it is not a folder; give another")
-        made = [place for place in (path, *path.parents) if not place.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        _touch(path, "probe")
+            problem: str | None = "it is not a folder"
+        else:
+            made = [place for place in (path, *path.parents) if not place.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            problem = _problem(path / "probe", path)
     except (OSError, ValueError) as error:
-        if isinstance(error, XzooError):
-            raise
-        raise XzooError(f"{cannot}: {_why(error)}; give another place") from error
+        problem = _why(error)
     finally:
         with suppress(OSError, ValueError):
             for place in made:
                 place.rmdir()
+    if problem:
+        raise XzooError(f"cannot write to {path}: {problem}; give another folder{option and f' with {option}'}")
 
 
-def _touch(folder: Path, name: str) -> None:
-    """Write a draft as `atomic` does, and take it away."""
-    draft = folder / f".{name}.{os.getpid()}.part"
+def _problem(path: Path, folder: Path) -> str | None:
+    """Why a file cannot be written, found by writing a draft of it as `atomic` does."""
     try:
-        draft.write_bytes(b"x")
-    finally:
-        draft.unlink(missing_ok=True)
+        if path.is_dir():
+            return "it is a folder"
+        if path.exists() and not path.is_file():
+            return "it is not a regular file"
+        if not folder.is_dir():
+            return f"there is no folder {folder}"
+        draft = folder / f".{path.name}.{os.getpid()}.part"
+        try:
+            draft.write_bytes(b"x")
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        return _why(error)
+    return None
 
 
 def _why(error: OSError | ValueError) -> str:

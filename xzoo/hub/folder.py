@@ -29,6 +29,7 @@ from safetensors.torch import save as to_bytes
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from .. import files
 from ..drawing import draw_layers
 from ..errors import ModelError, XzooError
 from ..models import create_model
@@ -79,8 +80,12 @@ def save(
         written.get("model_args", {}).pop("num_classes", None)
         (draft / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         _replace(draft, folder)
-    except OSError as error:
-        raise XzooError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = files.why(error, draft / "probe")
+        if reason is None:
+            raise
+        kept = "what it held before is kept" if folder.exists() else "nothing is left of it"
+        raise XzooError(f"cannot write {folder}: {reason}; {kept}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -100,9 +105,9 @@ def load(folder: Path | str) -> nn.Module:
         architecture = config["architecture"]
         model: Any = create_model(f"local-dir:{folder}", pretrained=False)
         weights = load_file(folder / WEIGHTS)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, XzooError):
-            raise
+    except XzooError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} is no model folder that can be read: {_first_line(error)}") from error
     check_fingerprint(config, weights, str(folder / WEIGHTS))
     _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
@@ -134,6 +139,7 @@ def export(
             raise XzooError(f"{run} is no finished run: it has no {name}; the command that began it ends it")
     if to.exists() and not (to.is_dir() and ({f.name for f in to.iterdir()} <= EXPORTED)):
         raise XzooError(f"{to} holds something else than an exported model; choose another folder")
+    files.check_folder(to)
     model: Any = load(run / "model")
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
@@ -174,7 +180,7 @@ def export(
         _write(draft / card.CARD, card.text(draft, repo, to))
         _replace(draft, to)
     except OSError as error:
-        raise XzooError(f"cannot write {to}: {error.strerror or error}") from error
+        raise XzooError(f"cannot write {to}: {files.reason(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return to

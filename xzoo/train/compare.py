@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import XzooError
+from ..files import check_folder
 from . import results as tables
 from .figures import AUTHORS, US, Point, count, draw, exact
 from .results import DATASETS, DENSE, Published, Summary
@@ -36,6 +37,7 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     summaries = [s for s in tables.aggregate(tables.read(results)) if s.row.dataset in wanted]
     figures = [p for p in tables.published() if p.dataset in {exact(name) for name in wanted}]
     out = Path(out)
+    check_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
