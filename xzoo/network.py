@@ -209,7 +209,7 @@ def _told(error: BaseException, url: str, seconds: float) -> str:
         causes.append(next_)
     for cause in causes:
         if isinstance(cause, socket.gaierror):
-            return f"the name {place.hostname} cannot be looked up{through}"
+            return f"the name {place.hostname} cannot be looked up{through.replace('through', 'or that of')}"
         if isinstance(cause, ssl.SSLError):
             reason = getattr(cause, "verify_message", "") or cause.reason or str(cause)
             return f"no secure connection to {place.netloc}{through}: {reason}"
