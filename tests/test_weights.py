@@ -362,6 +362,7 @@ def test_repositories_that_are_not_there_or_not_open(place, monkeypatch):
 
 
 def test_a_dead_endpoint_costs_nothing_where_there_is_a_copy(place, monkeypatch):
+    monkeypatch.setattr(network, "ANSWER", 1.0)
     wanted = logits(pretrained())
     with socket.socket() as deaf:  # accepts, and never answers
         deaf.bind(("127.0.0.1", 0))
@@ -438,10 +439,10 @@ def test_a_file_that_is_not_there_or_is_none(name, way, tmp_path):
     assert ("checkpoint_path=FILE" if way == "checkpoint_path" else "pretrained_cfg_overlay=dict(file=FILE)") in missing
     (tmp_path / "folder.pth").mkdir()
     assert "is a folder" in told(tmp_path / "folder.pth")
-    for number, content in enumerate((b"", b"no weights", b"PK\x03\x04 half of a zip file", b"{}")):
-        for ending in ("pth", "safetensors"):
-            (tmp_path / f"{number}.{ending}").write_bytes(content)
-            assert "cannot be read as weights" in told(tmp_path / f"{number}.{ending}")
+    broken = {"a.pth": b"", "b.pth": b"no weights", "c.pth": b"PK\x03\x04 half a zip", "a.safetensors": b"no weights"}
+    for file, content in broken.items():
+        (tmp_path / file).write_bytes(content)
+        assert "cannot be read as weights" in told(tmp_path / file)
 
 
 def test_a_file_that_does_not_fit_is_one_line(checkpoint, tmp_path):
