@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_help_of_all_and_of_each(capsys):
         (["classify", "x_vgg16_2.cifar11", __file__], "x_vgg16_2 has no tag 'cifar11'; it has cifar10_q75"),
         (["classify", "x_vgg16_2", __file__, "--top", "-3"], "top=-3, batch_size=32: 1 or more are needed"),
         (["classify", "x_vgg16_2", __file__, "--top", "nan"], "top=nan: expected int"),
-        (["finetune", "--lr", "nan"], "lr=nan: a positive number is needed"),
+        (["finetune", "--workers", "-1"], "workers=-1: an integer from 0 on is needed"),
+        (["finetune", "--lr", "nan"], "lr=nan: expected float"),
         (["finetune", "--model", "local-dir:/nowhere"], "/nowhere is no model folder"),
         (["inspect", ""], "'' is no model"),
     ],
@@ -168,8 +170,10 @@ def test_outputs_are_refused_before_the_work(capsys, monkeypatch, folder, tmp_pa
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work began")
 
-    for name in ("xzoo.models.create_model", "xzoo.train.classify.load_any", "xzoo.train.classify.classify"):
-        monkeypatch.setattr(name, work)
+    module = importlib.import_module("xzoo.train.classify")  # whose name is a function's too
+    monkeypatch.setattr(module, "load_any", work)
+    monkeypatch.setattr(module, "classify", work)
+    monkeypatch.setattr("xzoo.models.create_model", work)
     for name in ("xzoo.bench.layers", "xzoo.bench.models", "xzoo.drawing.draw_model", "xzoo.train.compare.draw"):
         monkeypatch.setattr(name, work)
     (tmp_path / "results.csv").write_text(",".join(COLUMNS) + "\n")
@@ -210,7 +214,7 @@ def test_ctrl_c_leaves_what_was_found(capsys, monkeypatch, folder, tmp_path):
         yield Prediction("a.png", [("ant", 0.9)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xzoo.train.classify.classify", some)
+    monkeypatch.setattr(importlib.import_module("xzoo.train.classify"), "classify", some)
     code, _, _ = run(capsys, "classify", folder, "a.png", "--csv", tmp_path / "found.csv", "--top", 1)
     assert code == 130 and (tmp_path / "found.csv").read_text().splitlines()[1:] == ["a.png,ant,0.9000,"]
 

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise XzooError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
+        _check_folder()
         _check_backend()
         _run(command, rest)
         if sys.stdout is not None:
@@ -99,6 +100,14 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     run(_parse(parser, arguments))
 
 
+def _check_folder() -> None:
+    """Raise XzooError where the current folder has been removed: torch's libraries cannot even be loaded there."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise XzooError("the folder that xzoo was started in is gone; change to another one") from None
+
+
 def _check_backend() -> None:
     """Raise XzooError for an XZOO_BACKEND that does not exist, before the first layer would."""
     name = os.environ.get("XZOO_BACKEND")
@@ -142,21 +151,13 @@ def _fault(error: Exception) -> str | None:
                 return told.format(text)
     if isinstance(error, MemoryError):
         return next(iter(_FAULTS.values())).format(text)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {files.reason(error)}" if error.filename else files.reason(error)
     if isinstance(error, OSError):
-        return _of_files(error, text)
+        return text
     if isinstance(error, UnicodeError):
         return f"text that cannot be read or shown in this encoding ({text}); set PYTHONUTF8=1"
     return None
-
-
-def _of_files(error: OSError, text: str) -> str:
-    try:
-        os.getcwd()
-    except OSError:
-        return "the folder that xzoo was started in is gone; change to another one"
-    if error.errno is None:
-        return text
-    return f"{error.filename}: {files.reason(error)}" if error.filename else files.reason(error)
 
 
 def _one_line(error: Exception) -> str:
