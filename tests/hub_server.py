@@ -101,7 +101,8 @@ class Fault:
 
 
 class Hub:
-    """See the module. Attributes: endpoint, repos by name, requests ("METHOD /path" in order)."""
+    """See the module. Attributes: endpoint, repos by name, requests ("METHOD /path" in order),
+    ranges ("bytes=5-" in order)."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -110,6 +111,7 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}  # of those that are on their way
         self.part_size, self.page = 1 << 30, 1000  # bytes of a part of an upload; entries in an answer of the tree
         self.requests: list[str] = []
+        self.ranges: list[str] = []  # parts of files that were asked for
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self._stop = threading.Event()
@@ -540,6 +542,8 @@ class Handler(BaseHTTPRequestHandler):
             length = len(data) if self.command == "HEAD" else None
             self._send(200, data, headers, length)
             return
+        with self.hub.lock:
+            self.hub.ranges.append(asked[0])
         low = int(asked[1])
         high = min(int(asked[2] or len(data) - 1), len(data) - 1)
         if low >= len(data):

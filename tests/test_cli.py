@@ -1,11 +1,14 @@
 """The command line: what it prints, and what it exits with. In this process, but for one run of the real thing."""
 
 import csv
+import errno
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from xzoo.cli import COMMANDS, _one_line, main
@@ -57,6 +60,17 @@ def test_help_of_all_and_of_each(capsys):
         (["bench", "--layers", "5x5"], "layer '5x5': no case is called so"),
         (["classify", "/nowhere", "x.png"], "does not exist"),
         (["classify", "x_resnet18"], "images"),
+        (["classify", "", __file__], "'' is no model; give a run folder"),
+        (["classify", "runs/photos", __file__], "runs/photos: there is no such folder"),
+        (["classify", __file__, __file__], "is a file; give the folder that it is in"),
+        (["classify", "x_vgg16_2.cifar10_q75/", __file__], "there is no such folder"),
+        (["classify", "x_vgg16_2.cifar11", __file__], "x_vgg16_2 has no tag 'cifar11'; it has cifar10_q75"),
+        (["classify", "x_vgg16_2", __file__, "--top", "-3"], "top=-3, batch_size=32: 1 or more are needed"),
+        (["classify", "x_vgg16_2", __file__, "--top", "nan"], "top=nan: expected int"),
+        (["finetune", "--workers", "-1"], "workers=-1: an integer from 0 on is needed"),
+        (["finetune", "--lr", "nan"], "lr=nan: expected float"),
+        (["finetune", "--model", "local-dir:/nowhere"], "/nowhere is no model folder"),
+        (["inspect", ""], "'' is no model"),
     ],
 )
 def test_a_mistake_is_one_line_and_exits_with_2(capsys, arguments, told):
@@ -69,6 +83,142 @@ def test_a_mistake_of_ours_exits_with_1_and_its_traceback(capsys, monkeypatch):
     monkeypatch.setattr("xzoo.models.list_models", lambda pattern: 1 / 0)
     code, _, err = run(capsys, "list")
     assert code == 1 and "ZeroDivisionError" in err and "please report it" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/y"), "/x/y: the disk quota is used up"),
+        (OSError(errno.EROFS, "Read-only file system", "/x/y"), "/x/y: the disk is read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files"), "raise ulimit -n"),
+        (OSError(errno.EIO, "Input/output error", "/x/y"), "/x/y: Input/output error"),
+        (MemoryError(), "there is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "a smaller batch (--batch-size)"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "use fewer --workers, or 0"),
+        (RuntimeError("unable to open shared memory object </torch_7> in read-write mode"), "use fewer --workers"),
+        (RuntimeError("can't start new thread"), "no more threads can be started here"),
+        (RuntimeError("The NVIDIA driver on your system is too old"), "try --device cpu"),
+        (ImportError("libGL.so.1: cannot open shared object file", name="cv2"), "cv2 cannot be imported"),
+        (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"), "matplotlib cannot be imported"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "set PYTHONUTF8=1"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else type(value).__name__,
+)
+def test_what_the_machine_does_is_one_line_and_no_bug(capsys, monkeypatch, error, told):
+    def fails(pattern: str) -> None:
+        raise error
+
+    monkeypatch.setattr("xzoo.models.list_models", fails)
+    code, _, err = run(capsys, "list")
+    assert code == 2 and err.startswith("xzoo: error: ") and err.count("\n") == 1 and told in err
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("cannot import name 'x'", name="xzoo.x"), RuntimeError("shape"), KeyError()]
+)
+def test_what_it_does_not_is_a_bug(capsys, monkeypatch, error):
+    def fails(pattern: str) -> None:
+        raise error
+
+    monkeypatch.setattr("xzoo.models.list_models", fails)
+    code, _, err = run(capsys, "list")
+    assert (
+        code == 1
+        and "Traceback" in err
+        and err.endswith("xzoo: this is a bug in xzoo; please report it with the lines above\n")
+    )
+
+
+def test_a_full_disk_as_standard_output(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    command = ["sh", "-c", '"$0" -m xzoo recipes > /dev/full', sys.executable]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (2, "xzoo: error: the disk is full ([Errno 28] No space left on device)\n")
+
+
+def test_a_folder_that_is_gone(capsys, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = run(capsys, "finetune", "digits")
+    assert (code, err) == (2, "xzoo: error: the folder that xzoo was started in is gone; change to another one\n")
+
+
+@pytest.mark.parametrize("name", ["dens", ""])
+def test_a_backend_that_does_not_exist_is_refused_at_once(capsys, monkeypatch, name, tmp_path):
+    monkeypatch.setenv("XZOO_BACKEND", name)
+    code, out, err = run(capsys, "finetune", "digits", "--out", tmp_path / "run")
+    assert (code, out) == (2, "") and not (tmp_path / "run").exists()
+    assert err.startswith(f"xzoo: error: XZOO_BACKEND={name}: backend {name!r} is not one of auto, dense")
+    monkeypatch.setenv("XZOO_BACKEND", "dense")
+    assert run(capsys, "list", "x_vgg16_c8")[0] == 0
+    assert run(capsys, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("place", ["no such folder", "a folder", "a file for a folder"])
+def test_outputs_are_refused_before_the_work(capsys, monkeypatch, folder, tmp_path, place):
+    """Of every command: not one of them builds a model, reads an image or measures anything first."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "void").mkdir()
+    (tmp_path / "a.png").write_bytes(b"x")
+    file = {"no such folder": "no/x.csv", "a folder": "void", "a file for a folder": "file/x.csv"}[place]
+    written, below = tmp_path / file, tmp_path / "file" / "x"
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    module = importlib.import_module("xzoo.train.classify")  # whose name is a function's too
+    monkeypatch.setattr(module, "load_any", work)
+    monkeypatch.setattr(module, "classify", work)
+    monkeypatch.setattr("xzoo.models.create_model", work)
+    for name in ("xzoo.bench.layers", "xzoo.bench.models", "xzoo.drawing.draw_model", "xzoo.train.compare.draw"):
+        monkeypatch.setattr(name, work)
+    (tmp_path / "results.csv").write_text(",".join(COLUMNS) + "\n")
+    ending = written if place == "a folder" else written.with_suffix(".pt2")
+    for arguments in (
+        ["classify", folder, tmp_path / "a.png", "--csv", written],
+        ["inspect", "x_vgg16_c8", "--pictures", below],
+        ["bench", "--layers", "--csv", written],
+        ["bench", "--layers", "--plot", written if place == "a folder" else written.with_suffix(".png")],
+        *([["export", folder, ending]] if place != "a folder" else []),
+        ["compare", tmp_path / "results.csv", "--out", below],
+        ["recipes", "copy", "cifar10/x_vgg16_2", below],
+        ["finetune", "digits", "--out", below],
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and err.startswith("xzoo: error: cannot "), (arguments, err)
+        assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "file", "results.csv", "void"]
+
+
+def test_predictions_outlive_a_disk_that_becomes_full(capsys, folder, make_folder, tmp_path):
+    resource = pytest.importorskip("resource")
+    photos, table = make_folder(each=3), tmp_path / "found.csv"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        code, out, err = run(capsys, "classify", folder, photos, "--csv", table)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "cannot write" in err and "ulimit -f" in err and not table.exists()
+    assert len(out.splitlines()) == 6 and all("ant" in line and "%" in line for line in out.splitlines())
+
+
+def test_ctrl_c_leaves_what_was_found(capsys, monkeypatch, folder, tmp_path):
+    from xzoo.train.classify import Prediction
+
+    def some(*_: object) -> object:
+        yield Prediction("a.png", [("ant", 0.9)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("xzoo.train.classify"), "classify", some)
+    code, _, _ = run(capsys, "classify", folder, "a.png", "--csv", tmp_path / "found.csv", "--top", 1)
+    assert code == 130 and (tmp_path / "found.csv").read_text().splitlines()[1:] == ["a.png,ant,0.9000,"]
 
 
 def test_ctrl_c_exits_with_130(capsys, monkeypatch):

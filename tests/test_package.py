@@ -24,7 +24,7 @@ STAIR = (
     {"convert", "theory", "drawing", "lettering", "profile", "deploy", "weights"},
     {"layers"},
     {"ops", "graphs"},
-    {"errors", "options", "home", "names"},
+    {"errors", "options", "home", "names", "network", "files"},
 )
 # Of the modules of one step, which may import which.
 BESIDE = {
@@ -34,6 +34,7 @@ BESIDE = {
     ("deploy", "convert"),
     ("deploy", "profile"),
     ("drawing", "profile"),
+    ("files", "errors"),
 }
 
 

@@ -1,6 +1,7 @@
 """The run folder's files: never half-written, never two processes at work, metrics that go on."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from xzoo.errors import XzooError
+from xzoo.files import check_file, check_folder
 from xzoo.train.run import MetricsFile, atomic, claimed, read_metrics, write_text
 
 
@@ -49,6 +51,72 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     told = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert told.stdout.startswith("XzooError cannot write"), told.stderr
     assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(tmp_path) == ["last.ckpt"]
+
+
+FULL = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from xzoo.hub import save
+from xzoo.models import create_model
+from xzoo.train.run import AtomicCheckpointIO, atomic, write_text
+place, weights = Path(sys.argv[1]), {"w": torch.zeros(1_000_000)}
+def to_safetensors():
+    with atomic(place / "w.safetensors") as draft:
+        save_file(weights, draft)
+write_text(place / "last.ckpt", "before")
+net = create_model("x_mobilenet050_c4", num_classes=3)
+for write in (lambda: AtomicCheckpointIO().save_checkpoint(weights, place / "last.ckpt"), to_safetensors,
+              lambda: write_text(place / "text", "x" * 3_000_000), lambda: save(net, place / "model", list("abc"))):
+    try:
+        write()
+    except ValueError as error:
+        print(f"{type(error).__name__}: {error}")
+assert sorted(p.name for p in place.iterdir()) == ["last.ckpt"] and (place / "last.ckpt").read_text() == "before"
+"""
+
+
+def test_a_full_disk_is_called_so(tmp_path):
+    """A real one, of 1 MB, in a mount namespace of its own; torch calls it "unexpected pos 901760 vs 901656"."""
+    mount = f'mount -t tmpfs -o size=1m tmpfs "{tmp_path}" && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace of its own: it takes root, and unshare")
+    run = [*command, sys.executable, "-c", FULL, str(tmp_path)]
+    told = subprocess.run(run, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = told.stdout.splitlines()
+    assert told.returncode == 0 and len(lines) == 4, told.stderr
+    full = "the disk is full (No space left on device)"
+    names = ("last.ckpt", "w.safetensors", "text", "model")
+    for line, name in zip(lines, names, strict=True):
+        kept = "what it held before is kept" if name == "last.ckpt" else "nothing is left of it"
+        assert line == f"XzooError: cannot write {tmp_path / name}: {full}; {kept}"
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        _fail_writing(tmp_path / "file", RuntimeError("a bug"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("check", [check_file, check_folder])
+def test_what_cannot_be_written_is_found_before(check, tmp_path):
+    """And nothing is left of the finding out."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    good = {check_file: ("new", "file", "link"), check_folder: ("new", "folder", "a/b/c")}[check]
+    bad = {check_file: ("folder", "a/b", "file/x", "n" * 250), check_folder: ("file", "file/x", "link", "n" * 300)}[
+        check
+    ]
+    for name in good:
+        check(tmp_path / name)
+    for name in (*bad, "a\0b"):
+        with pytest.raises(XzooError, match=r"^cannot write .*; give another .*with --here$"):
+            check(tmp_path / name, "--here")
+    with pytest.raises(XzooError, match="cannot write"):
+        check("/dev/null")  # as root a rename would put a file in its place
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"] and not os.listdir(tmp_path / "folder")
 
 
 def test_one_process_at_a_time(tmp_path):

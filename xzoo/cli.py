@@ -1,20 +1,24 @@
 """The command line: parses and prints. Everything that it does can be called from Python.
 
-Exit codes: 0; 2 for a mistake of the user's, told in one line; 1 for one of ours, with its traceback;
-130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run, so that few wait for Lightning.
+Exit codes: 0; 2 for a mistake of the user's or a fault of the machine, told in one line; 1 for a bug in xzoo, with
+its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run, so that few wait for
+Lightning.
 """
 
 import io
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from . import files
 from .errors import XzooError
 from .names import shown
 from .options import explain, nearest
@@ -54,18 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise XzooError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
-        if command in LIGHTNING:
-            _lightning(command, rest)
-            return 0
-        parser = ArgumentParser(
-            prog=f"xzoo {command}",
-            description=COMMANDS[command][0],
-            epilog=f"example: {COMMANDS[command][1]}",
-            exit_on_error=False,
-            allow_abbrev=False,
-        )
-        run = globals()[f"_{command}"](parser)
-        run(_parse(parser, rest))
+        _check_folder()
+        _check_backend()
+        _run(command, rest)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is told here, and not by the interpreter's end
     except XzooError as error:
         print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
         return 2
@@ -78,14 +75,98 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as stop:  # --help, SIGTERM
         return int(stop.code or 0)
-    except Exception:
-        traceback.print_exc()
-        print("xzoo: this is a mistake of xzoo's; please report it with the lines above", file=sys.stderr)
-        return 1
+    except Exception as error:
+        fault = _fault(error)
+        if fault is None:
+            traceback.print_exc()
+            print("xzoo: this is a bug in xzoo; please report it with the lines above", file=sys.stderr)
+            return 1
+        print(f"xzoo: error: {fault}", file=sys.stderr)
+        with suppress(OSError, ValueError):
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return 2
+        sys.stdout = None  # it takes nothing any more, and the interpreter would complain of it
+        return 2
     return 0
 
 
-def _one_line(error: XzooError) -> str:
+def _run(command: str, arguments: Sequence[str]) -> None:
+    if command in LIGHTNING:
+        _lightning(command, arguments)
+        return
+    parser = ArgumentParser(
+        prog=f"xzoo {command}",
+        description=COMMANDS[command][0],
+        epilog=f"example: {COMMANDS[command][1]}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    run = globals()[f"_{command}"](parser)
+    run(_parse(parser, arguments))
+
+
+def _check_folder() -> None:
+    """Raise XzooError where the current folder has been removed: torch's libraries cannot even be loaded there."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise XzooError("the folder that xzoo was started in is gone; change to another one") from None
+
+
+def _check_backend() -> None:
+    """Raise XzooError for an XZOO_BACKEND that does not exist, before the first layer would."""
+    name = os.environ.get("XZOO_BACKEND")
+    if name is None:
+        return
+    from . import ops
+
+    try:
+        with ops.backend(name):
+            pass
+    except XzooError as error:
+        raise XzooError(f"XZOO_BACKEND={name}: {error}; unset it, or set one of them") from None
+
+
+# What torch and its loaders say when the machine fails, and what to do about it.
+_FAULTS = {
+    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc|Unable to allocate": (
+        "there is not enough memory ({}); a smaller batch (--batch-size) or image (--img-size) needs less"
+    ),
+    r"DataLoader worker .*(killed|exited)|shared memory|shm_open|ancdata": (
+        "a process that loads images was ended by the system ({}); use fewer --workers, or 0"
+    ),
+    r"can't start new thread": "no more threads can be started here ({}); close other programs, or raise ulimit -u",
+    r"Too many open files": "too many files are open ({}); raise ulimit -n",
+    r"CUDA|cuDNN|cuBLAS|NVIDIA|MPS backend": "the GPU cannot be used ({}); try --device cpu",
+    r"[Nn]o space left on device": "the disk is full ({})",
+}
+
+
+def _fault(error: Exception) -> str | None:
+    """What a user's machine has done to us, in one line; None for a bug in xzoo."""
+    text = _one_line(error) or type(error).__name__
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        if package == "xzoo":
+            return None
+        return f"{package or 'a package'} cannot be imported ({text}); install xzoo and what it needs again"
+    if isinstance(error, MemoryError | OSError | RuntimeError):
+        for pattern, told in _FAULTS.items():
+            if re.search(pattern, text):
+                return told.format(text)
+    if isinstance(error, MemoryError):
+        return next(iter(_FAULTS.values())).format(text)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {files.reason(error)}" if error.filename else files.reason(error)
+    if isinstance(error, OSError):
+        return text
+    if isinstance(error, UnicodeError):
+        return f"text that cannot be read or shown in this encoding ({text}); set PYTHONUTF8=1"
+    return None
+
+
+def _one_line(error: Exception) -> str:
     text = str(error)
     if "Original Traceback" in text:  # raised by a loader's worker: torch hands it on with all that
         text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
@@ -181,17 +262,31 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
         if args.top < 1 or args.batch_size < 1:
             raise XzooError(f"top={args.top}, batch_size={args.batch_size}: 1 or more are needed")
-        predictions = []
-        for prediction in classify(args.model, args.images, args.top, args.batch_size, args.device):
-            predictions.append(prediction)
-            if prediction.error is not None:
-                print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
-            elif args.csv is None:
-                classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-                print(shown(f"{prediction.image}: {classes}"), flush=True)
         if args.csv is not None:
-            write_csv(predictions, Path(args.csv), args.top)
-            print(shown(f"{len(predictions)} images in {args.csv}"))
+            files.check_file(args.csv, "--csv")
+
+        def tell(prediction: Any) -> None:
+            classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
+            print(shown(f"{prediction.image}: {classes}"), flush=True)
+
+        predictions = []
+        try:
+            for prediction in classify(args.model, args.images, args.top, args.batch_size, args.device):
+                predictions.append(prediction)
+                if prediction.error is not None:
+                    print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
+                elif args.csv is None:
+                    tell(prediction)
+        finally:  # Ctrl-C leaves what was found
+            if args.csv is not None and predictions:
+                try:
+                    write_csv(predictions, Path(args.csv), args.top)
+                except XzooError:  # the disk has become full: they are not lost
+                    for prediction in predictions:
+                        if prediction.error is None:
+                            tell(prediction)
+                    raise
+                print(shown(f"{len(predictions)} images in {args.csv}"))
         if all(prediction.error is not None for prediction in predictions):
             raise XzooError(f"none of the {len(predictions)} images can be read")
 
@@ -240,6 +335,7 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
         if Path(args.to).suffix in program.ENDINGS:
             from .train.classify import load_any
 
+            files.check_file(args.to)
             print(shown(f"{args.to}: {program.write(load_any(args.run), args.to)}"))
         else:
             print(shown(export(args.run, args.to, half=partial(_judged, args.run) if args.half else None)))
@@ -323,6 +419,8 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
         from .theory import runs
         from .train.classify import load_any
 
+        if args.pictures is not None:
+            files.check_folder(args.pictures, "--pictures")
         model: Any = load_any(args.model) if Path(args.model).is_dir() else create_model(args.model)
         counts, console = profile(model), _console()
         console.print(_layers_table(model, counts))
@@ -338,7 +436,7 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
                 for picture in draw_model(model, args.pictures, args.model):
                     print(shown(picture))
             except OSError as error:
-                raise XzooError(f"cannot draw into {args.pictures}: {error.strerror}") from error
+                raise XzooError(f"cannot draw into {args.pictures}: {files.reason(error)}") from error
 
     return run
 

@@ -107,6 +107,13 @@ class _Expander(nn.Module):
             ) from None
         self._remember_graph()
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # The numbers themselves: writes through .data pass torch's count by, and what is saved is the truth.
+        if self._seen is not None and self._seen[0] is self.neighbours and not self.neighbours.is_meta:
+            self._seen = (self.neighbours, -2, self._seen[2])
+        self._check_unchanged()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _title(self) -> str:
         sizes = f"{type(self).__name__}({self._n_in}, {self._n_out})"
         return f"layer {self.name}, an {sizes}" if self.name else f"an {sizes}"

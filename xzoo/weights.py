@@ -16,8 +16,7 @@ import json
 import logging
 import os
 import re
-import threading
-import time
+import urllib.error
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import graphs
+from . import files, graphs, network
 from .errors import ModelError, XzooError
 from .home import home
 
@@ -37,8 +36,6 @@ _logger = logging.getLogger(__name__)
 
 TABLE = Path(__file__).with_name("weights.json")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-LIMIT = 1800.0  # seconds for a download, all in all
-ANSWER = 3.0  # seconds for the Hub to say what it has
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"x_\w+\.[\w-]+")
@@ -184,21 +181,23 @@ def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | Non
     other = revision is not None and revision != entry.commit
     folder = None if other else embedded(entry.name)
     if folder is not None:
-        files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS) if (folder / name).is_file()}
-        if all(name in files and pin.fits(files[name]) for name, pin in entry.files.items()):
-            return _parsed(entry, files, folder / WEIGHTS, "embedded")
+        held = {name: _read(folder / name) for name in (CONFIG, WEIGHTS)}
+        there = {name: data for name, data in held.items() if data is not None}
+        if all(name in there and pin.fits(there[name]) for name, pin in entry.files.items()):
+            return _parsed(entry, there, folder / WEIGHTS, "embedded")
         if entry.repo is None:
             raise ModelError(f"{folder} is damaged: its files are not those of {entry.name}; install xzoo again")
         _logger.warning("%s is damaged: its files are not those of %s; taking them from the Hub", folder, entry.name)
     if entry.repo is None or entry.commit is None:
         raise ModelError(f"revision={revision}: {entry.name} is not on the Hub, and has no commits; leave it out")
     hub = Hub(entry.repo, revision or entry.commit, Path(cache_dir or home() / "hub"))
-    files, sources = {}, set()
-    for name in (CONFIG, WEIGHTS):
-        pin = hub.stated(name) if other else entry.files[name]
-        files[name], path, source = hub.file(name, pin)
-        sources.add(source)
-    return _parsed(entry, files, path, "Hub" if "Hub" in sources else "cache")
+    found, sources = {}, set()
+    with network.bounded():  # of both files at once: a server that is dead is asked once
+        for name in (CONFIG, WEIGHTS):
+            pin = hub.stated(name) if other else entry.files[name]
+            found[name], path, source = hub.file(name, pin)
+            sources.add(source)
+    return _parsed(entry, found, path, "Hub" if "Hub" in sources else "cache")
 
 
 def _parsed(entry: Entry, files: Mapping[str, bytes], path: Path, source: str) -> Found:
@@ -233,10 +232,6 @@ def check_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], wh
 # ---- the Hub
 
 
-class _TooSlowError(Exception):
-    """Raised where the client reports progress, which ends its download."""
-
-
 class Hub:
     """One commit of a repository, through the Hub's own client and a cache of its form."""
 
@@ -247,19 +242,23 @@ class Hub:
         self.endpoint, self.offline = constants.ENDPOINT, constants.HF_HUB_OFFLINE
 
     def stated(self, name: str) -> Pin:
-        """What the Hub says of a file, asked quickly: its client would try an endpoint that is dead for 23 seconds."""
+        """What the Hub says of a file."""
         from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
         if self.offline:
             raise ModelError(f"{self.repo} at {self.commit} is asked of the Hub, and HF_HUB_OFFLINE is set")
-        url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
         try:
-            found = get_hf_file_metadata(url, timeout=ANSWER, token=get_token())
+            with network.bounded():
+                url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
+                found = get_hf_file_metadata(url, token=get_token())
         except Exception as error:
             raise self._error(name, error) from error
         # The client makes paths of the ETag, and takes any.
         if found.commit_hash != self.commit or not found.etag or found.size is None:
-            raise ModelError(f"{self.endpoint} says nothing of use about {self.repo}/{name} at {self.commit}")
+            raise ModelError(
+                f"{self.endpoint} says nothing of use about {self.repo}/{name} at {self.commit}: is it the Hub, or "
+                "the sign-in page of a network?"
+            )
         if not (_SHA256.fullmatch(found.etag) or _COMMIT.fullmatch(found.etag)):
             raise ModelError(f"{self.endpoint} gives {self.repo}/{name} an ETag that is no hash; nothing was taken")
         return Pin(found.etag, found.size)
@@ -268,8 +267,8 @@ class Hub:
         """Verified bytes, their place, and whether they came from the "cache" or the "Hub"."""
         cached = self._cached(name)
         if cached is not None:
-            data = cached.read_bytes()
-            if pin.fits(data):
+            data = _read(cached)
+            if data is not None and pin.fits(data):
                 return data, cached, "cache"
             _logger.warning("%s is damaged, and is fetched again", cached)
         if self.offline:
@@ -281,14 +280,13 @@ class Hub:
                 f"{self.endpoint} has another {name} in {self.repo} at {self.commit[:12]} than this xzoo was made "
                 f"for ({stated.size} bytes, {pin.size} expected); nothing was taken"
             )
-        deadline = time.monotonic() + LIMIT
         for last in (False, True):
             try:
-                path = self._download(name, cached is not None or last, deadline)
+                path = self._download(name, cached is not None or last)
             except Exception as error:
-                if last or not _passes(error):
+                if last or network.unreachable() or not _passes(error):
                     raise self._error(name, error) from error
-                _logger.warning("%s/%s: %s; once more", self.repo, name, _first_line(error))
+                _logger.warning("%s/%s: %s; once more", self.repo, name, network.failure() or _first_line(error))
                 continue
             data = path.read_bytes()
             if pin.fits(data):
@@ -309,77 +307,81 @@ class Hub:
             return Path(found)
         return None
 
-    def _download(self, name: str, force: bool, deadline: float) -> Path:
-        """Through the client, in a thread: what stalls between two reports of progress cannot be ended otherwise."""
+    def _download(self, name: str, force: bool) -> Path:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import tqdm
 
-        left = threading.Event()
-
-        class Bar(tqdm):
-            def update(self, n: float | None = 1) -> bool | None:
-                if left.is_set() or time.monotonic() > deadline:
-                    raise _TooSlowError
-                return super().update(n)
-
-        ended: dict[str, Any] = {}
-
-        def work() -> None:
-            where: dict[str, Any] = {"revision": self.commit, "cache_dir": self.cache, "endpoint": self.endpoint}
-            try:
-                ended["path"] = hf_hub_download(self.repo, name, force_download=force, tqdm_class=Bar, **where)
-            except BaseException as error:
-                ended["error"] = error
-
-        thread = threading.Thread(target=work, daemon=True)
-        try:
-            thread.start()
-            thread.join(max(0.0, deadline - time.monotonic()))
-        finally:
-            left.set()
-        if "error" in ended:
-            raise ended["error"]
-        if "path" not in ended:
-            raise _TooSlowError
-        return Path(ended["path"])
+        where: dict[str, Any] = {"revision": self.commit, "cache_dir": self.cache, "endpoint": self.endpoint}
+        with network.bounded():
+            return Path(hf_hub_download(self.repo, name, force_download=force, **where))
 
     def _error(self, name: str, error: Exception) -> ModelError:
-        from huggingface_hub import errors
-
         if isinstance(error, XzooError):
             return ModelError(str(error))
-        what, status = f"{self.repo}/{name}", getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, _TooSlowError):
-            text = f"{what} did not come within {LIMIT:.0f} seconds; try again"
-        elif isinstance(error, errors.GatedRepoError):
-            terms = f"accept its terms at {self.endpoint}/{self.repo}"
-            text = f"{self.repo} is gated: {terms}, then set HF_TOKEN or run `hf auth login`"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            reason = "or it is private: then set HF_TOKEN or run `hf auth login`"
-            text = f"{self.endpoint} has no repository {self.repo}, {reason}"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            text = f"{self.repo} has no commit {self.commit}"
-        elif isinstance(error, errors.RemoteEntryNotFoundError):
-            text = f"{self.repo} has no {name} at {self.commit}"
-        elif status in (401, 403):
-            text = f"{self.endpoint} refused the token for {what}; set another HF_TOKEN, or none"
-        elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-            text = f"cannot write {what} to {self.cache}: {error.strerror}"
-        else:
-            text = f"cannot get {what} from {self.endpoint}, and it is not in {self.cache}: {_first_line(error)}"
-        return ModelError(text)
+        what = f"{self.repo}/{name}"
+        text = explained(error, self.repo, self.commit, name)
+        if text is None and isinstance(error, OSError) and error.errno is not None:
+            text = f"cannot write {what} to {self.cache}: {files.reason(error)}"
+        return ModelError(text or f"cannot get {what} from {self.endpoint}: {_first_line(error)}")
+
+
+def explained(error: BaseException, repo: str, revision: str | None = None, file: str | None = None) -> str | None:
+    """What kept the Hub's client from a repository, in one line that says what to do; None for other errors.
+
+    Within network.bounded(), which knows what was wrong with the network.
+    """
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import httpx
+
+    endpoint, what = constants.ENDPOINT, f"{repo}/{file}" if file else repo
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{endpoint} has no repository {repo}, or it is private: then set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        commit = "commit" if _COMMIT.fullmatch(revision or "") else "revision"
+        return f"{repo} has no {commit} {revision}" if revision else f"{repo} has no such revision"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        missing = file or Path(str(getattr(getattr(error, "response", None), "url", CONFIG))).name
+        return f"{repo} has no {missing}" + (f" at {revision}" if revision else "")
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is not the name of a repository of the Hub; give OWNER/NAME"
+    if status in (401, 403):
+        return f"{endpoint} refused the token for {what}; set another HF_TOKEN, or none"
+    if isinstance(error, UnicodeEncodeError):  # headers are ASCII, and of ours the token is in them
+        return f"the token of the Hub is not plain ASCII ({error.reason}); set HF_TOKEN again"
+    causes = (error, error.__cause__)
+    if any(isinstance(cause, errors.FileMetadataError) for cause in causes):
+        return f"cannot get {what}: {endpoint} does not answer as the Hub does; is it the sign-in page of a network?"
+    unanswered = (httpx.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
+    failure = network.failure()
+    if any(isinstance(cause, unanswered) for cause in causes) or (failure and failure.startswith("the proxy")):
+        failure = failure or _first_line(error)
+        if "HF_HUB_OFFLINE" in failure:
+            return f"{what} is not in the cache, and {failure}"
+        return f"cannot get {what} from {endpoint}, and it is not in the cache: {failure}; check the connection"
+    return None
 
 
 def _passes(error: Exception) -> bool:
     """Whether the same request may do better: a server in trouble, a broken connection."""
+    from huggingface_hub import errors
     from huggingface_hub.utils import httpx
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     truncated = isinstance(error, OSError) and "Consistency check" in str(error)
-    return truncated or isinstance(error, httpx.TransportError) or (status is not None and status >= 500)
+    broken = isinstance(error, httpx.TransportError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+    return truncated or broken or (status is not None and status >= 500)
 
 
-def _first_line(error: Exception) -> str:
+def _read(path: Path) -> bytes | None:
+    """What a file of the cache holds; None where it cannot be read."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return None
+
+
+def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from .. import files
 from ..errors import XzooError
 from ..ops.tune import Times
 from ..profile import hardware
@@ -140,8 +141,7 @@ def check_file(path: Path, kinds: Sequence[str] = ()) -> None:
     """
     if kinds and path.suffix not in kinds:
         raise XzooError(f"cannot draw {path}: no picture is called {path.suffix}; use {' or '.join(kinds)}")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)) or path.is_dir():
-        raise XzooError(f"cannot write {path}: {path.parent} is no folder that can be written to, or the file is one")
+    files.check_file(path)
 
 
 def write_csv(figures: Iterable[Figure], path: Path) -> None:

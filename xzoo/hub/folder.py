@@ -30,6 +30,7 @@ from safetensors.torch import save as to_bytes
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from .. import files
 from ..drawing import draw_layers
 from ..errors import ModelError, XzooError
 from ..models import create_model
@@ -82,8 +83,12 @@ def save(
         written.get("model_args", {}).pop("num_classes", None)
         (draft / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         _replace(draft, folder)
-    except OSError as error:
-        raise XzooError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = files.why(error, draft / "probe")
+        if reason is None:
+            raise
+        kept = "what it held before is kept" if folder.exists() else "nothing is left of it"
+        raise XzooError(f"cannot write {folder}: {reason}; {kept}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -104,9 +109,9 @@ def load(folder: Path | str) -> nn.Module:
         architecture = config["architecture"]
         model: Any = create_model(f"local-dir:{folder}", pretrained=False)
         weights = load_file(folder / WEIGHTS)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, XzooError):
-            raise
+    except XzooError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} is no model folder that can be read: {_first_line(error)}") from error
     check_fingerprint(config, weights, str(folder / WEIGHTS))
     _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
@@ -145,6 +150,7 @@ def export(
         raise XzooError(f"{to} holds something else than an exported model; choose another folder")
     from ..lettering import spared  # matplotlib takes half a second to import
 
+    files.check_folder(to)
     model: Any = load(run / "model")
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
@@ -189,7 +195,7 @@ def export(
         _write(draft / card.CARD, card.text(draft, repo, to))
         _replace(draft, to)
     except OSError as error:
-        raise XzooError(f"cannot write {to}: {error.strerror or error}") from error
+        raise XzooError(f"cannot write {to}: {files.reason(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return to

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .. import files
 from ..convert import to_dense
 from ..errors import XzooError
 from ..theory import graphs_of
@@ -33,8 +34,7 @@ def write(model: nn.Module, file: Path | str) -> str:
     file = Path(file)
     if file.suffix not in ENDINGS:
         raise XzooError(f"{file}: the ending says which program to write, {' or '.join(ENDINGS)}")
-    if not file.absolute().parent.is_dir():
-        raise XzooError(f"cannot write {file}: there is no folder {file.parent}")
+    files.check_file(file)
     needed = ("onnx", "onnxruntime") if file.suffix == ".onnx" else ()
     missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
@@ -52,8 +52,13 @@ def write(model: nn.Module, file: Path | str) -> str:
             raise XzooError(f"{file} is not written: its outputs differ from the model's by {error:.1e}")
         size = draft.stat().st_size
         os.replace(draft, file)
-    except OSError as problem:
-        raise XzooError(f"cannot write {file}: {problem.strerror or problem}") from problem
+    except XzooError:
+        raise
+    except (OSError, RuntimeError) as problem:
+        reason = files.why(problem, draft)
+        if reason is None:
+            raise
+        raise XzooError(f"cannot write {file}: {reason}") from problem
     finally:
         draft.unlink(missing_ok=True)
     form = "no X-layers"

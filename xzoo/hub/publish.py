@@ -17,13 +17,13 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
 from huggingface_hub.utils import build_hf_headers, get_session, httpx, validate_repo_id
 
-from .. import weights
+from .. import network, weights
 from ..errors import XzooError
+from ..files import check_file
 from ..names import encoded
 from . import card
 from .folder import EXPORTED, check, export
 
-ANSWER = 10.0  # seconds for the Hub to say whose token it is
 WAIT = 90.0  # seconds without a byte in any other call; the Hub itself gives a commit 60
 
 
@@ -90,6 +90,8 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Published
         validate_repo_id(repo)
         if repo.count("/") != 1:
             raise XzooError(f"{repo!r} is no repository's name; give it as OWNER/NAME")
+        if not dry_run and folder.resolve().parent == weights.homes()[1].resolve():
+            check_file(weights.TABLE)  # it is written at the end
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in EXPORTED}
         # For a repository of another name the card says other things.
         files[card.CARD] = encoded(card.text(folder, repo))
@@ -155,12 +157,17 @@ def _check_rights(repo: str) -> None:
     if not get_token():
         raise XzooError("publishing needs a token that may write: set HF_TOKEN, or run `hf auth login`")
     address = f"{constants.ENDPOINT}/api/whoami-v2"
-    answer = get_session().get(address, headers=build_hf_headers(), timeout=ANSWER)
+    with network.bounded():
+        answer = get_session().get(address, headers=build_hf_headers())
     if answer.status_code in (401, 403):
         raise XzooError(f"{constants.ENDPOINT} does not know the token; set HF_TOKEN, or run `hf auth login`")
     answer.raise_for_status()
-    told, owner = answer.json(), repo.partition("/")[0]
-    names = [told["name"], *(org["name"] for org in told.get("orgs", []))]
+    try:
+        told, owner = answer.json(), repo.partition("/")[0]
+        names = [told["name"], *(org["name"] for org in told.get("orgs", []))]
+    except (ValueError, KeyError, TypeError) as error:
+        strange = f"{constants.ENDPOINT} does not answer as the Hub does; is it the sign-in page of a network?"
+        raise XzooError(strange) from error
     if owner not in names:
         raise XzooError(f"{told['name']} may not write to {owner}; give --org or --repo, of {' or '.join(names)}")
     if told.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -201,7 +208,9 @@ def _explained(repo: str, error: Exception) -> str:
         return f"the token may not write to {repo}; make one that may, and set HF_TOKEN"
     if status == 412:
         return f"somebody else has published to {repo} in the meantime; look at it, and publish again"
-    first = str(error).strip().splitlines() or [""]
-    return (
-        f"publishing {repo} to {constants.ENDPOINT} was cut short ({type(error).__name__}: {first[0]}); publish again"
-    )
+    if isinstance(error, UnicodeEncodeError):
+        return "the token of the Hub is not plain ASCII; set HF_TOKEN again, or run `hf auth login`"
+    first = (str(error).strip().splitlines() or [""])[0]
+    # What network.bounded raises says all by itself.
+    what = first if isinstance(error, errors.OfflineModeIsEnabled) else f"{type(error).__name__}: {first}"
+    return f"publishing {repo} to {constants.ENDPOINT} was cut short ({what}); publish again"

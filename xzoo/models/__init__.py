@@ -6,17 +6,21 @@ spatial_share=, graph= and seed=. compression=1 is the dense twin, graph="group"
 
 import copy
 import difflib
+import pickle
 import re
 import textwrap
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import nn
 
-from .. import weights
-from ..errors import ModelError
+from .. import files, network, weights
+from ..errors import ModelError, XzooError
 from . import x_alexnet, x_densenet, x_mobilenet, x_resnet, x_timm, x_vgg  # noqa: F401  # into the registry
 
 __all__ = ["create_model", "list_models"]
@@ -107,18 +111,96 @@ def _check_keys(entry: weights.Entry, found: weights.Found, cfg: dict[str, Any],
 
 
 def _created(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
+    file = _given_file(name, pretrained, kwargs)
+    with network.bounded():
+        try:
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+        except XzooError:
+            raise
+        except Exception as error:  # of many libraries, many classes
+            told = _explained(error, name, pretrained, file, kwargs)
+            if told is None:
+                raise
+            raise ModelError(told) from error
+
+
+def _given_file(name: str, pretrained: bool, kwargs: dict[str, Any]) -> str | None:
+    """The file of weights that the caller names. Raises: ModelError where there is none of that name."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    file, how = kwargs.get("checkpoint_path"), "checkpoint_path=FILE"
+    if not file and pretrained and "state_dict" not in overlay:
+        file, how = overlay.get("file"), "pretrained_cfg_overlay=dict(file=FILE)"
+    if file and not Path(file).is_file():
+        what = "is a folder, and no file" if Path(file).is_dir() else "does not exist"
+        raise ModelError(f"{name}: the file of weights {file} {what}; give one that exists in {how}")
+    return str(file) if file else None
+
+
+def _explained(error: Exception, name: str, pretrained: bool, file: str | None, kwargs: dict[str, Any]) -> str | None:
+    """What timm, torch or the Hub's client complains of, in one line that says what to do; None for a bug."""
+    source, colon, place = name.partition(":")
+    first = textwrap.shorten(str(error) or type(error).__name__, 300)
+    if isinstance(error, TypeError):
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown[1] in kwargs:
-            raise ModelError(f"{name} takes no argument {unknown[1]!r} (given: {kwargs[unknown[1]]!r})") from error
-        raise
-    except (FileNotFoundError, RuntimeError) as error:
-        # A folder that is none, or whose weights are another model's; torch lists every key of those.
-        if not (name.startswith("local-dir:") or "pretrained_cfg_overlay" in kwargs):
-            raise
-        raise ModelError(f"{name}: {textwrap.shorten(str(error), 300)}") from error
+            return f"{name} takes no argument {unknown[1]!r} (given: {kwargs[unknown[1]]!r})"
+    if isinstance(error, RuntimeError) and "loading state_dict for" in str(error):
+        return _misfit(str(error), name, file or "the file of weights", kwargs)
+    unreadable = (SafetensorError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile)
+    torn = isinstance(error, unreadable) or (
+        isinstance(error, RuntimeError) and re.search("PytorchStream|weights_only", first)
+    )
+    if file and (torn or isinstance(error, OSError | ValueError | KeyError | AssertionError)):
+        return f"{name}: {file} cannot be read as weights ({type(error).__name__}: {first})"
+    if source == "local-dir" and not isinstance(error, MemoryError):
+        return f"{place} is no model folder that can be read: {type(error).__name__}: {first}"
+    if not (pretrained or colon):
+        return None
+    cfg = None if colon else timm.get_pretrained_cfg(kwargs.get("base", name))
+    address = place if colon else str((cfg and (cfg.hf_hub_id or cfg.url)) or name)
+    repo, _, revision = address.partition("@")
+    if told := weights.explained(error, repo, revision or None):
+        return told
+    cache = kwargs.get("cache_dir") or constants.HF_HUB_CACHE
+    if torn:
+        return f"the copy of {address} in {cache} is damaged ({first}); remove it there and try again"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot keep {address} in {error.filename or cache}: {files.reason(error)}"
+    if colon and isinstance(error, ValueError | KeyError | TypeError | AttributeError | AssertionError | RuntimeError):
+        return f"{name} is no model that can be built: {type(error).__name__}: {first}"
+    return None
+
+
+def _misfit(page: str, name: str, file: str, kwargs: dict[str, Any]) -> str:
+    """torch's page of keys in one line: what differs, and what to do about it."""
+    lines = [line.strip() for line in page.splitlines()[1:]] or [page]
+    sizes = re.findall(r"size mismatch for (\S+): .*?Size\((\[[\d, ]*\])\).*?Size\((\[[\d, ]*\])\)", page)
+    missing, unknown = (
+        re.findall(r'"([^"]+)"', "".join(re.findall(rf"{kind} key\(s\) in state_dict: (.*)", page)))
+        for kind in ("Missing", "Unexpected")
+    )
+    found = []
+    if sizes:
+        key, there, here = sizes[0]
+        found.append(f"{key} is {there} there and {here} in the model" + _more(sizes))
+    if missing:
+        found.append(f"{missing[0]} is missing there" + _more(missing))
+    if unknown:
+        found.append(f"{unknown[0]} is unknown to the model" + _more(unknown))
+    same = "build the model with the arguments that the file was saved with"
+    if kwargs.get("features_only") and kwargs.get("checkpoint_path"):
+        same = "with features_only give the file as pretrained=True, pretrained_cfg_overlay=dict(file=FILE)"
+    elif sizes and not missing and not unknown and len(sizes) <= 2 and not sizes[0][0].endswith("neighbours"):
+        classes = re.findall(r"\d+", sizes[0][1])[0]
+        same = (
+            f"build it with num_classes={classes}, or with pretrained=True, "
+            f"pretrained_cfg_overlay=dict(file=FILE, num_classes={classes}), which makes a new head"
+        )
+    return f"{file} does not fit {name}: {', '.join(found) or textwrap.shorten(lines[0], 200)}; {same}"
+
+
+def _more(keys: list[Any]) -> str:
+    return f" ({len(keys)} such keys)" if len(keys) > 1 else ""
 
 
 def _check_name(name: str) -> None:

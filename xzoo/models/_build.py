@@ -12,7 +12,7 @@ from torch import nn
 from ..convert import check_compression, degree_for, fits, swap
 from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
-from ..weights import timm_rows
+from ..weights import find, timm_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,21 @@ def build(
         }
         return model
 
+    if pretrained and (tag := _first_tag(variant, kwargs)):
+        kwargs["pretrained_cfg"] = tag
     return build_model_with_cfg(construct, variant, pretrained, **kwargs)
+
+
+def _first_tag(variant: str, given: Mapping[str, Any]) -> str | None:
+    """The tag whose weights a bare name means when weights are asked for, through timm's door as through xzoo's.
+
+    None where the caller says which, or there are none.
+    """
+    overlay = given.get("pretrained_cfg_overlay") or {}
+    if given.get("pretrained_cfg") or overlay.keys() & {"file", "url", "hf_hub_id", "state_dict"}:
+        return None
+    entry = find(variant)
+    return entry.tag if entry else None
 
 
 def initialise(layer: ExpanderConv2d | ExpanderLinear) -> None:

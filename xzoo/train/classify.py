@@ -95,6 +95,8 @@ def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
 
 def load_any(model: str) -> nn.Module:
     """A model with its weights: from a run folder, a model folder, or by name."""
+    if not model.strip():
+        raise ModelError(f"{model!r} is no model; give a run folder, a model folder, or the name of a model")
     path = Path(model.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         if (path / model_folder.CONFIG).is_file():
@@ -104,7 +106,9 @@ def load_any(model: str) -> nn.Module:
         if (path / "config.yaml").is_file():
             raise ModelError(f"{path} is a run that is not finished; the command that began it goes on with it")
         raise ModelError(f"{path} is neither a run nor a model folder: it has no model/config.json and no config.json")
-    if model.startswith("local-dir:") or path.is_absolute() or model.startswith("."):
+    if path.is_file():
+        raise ModelError(f"{model} is a file; give the folder that it is in")
+    if model.startswith("local-dir:") or (":" not in model and ("/" in model or model.startswith("."))):
         raise ModelError(f"{model}: there is no such folder")
     try:
         return create_model(model, pretrained=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import XzooError
+from ..files import check_folder
 from ..lettering import spared
 from ..names import code
 from ..names import markdown as plain
@@ -41,6 +42,7 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     summaries = [s for s in tables.aggregate(tables.read(results)) if s.row.dataset in wanted]
     figures = [p for p in tables.published() if p.dataset in {exact(name) for name in wanted}]
     out = Path(out)
+    check_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import XzooError
+from ..files import check_file, check_folder
 from ..names import say
 from .parse import RecipeCLI, is_first, launched
 from .run import LAST, quiet, write_text
 from .task import Classifier
+
+PREDICTIONS = "predictions.csv"
 
 
 def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
@@ -49,6 +52,9 @@ def predict(arguments: Sequence[str]) -> Path:
     """
     with quiet():
         cli = RecipeCLI(arguments, "predict")
+        check_folder(cli.run_folder, "--out")
+        if cli.run_folder.is_dir():
+            check_file(cli.run_folder / PREDICTIONS, "--out")
         task, data, trainer = _with_weights(cli)
         if trainer.world_size > 1:
             raise XzooError(f"predict with {trainer.world_size} devices: one writes the table; use --trainer.devices 1")
@@ -57,7 +63,7 @@ def predict(arguments: Sequence[str]) -> Path:
     run = cli.run_folder
     run.mkdir(parents=True, exist_ok=True)
     chances, names = logits.softmax(1).max(1), data.class_names
-    path = run / "predictions.csv"
+    path = run / PREDICTIONS
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("image", "label", "predicted", "probability"))

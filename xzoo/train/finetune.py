@@ -131,6 +131,8 @@ def finetune(
         seed=seed,
     )
     options.check()
+    if workers is not None and workers < 0:
+        raise XzooError(f"workers={workers}: an integer from 0 on is needed")
     built = start(options)
     use_weights(options, built.has_weights)
     where = device_named(device)

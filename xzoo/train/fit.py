@@ -26,6 +26,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..errors import XzooError
+from ..files import check_file
 from ..hub import folder as model_folder
 from ..lettering import spared
 from ..names import say, shown, to_yaml
@@ -72,8 +73,10 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
         run, config = cli.run_folder, cli.plain()
         if is_first():
             refuse_other(run, config, "xzoo fit", free=PLACES)
-            if cli.config.results and Path(cli.config.results).exists():
-                read(cli.config.results)  # a table that cannot take the result is told before the training
+            if cli.config.results:  # a table that cannot take the result is told before the training
+                check_file(cli.config.results, "--results")
+                if Path(cli.config.results).exists():
+                    read(cli.config.results)
         if (run / RESULT).exists():
             result = json.loads((run / RESULT).read_text(encoding="utf-8"))
             if is_first():

@@ -75,9 +75,10 @@ def start(options: Options) -> Start:
     if folder != name:
         try:
             cfg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder} is no model folder: its config.json cannot be read ({error})") from error
-        size, fixed, weights = cfg["input_size"][-1], cfg.get("fixed_input_size", False), True
+            size, fixed, weights = int(cfg["input_size"][-1]), cfg.get("fixed_input_size", False), True
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ModelError(f"{folder} is no model folder: its config.json cannot be read ({reason})") from error
     elif name.startswith("hf-hub:"):
         size, fixed, weights = 224, False, True
     else:

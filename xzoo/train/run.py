@@ -24,7 +24,9 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError
 
+from .. import files
 from ..errors import XzooError
 from ..names import encoded
 
@@ -47,10 +49,15 @@ def atomic(path: Path | str) -> Iterator[Path]:
             with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(draft, path)
-        # torch's writer turns a full disk into a RuntimeError.
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise XzooError(f"cannot write {path}: {reason}; what it held before is kept") from error
+        except XzooError:
+            raise
+        # torch's writer turns a full disk into a RuntimeError, safetensors into an error of its own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = files.why(error, draft)
+            if reason is None:
+                raise
+            kept = "what it held before is kept" if path.exists() else "nothing is left of it"
+            raise XzooError(f"cannot write {path}: {reason}; {kept}") from error
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -74,7 +81,7 @@ def claimed(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  (closed below, after the folder's checks)
     except OSError as error:
-        reason = f"cannot write to the run folder {folder}: {error.strerror}"
+        reason = f"cannot write to the run folder {folder}: {files.reason(error)}"
         raise XzooError(f"{reason}; choose another with --out") from None
     with lock:
         _lock(lock.fileno(), folder)

@@ -28,6 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from .. import network
 from ..errors import DataError
 from ..names import encoded, rejoined
 from ..profile import cores
@@ -458,10 +459,12 @@ def _hub(name: str) -> Listing:
         raise DataError(
             f"{name} is no folder here; to read it as a data set of the Hugging Face Hub: pip install 'xzoo[data]'"
         ) from None
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # network, permission, script and format errors of many libraries
-        raise DataError(f"{name}: no folder here, and the Hub gave: {str(error).splitlines()[0]}") from error
+    with network.bounded() as contact:
+        try:
+            splits = datasets.load_dataset(name)
+        except Exception as error:  # network, permission, script and format errors of many libraries
+            reason = contact.failure or (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{name}: no folder here, and the Hub gave: {reason}") from error
     parts: dict[str, list[Row]] = {}
     classes: list[str] | None = None
     for split, rows in splits.items():
