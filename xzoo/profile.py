@@ -1,7 +1,6 @@
 """Counting the weights and multiply-accumulates that a model really has; and the name of what computes them."""
 
 import copy
-import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ModelError
+from .machine import cores as cores  # part of this module's names
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,6 @@ def hardware(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def cores() -> int:
-    """CPU cores that this process may use, which a container or `taskset` can make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _layer(name: str, module: nn.Module, macs: int) -> Layer:

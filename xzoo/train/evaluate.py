@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import XzooError
+from ..machine import own_threads
 from .parse import RecipeCLI, is_first, launched
 from .run import LAST, atomic, quiet
 from .task import Classifier
@@ -23,7 +24,7 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
 
     Raises: XzooError where there are no weights: random ones are not judged.
     """
-    with quiet():
+    with quiet(), own_threads():
         cli = RecipeCLI(arguments, verb)
         task, data, trainer = _with_weights(cli)
         figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
@@ -45,7 +46,7 @@ def predict(arguments: Sequence[str]) -> Path:
 
     Raises: XzooError where there are no weights, or for several devices.
     """
-    with quiet():
+    with quiet(), own_threads():
         cli = RecipeCLI(arguments, "predict")
         task, data, trainer = _with_weights(cli)
         if trainer.world_size > 1:
