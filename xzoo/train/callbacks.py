@@ -107,25 +107,25 @@ def checkpoints(folder: Path) -> list[ModelCheckpoint]:
     """
     place: dict[str, Any] = {"dirpath": str(folder), "enable_version_counter": False}
     return [
-        _Best(filename="best", monitor="val/acc1", mode="max", **place),
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place),
+        _Saver(filename="best", monitor="val/acc1", mode="max", **place),
+        _Saver(filename="last", save_on_train_epoch_end=True, **place),
         _Regularly(filename="last", **place),
     ]
 
 
-class _Best(ModelCheckpoint):
-    """Remembers the best score also where the run folder was moved or copied; Lightning's own forgets it then."""
+class _Saver(ModelCheckpoint):
+    """Knows what it knew (the best score) also where the run folder was moved or copied; Lightning's own forgets it."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, here = str(state_dict["dirpath"]), str(self.dirpath)
         known = dict(state_dict, dirpath=here)
-        for name in ("best_model_path", "kth_best_model_path"):
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
             known[name] = known[name].replace(before, here, 1)
         known["best_k_models"] = {k.replace(before, here, 1): v for k, v in known["best_k_models"].items()}
         super().load_state_dict(known)
 
 
-class _Regularly(ModelCheckpoint):
+class _Regularly(_Saver):
     """Also within an epoch, every few minutes: an epoch of a large folder may take hours."""
 
     def __init__(self, **arguments: Any) -> None:

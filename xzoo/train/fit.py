@@ -110,6 +110,12 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     if cli.config.results:
         _row(facts(cli, task, data, trainer))  # what it cannot take is told now
     steps = steps_of_epoch(trainer, data)
+    every = cli.config.trainer.val_check_interval
+    if isinstance(every, int) and every > steps and cli.config.trainer.check_val_every_n_epoch is not None:
+        raise XzooError(
+            f"trainer.val_check_interval={every}: an epoch has {steps} steps; use as many or fewer, "
+            "or check_val_every_n_epoch=null to count over epochs"
+        )
     trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps // 3))  # type: ignore[attr-defined]
     if is_first():
         if not resumes:
