@@ -276,6 +276,8 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
         ),
         (["--trainer.num_sanity_val_steps", "2"], "trainer.num_sanity_val_steps=2: a resumed run has none"),
         (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing=False: a run is resumed from its"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision=bf16-true: weights, images and their average are"),
+        (["--trainer.precision", "64"], "trainer.precision=64: weights, images and their average are"),
         (["--trainer.barebones", "true"], "trainer.barebones=True: a run is nothing without"),
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 leaves none of an epoch's 5 steps"),
         (["--trainer.limit_train_batches", "0.1"], "limit_train_batches=0.1 leaves none of an epoch's 5 steps"),
@@ -403,8 +405,6 @@ FLAGS = [
     "--trainer.reload_dataloaders_every_n_epochs 1",
     "--trainer.gradient_clip_val 0.5 --trainer.gradient_clip_algorithm value",
     "--trainer.precision bf16-mixed",
-    "--trainer.precision 64-true",
-    "--trainer.precision bf16-true",
     "--trainer.deterministic true --trainer.benchmark true",
     "--trainer.min_epochs 2 --trainer.min_steps 7",
     "--trainer.detect_anomaly true",
@@ -461,12 +461,6 @@ def test_resumed_under_any_flag_ends_with_the_same_bits(recipe, data, tmp_path, 
     run = tmp_path / "run"
     asked = [*arguments(recipe, data, run), *flags.split()]
     resumed_are_the_same(asked, run, saved_by_step, lambda n: sorted({1, n // 3, n // 2, n - 3}))
-
-
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_weights_of_another_type(recipe, data, tmp_path, precision):
-    more = {"trainer__max_epochs": 1, "trainer__limit_train_batches": 2, "trainer__precision": precision}
-    assert fit(arguments(recipe, data, tmp_path / "run", **more))["precision"] == precision
 
 
 def test_the_schedule_ends_with_the_steps_that_are_taken(recipe, data, tmp_path):

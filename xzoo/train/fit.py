@@ -214,7 +214,13 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
 
 
 # What a run cannot keep its promises with: flag, whether a value of it is meant, and what to do instead.
+_PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "precision",
+        lambda value: str(value) not in _PRECISIONS,
+        "weights, images and their average are float32; use bf16-mixed, 16-mixed or 32-true",
+    ),
     ("overfit_batches", bool, "it takes the recipe's own order away; use limit_train_batches"),
     ("barebones", bool, "a run is nothing without its checkpoints and figures; leave it out"),
     ("enable_checkpointing", lambda value: value is False, "a run is resumed from its checkpoints; leave it out"),

@@ -174,7 +174,6 @@ class Classifier(pl.LightningModule):
         self.mean_loss = MeanMetric(nan_strategy="disable")  # by default it leaves out what is no number
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.to(self.dtype)  # of the weights, where the Trainer's precision is 64-true or bf16-true
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
