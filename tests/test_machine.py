@@ -195,3 +195,34 @@ def test_own_threads_leave_this_process_as_it_was():
     with own_threads():
         assert torch.get_num_threads() <= before
     assert torch.get_num_threads() == before
+
+
+FORK = """
+import os, sys, torch
+from xzoo import ExpanderConv2d, ExpanderLinear, ops
+torch.set_num_threads(2)
+conv, linear = ExpanderConv2d(32, 32, 3, padding=1, degree=8), ExpanderLinear(256, 128, degree=32)
+images, rows = torch.rand(64, 32, 16, 16, requires_grad=True), torch.rand(512, 256, requires_grad=True)
+def run():
+    found = b""
+    for layer, x in ((conv, images), (linear, rows)):
+        with ops.backend("native"):
+            y = layer(x)
+            grads = torch.autograd.grad(y, [x, layer.weight], torch.ones(()).expand(y.shape).contiguous())
+        found += b"".join(t.detach().numpy().tobytes() for t in (y, *grads))
+    return found
+want = run()
+child = os.fork()
+if not child:
+    torch.set_num_threads(1) if sys.argv[1] == "told" else None
+    os._exit(0 if run() == want else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_x_layers_compute_in_a_fork_as_before_it():
+    """README's way: the child says that it is alone. Forwards and both gradients, after two threads have run."""
+    command = [sys.executable, "-W", "ignore", "-c", FORK, "told"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert told.stdout.split() == ["0", "True"], told.stderr
