@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import pytorch_lightning as pl
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import XzooError
 from ..machine import cores
@@ -100,7 +99,7 @@ class Loader(Resumable, DataLoader[Any]):
     ) -> None:
         self._by_pipe = workers > 0 and _too_small(batch_bytes * (PREFETCHED * workers + 2))
         if self._by_pipe:
-            collate = _Arrays(collate or default_collate)
+            collate = _arrays
         super().__init__(
             views,
             batch_sampler=order,
@@ -126,7 +125,7 @@ class Loader(Resumable, DataLoader[Any]):
             if not re.search(_MACHINE, str(error)) and not isinstance(error, MemoryError):
                 raise
             raise XzooError(
-                f"workers={self.num_workers}: a process that loads images ended or could not begin ({lines[0]}); "
+                f"workers={self.num_workers}: a process that loads images ended or could not begin ({lines[-1]}); "
                 "memory, shared memory or processes are short here: use fewer workers, or 0, or smaller batches"
             ) from error
 
@@ -139,14 +138,9 @@ _MACHINE = (
 )
 
 
-@dataclass(frozen=True)
-class _Arrays:
-    """A batch as numpy arrays, which go through a worker's pipe; tensors would lie in shared memory."""
-
-    collate: Callable[[list[Any]], Any]
-
-    def __call__(self, samples: list[Any]) -> tuple[Any, ...]:
-        return tuple(tensor.numpy() for tensor in self.collate(samples))
+def _arrays(samples: list[tuple[Tensor, int]]) -> tuple[Any, Any]:
+    """A batch as numpy arrays, which go through a worker's pipe; torch collates in shared memory there."""
+    return np.stack([image.numpy() for image, _ in samples]), np.array([label for _, label in samples])
 
 
 def _too_small(needed: int) -> bool:
