@@ -1,6 +1,11 @@
 """Order and augmentation are functions of (seed, epoch, index): not of workers, batches, ranks or resumes."""
 
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xzoo.errors import DataError
+from xzoo.errors import DataError, XzooError
+from xzoo.train import data
 from xzoo.train.data import ImageModule
 from xzoo.train.order import EvalOrder, TrainOrder, key, keys, permutation
 from xzoo.train.sources import read
@@ -123,9 +129,9 @@ def test_mirror_images_only_where_they_keep_their_class(make_folder):
     for number, file in enumerate(sorted(root.rglob("*.png"))):
         half[0, 0] = number  # no two files are identical, as those would all be on one side
         Image.fromarray(half).save(file)
-    data = read(root)
+    photos = read(root)
     for mirror in (False, True):
-        module = ImageModule(data, CONFIG, crop=1.0, mirror=mirror, workers=0)
+        module = ImageModule(photos, CONFIG, crop=1.0, mirror=mirror, workers=0)
         seen = torch.cat([b for epoch in range(4) for b in batches(module, epoch)])
         turned = seen[:, :, :, 0].mean((1, 2)) > seen[:, :, :, -1].mean((1, 2))
         assert turned.any().item() is mirror and not turned.all()
@@ -136,3 +142,71 @@ def test_batch_norm_never_meets_one_image(photos):
     photos = type(photos)(**{**vars(photos), "train": type(photos.train)(photos.train.items[:9])})
     for images in batches(ImageModule(photos, CONFIG, batch_size=8, workers=0), 0):
         net(images)
+
+
+# ---- what a machine has too little of
+
+
+def test_batches_come_through_pipes_where_shared_memory_is_small(photos, monkeypatch, tmp_path, caplog):
+    wanted = torch.cat(batches(ImageModule(photos, CONFIG, batch_size=4, workers=0), 1))
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda place: full)
+    monkeypatch.setattr(data, "SHARED", tmp_path)
+    monkeypatch.setattr(data, "_say_once", data._say_once.__wrapped__)
+    module = ImageModule(photos, CONFIG, batch_size=4, workers=2)
+    assert torch.equal(torch.cat(batches(module, 1)), wanted)
+    assert all(kind is torch.Tensor for batch in module.val_dataloader() for kind in map(type, batch))
+    assert "0 MB free" in caplog.records[0].getMessage() and "\n" not in caplog.records[0].getMessage()
+
+
+SMALL = """
+import sys
+from xzoo.train.data import ImageModule
+from xzoo.train.sources import read
+config = dict(input_size=(3, 128, 128), interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+module = ImageModule(read(sys.argv[1]), config, batch_size=8, workers=2)
+print(sum(len(images) for images, _ in module.train_dataloader()), len(module.data.train))
+"""
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm_is_no_error(make_folder):
+    """A mount of its own: 1 MB, as the report has it (a container has 64)."""
+    inside = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77; exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", inside, "sh", sys.executable, "-c", SMALL, str(make_folder(each=20))]
+    if not shutil.which("unshare"):
+        pytest.skip("no unshare")
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if told.returncode in (1, 77) and "ermitted" in told.stderr:
+        pytest.skip("no mount of its own is permitted here")
+    assert told.returncode == 0, told.stderr
+    seen, there = told.stdout.split()
+    assert seen == there and told.stderr.count("\n") == 1 and "/dev/shm has 1 MB free" in told.stderr
+
+
+def killed(image):
+    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is full
+
+
+def out_of_memory(image):
+    raise MemoryError("Unable to allocate 9 GiB")
+
+
+def out_of_shared_memory(image):
+    raise RuntimeError("unable to write to file </torch_1_2_0>: No space left on device (28)")
+
+
+@pytest.mark.parametrize("fault", [killed, out_of_memory, out_of_shared_memory])
+def test_a_worker_that_the_machine_ends_is_told_in_one_line(photos, fault):
+    module = ImageModule(photos, CONFIG, batch_size=4, workers=1)
+    module.train_transform = fault
+    with pytest.raises(XzooError, match=r"workers=1: a process that loads images ended .*use fewer workers") as caught:
+        batches(module, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bug_in_a_worker_stays_one(photos):
+    module = ImageModule(photos, CONFIG, batch_size=4, workers=1)
+    module.train_transform = None
+    with pytest.raises(TypeError, match="not callable"):
+        batches(module, 0)

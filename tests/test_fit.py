@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from xzoo.train.evaluate import evaluate, predict
 from xzoo.train.fit import fit
 from xzoo.train.parse import RecipeCLI
 from xzoo.train.results import DataSet, read, recipe_sha
-from xzoo.train.run import read_metrics
+from xzoo.train.run import AtomicCheckpointIO, read_metrics
 
 RECIPE = """
 # A tiny net on tiny data.
@@ -267,6 +268,26 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
         (["--model.name", "x_vgg17"], "unknown model 'x_vgg17'; did you mean"),
         (["--trainer.max_steps", "7"], "max_steps and max_time do not resume"),
         (["--trainer.max_epochs", "-1"], "max_epochs=-1: a recipe says how many"),
+        (["--trainer.max_time", "00:00:10:00"], "max_steps and max_time do not resume"),
+        (["--trainer.overfit_batches", "2"], "trainer.overfit_batches=2: it takes the recipe's own order away; use"),
+        (
+            ["--trainer.val_check_interval", "00:00:00:05"],
+            "trainer.val_check_interval=00:00:00:05: by the clock, no two",
+        ),
+        (["--trainer.num_sanity_val_steps", "2"], "trainer.num_sanity_val_steps=2: a resumed run has none"),
+        (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing=False: a run is resumed from its"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision=bf16-true: weights, images and their average are"),
+        (["--trainer.precision", "64"], "trainer.precision=64: weights, images and their average are"),
+        (["--trainer.barebones", "true"], "trainer.barebones=True: a run is nothing without"),
+        (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 leaves none of an epoch's 5 steps"),
+        (["--trainer.limit_train_batches", "0.1"], "limit_train_batches=0.1 leaves none of an epoch's 5 steps"),
+        (
+            ["--trainer.limit_train_batches", "1.5"],
+            "trainer: You have passed invalid value 1.5 for limit_train_batches",
+        ),
+        (["--trainer.val_check_interval", "7"], "trainer.val_check_interval=7: an epoch has 5 steps"),
+        (["--trainer.gradient_clip_algorithm", "x"], "trainer: `gradient_clip_algorithm` x is invalid"),
+        (["--trainer.devices", "0"], "trainer: "),
         (["--data.batch_size", "7", "--trainer.max_epochs", "0"], "max_epochs=0"),
         (["--data.root", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["--config", "cifar10/x_vgg16_3"], "there is no recipe cifar10/x_vgg16_3; "),
@@ -363,6 +384,101 @@ def test_killed_within_an_epoch_and_resumed_ends_with_the_same_bits(recipe, data
     fit(arguments(recipe, data, cut))
     assert "going on after" in capsys.readouterr().err
     same_bits(whole, cut)
+
+
+# ---- resumed under the Trainer's own flags
+
+LIMITED = "--trainer.limit_train_batches 3"
+WITHIN = "--trainer.val_check_interval 2"
+FLAGS = [
+    "--trainer.limit_train_batches 0.5",
+    "--trainer.limit_train_batches 4 --trainer.reload_dataloaders_every_n_epochs 2",
+    "--trainer.val_check_interval 0.4",
+    "--trainer.val_check_interval 4 --trainer.check_val_every_n_epoch null",
+    "--trainer.val_check_interval 7 --trainer.check_val_every_n_epoch null",
+    "--trainer.accumulate_grad_batches 2",
+    f"--trainer.accumulate_grad_batches 2 {LIMITED} {WITHIN}",
+    "--trainer.accumulate_grad_batches 2 --trainer.log_every_n_steps 3",
+    "--trainer.check_val_every_n_epoch 2",
+    "--trainer.limit_val_batches 0",
+    "--trainer.limit_val_batches 0.5 --data.eval_batch_size 10",
+    "--trainer.reload_dataloaders_every_n_epochs 1",
+    "--trainer.gradient_clip_val 0.5 --trainer.gradient_clip_algorithm value",
+    "--trainer.precision bf16-mixed",
+    "--trainer.deterministic true --trainer.benchmark true",
+    "--trainer.min_epochs 2 --trainer.min_steps 7",
+    "--trainer.detect_anomaly true",
+    "--trainer.inference_mode false",
+    "--trainer.sync_batchnorm true",
+    "--trainer.profiler simple",
+    "--trainer.strategy ddp",
+]
+
+
+@pytest.fixture
+def saved_by_step(monkeypatch, tmp_path):
+    """The run folder as a kill would leave it, copied after each checkpoint; one is written after each step."""
+    monkeypatch.setattr("xzoo.train.callbacks.SAVE_EVERY", 0)
+    save, copies = AtomicCheckpointIO.save_checkpoint, []
+
+    def save_and_copy(self, checkpoint, path, storage_options=None):
+        save(self, checkpoint, path, storage_options)
+        copies.append(tmp_path / f"{len(copies):02d}-{Path(path).stem}-after-{checkpoint['global_step']}")
+        shutil.copytree(Path(path).parents[1], copies[-1])
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_copy)
+    return copies
+
+
+def resumed_are_the_same(asked: list[str], run: Path, copies: list[Path], chosen: Callable[[int], list[int]]) -> None:
+    """A run that nobody touched against those that go on from its copies: all that they leave, bit for bit."""
+    fit(asked)
+    whole, kept = run.with_name("whole"), list(copies)
+    run.rename(whole)
+    for copy in [kept[i] for i in chosen(len(kept)) if (kept[i] / "checkpoints" / "last.ckpt").exists()]:
+        copy.rename(run)  # where it was
+        fit(asked)
+        same_bits(whole, run, kills=0)
+        best = [r / "checkpoints" / "best.ckpt" for r in (whole, run)]
+        assert best[0].exists() == best[1].exists(), copy.name
+        if best[0].exists():
+            one, other = (torch.load(path, weights_only=True)["state_dict"] for path in best)
+            assert all(torch.equal(value, other[name]) for name, value in one.items()), copy.name
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("flags", [LIMITED, WITHIN], ids=["limit_train_batches", "val_check_interval"])
+def test_resumed_under_limits_and_validation_within_the_epoch(recipe, data, tmp_path, saved_by_step, flags):
+    run = tmp_path / "run"
+    asked = [*arguments(recipe, data, run, trainer__max_epochs=2), *flags.split()]
+    resumed_are_the_same(asked, run, saved_by_step, lambda n: [n // 2])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # some flags are Lightning's to warn of
+@pytest.mark.parametrize("flags", [LIMITED, WITHIN, *FLAGS])
+def test_resumed_under_any_flag_ends_with_the_same_bits(recipe, data, tmp_path, saved_by_step, flags):
+    run = tmp_path / "run"
+    asked = [*arguments(recipe, data, run), *flags.split()]
+    resumed_are_the_same(asked, run, saved_by_step, lambda n: sorted({1, n // 3, n // 2, n - 3}))
+
+
+def test_the_schedule_ends_with_the_steps_that_are_taken(recipe, data, tmp_path):
+    """Under a limit on batches the rate falls to nothing at the run's end, not at that of whole epochs."""
+    result = fit(arguments(recipe, data, tmp_path / "run", trainer__limit_train_batches=2))
+    rates = [row["lr"] for row in read_metrics(tmp_path / "run" / "metrics.csv") if "lr" in row]
+    assert len(rates) == 6 and rates[-1] < 0.2 * max(rates)
+    assert result["train_macs"] == 3 * result["macs"] * 16 * 2 * 3
+
+
+def test_the_best_is_remembered_where_the_folder_was_moved(recipe, data, tmp_path, saved_by_step):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    fit(arguments(recipe, data, run))
+    copy = next(c for c in saved_by_step if c.name.endswith("last-after-10"))
+    copy.rename(moved)
+    fit(arguments(recipe, data, moved))
+    one, other = (torch.load(r / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"] for r in (run, moved))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 IMAGENET = """

@@ -9,6 +9,10 @@
 Layers: ExpanderConv2d, ExpanderLinear. Graphs and their theory: xzoo.graphs, xzoo.theory. Training: xzoo.train.
 """
 
+from . import machine
+
+machine.wait_briefly()  # before anything imports torch
+
 from . import graphs, ops
 from .convert import expand, to_dense
 from .deploy import deploy

@@ -1,7 +1,6 @@
 """Counting the weights and multiply-accumulates that a model really has; and the name of what computes them."""
 
 import copy
-import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
@@ -113,13 +112,6 @@ def hardware(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def cores() -> int:
-    """CPU cores that this process may use, which a container or `taskset` can make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def refuse_unsized(model: nn.Module) -> None:

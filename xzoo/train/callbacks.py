@@ -103,17 +103,30 @@ def refuse_unsafe_synchronising(trainer: pl.Trainer, module: torch.nn.Module) ->
 def checkpoints(folder: Path) -> list[ModelCheckpoint]:
     """Savers of last.ckpt, at the end of each epoch and every few minutes within, and of best.ckpt.
 
-    Two, since save_last=True of a monitored one is rewritten only when the metric improves.
+    Two, since save_last=True of a monitored one is rewritten only when the metric improves. The best comes first:
+    last.ckpt holds what the other savers know, and a resumed run would forget the best of the epoch behind it.
     """
     place: dict[str, Any] = {"dirpath": str(folder), "enable_version_counter": False}
     return [
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place),
+        _Saver(filename="best", monitor="val/acc1", mode="max", **place),
+        _Saver(filename="last", save_on_train_epoch_end=True, **place),
         _Regularly(filename="last", **place),
-        ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", **place),
     ]
 
 
-class _Regularly(ModelCheckpoint):
+class _Saver(ModelCheckpoint):
+    """Knows what it knew (the best score) also where the run folder was moved or copied; Lightning's own forgets it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, here = str(state_dict["dirpath"]), str(self.dirpath)
+        known = dict(state_dict, dirpath=here)
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            known[name] = known[name].replace(before, here, 1)
+        known["best_k_models"] = {k.replace(before, here, 1): v for k, v in known["best_k_models"].items()}
+        super().load_state_dict(known)
+
+
+class _Regularly(_Saver):
     """Also within an epoch, every few minutes: an epoch of a large folder may take hours."""
 
     def __init__(self, **arguments: Any) -> None:
@@ -125,7 +138,8 @@ class _Regularly(ModelCheckpoint):
     ) -> None:
         # Gradients that are still being accumulated are in no checkpoint; and a run that resumes behind an epoch's last
         # batch, before its end, takes one step too many (Lightning 2.6.6): the epoch's own checkpoint comes soon.
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch:
+        # Nor does a run that resumes before a validation within the epoch make up for it (Lightning 2.6.6).
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch or _validates_now(trainer):
             return
         due = time.monotonic() - self._saved >= SAVE_EVERY
         if trainer.world_size > 1:
@@ -136,6 +150,13 @@ class _Regularly(ModelCheckpoint):
             trainer._logger_connector.update_train_step_metrics()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._saved = time.monotonic()
+
+
+def _validates_now(trainer: pl.Trainer) -> bool:
+    """Whether validation follows this batch. Not a public name of Lightning's; test_fit.py holds it."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 class Clock(Callback):

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import DataError, ModelError, XzooError
 from ..hub import folder as model_folder
+from ..machine import cores, own_threads
 from ..models import create_model
 from .folders import image_files
 from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
@@ -64,7 +65,7 @@ def classify(
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor() as pool, torch.inference_mode():
+    with ThreadPoolExecutor(min(8, cores())) as pool, own_threads(), torch.inference_mode():
         for low in range(0, len(files), batch_size):
             part = files[low : low + batch_size]
             with unwarned():

@@ -5,9 +5,15 @@ creates its iterator, which already fetches, before it calls `set_epoch` (its is
 waits for the call replays the first epoch after a resume.
 """
 
+import functools
+import logging
 import random
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..profile import cores
+from ..errors import XzooError
+from ..machine import cores
 from .order import AUGMENT, EvalOrder, Resumable, TrainOrder, key, standing
 from .sources import ImageData, Images, read
 
@@ -69,8 +76,20 @@ class Views(Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
 
 
+SHARED = Path("/dev/shm")  # where torch's workers leave their batches, on Linux
+PREFETCHED = 2  # batches that a worker is ahead: torch's own number
+
+
 class Loader(Resumable, DataLoader[Any]):
-    """A DataLoader over `Views` whose order (its batch sampler) knows where the run stands."""
+    """A DataLoader over `Views` whose order (its batch sampler) knows where the run stands.
+
+    Where the machine's shared memory is too small for the workers' batches (64 MB in a container), they come through
+    pipes, which is slower, and a line says so.
+
+    Args:
+        batch_bytes: of the images of one batch.
+    Raises: XzooError while iterating, where a worker is ended by the system or cannot be started.
+    """
 
     def __init__(
         self,
@@ -78,7 +97,11 @@ class Loader(Resumable, DataLoader[Any]):
         order: TrainOrder | EvalOrder,
         workers: int,
         collate: Callable[[list[Any]], Any] | None = None,
+        batch_bytes: int = 0,
     ) -> None:
+        self._by_pipe = workers > 0 and _too_small(batch_bytes * (PREFETCHED * workers + 2))
+        if self._by_pipe:
+            collate = _arrays
         super().__init__(
             views,
             batch_sampler=order,
@@ -89,6 +112,60 @@ class Loader(Resumable, DataLoader[Any]):
             # Its own: a DataLoader draws the workers' base seed when iteration begins, else from the global stream.
             generator=torch.Generator(),
         )
+
+    def __iter__(self) -> Any:
+        return self._watched() if self.num_workers else super().__iter__()
+
+    def _watched(self) -> Iterator[Any]:
+        try:
+            for batch in super().__iter__():
+                yield tuple(map(torch.from_numpy, batch)) if self._by_pipe else batch
+        except XzooError:
+            raise
+        except (RuntimeError, OSError, MemoryError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            if not re.search(_MACHINE, str(error)) and not isinstance(error, MemoryError):
+                raise
+            raise XzooError(
+                f"workers={self.num_workers}: a process that loads images ended or could not begin ({lines[-1]}); "
+                "memory, shared memory or processes are short here: use fewer workers, or 0, or smaller batches"
+            ) from error
+
+
+# What torch and the system say where the machine has too little for a worker.
+_MACHINE = (
+    r"DataLoader worker \(pid.*(killed by signal|exited)|shared memory|unable to (write|open|mmap|resize|allocate)"
+    r"|Cannot allocate memory|can't allocate memory|out of memory|MemoryError|Resource temporarily unavailable"
+    r"|can't start new thread|Too many open files|received \d+ items of ancdata"
+)
+
+
+def _arrays(samples: list[tuple[Tensor, int]]) -> tuple[Any, Any]:
+    """A batch as numpy arrays, which go through a worker's pipe; torch collates in shared memory there."""
+    return np.stack([image.numpy() for image, _ in samples]), np.array([label for _, label in samples])
+
+
+def _too_small(needed: int) -> bool:
+    """Whether the machine's shared memory does not hold so many bytes more; says so once."""
+    if not SHARED.is_dir():
+        return False
+    free = shutil.disk_usage(SHARED).free
+    if free < needed:
+        _say_once(
+            f"{SHARED} has {free / 2**20:.0f} MB free and the workers' batches need {needed / 2**20:.0f} MB: they come "
+            "through pipes, which is slower; give the container more (docker run --shm-size)"
+        )
+    return free < needed
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger(__name__).warning("xzoo: %s", text)
+
+
+def batch_bytes(batch_size: int, input_size: tuple[int, int, int], kind: torch.dtype = torch.float32) -> int:
+    """Of the images [batch_size, *input_size] of one type."""
+    return batch_size * prod(input_size) * kind.itemsize
 
 
 class ImageModule(pl.LightningDataModule):
@@ -114,6 +191,7 @@ class ImageModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.data, self.batch_size, self.seed = data, batch_size, seed
+        self._input_size: tuple[int, int, int] = data_config["input_size"]
         self.train_transform: Transform = create_transform(
             **data_config,
             is_training=True,
@@ -132,14 +210,17 @@ class ImageModule(pl.LightningDataModule):
         return len(TrainOrder(len(self.data.train), self.batch_size, world=world))
 
     def train_dataloader(self) -> Loader:
-        rank, world, done = standing(self.trainer)
-        order = TrainOrder(len(self.data.train), self.batch_size, self.seed, rank, world, done)
-        return Loader(Views(self.data.train, self.train_transform, self.seed), order, self.workers)
+        order = TrainOrder(len(self.data.train), self.batch_size, self.seed, *standing(self.trainer))
+        return self._loader(Views(self.data.train, self.train_transform, self.seed), order)
 
     def val_dataloader(self) -> Loader:
-        rank, world, _ = standing(self.trainer)
+        rank, world, *_ = standing(self.trainer)
         order = EvalOrder(len(self.data.val), self.batch_size, rank, world)
-        return Loader(Views(self.data.val, self.eval_transform, None), order, self.workers)
+        return self._loader(Views(self.data.val, self.eval_transform, None), order)
+
+    def _loader(self, views: Views, order: TrainOrder | EvalOrder) -> Loader:
+        size = batch_bytes(self.batch_size, self._input_size)
+        return Loader(views, order, self.workers, batch_bytes=size)
 
 
 @rank_zero_only

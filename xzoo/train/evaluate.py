@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import XzooError
 from ..files import check_file, check_folder
+from ..machine import own_threads
 from ..names import say
 from .parse import RecipeCLI, is_first, launched
 from .run import LAST, quiet, write_text
@@ -28,7 +29,7 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
 
     Raises: XzooError where there are no weights: random ones are not judged.
     """
-    with quiet():
+    with quiet(), own_threads():
         cli = RecipeCLI(arguments, verb)
         task, data, trainer = _with_weights(cli)
         figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
@@ -50,7 +51,7 @@ def predict(arguments: Sequence[str]) -> Path:
 
     Raises: XzooError where there are no weights, or for several devices.
     """
-    with quiet():
+    with quiet(), own_threads():
         cli = RecipeCLI(arguments, "predict")
         check_folder(cli.run_folder, "--out")
         if cli.run_folder.is_dir():

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, XzooError
 from ..hub import folder as model_folder
 from ..lettering import spared
+from ..machine import own_threads
 from ..names import encoded, escaped, say, shown, to_yaml
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
@@ -144,7 +145,7 @@ def finetune(
         result = Result(**json.loads((run / RESULT).read_text(encoding="utf-8")))
         say(console, f"{run} is finished: {result}. Choose another --out to train again.")
         return result
-    with claimed(run), quiet():
+    with claimed(run), quiet(), own_threads():
         images = read(options.data, at_least=2 * (img_size or built.input_size))
         refuse_other(run, {"images": images.fingerprint()}, "xzoo finetune", "data")
         recipe = plan(options, built, images)

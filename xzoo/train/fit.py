@@ -11,7 +11,7 @@ the last epoch, read back from the model folder. Not the best epoch, which is ch
 import datetime
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -29,11 +29,13 @@ from ..errors import XzooError
 from ..files import check_file
 from ..hub import folder as model_folder
 from ..lettering import spared
+from ..machine import own_threads
 from ..names import say, shown, to_yaml
 from ..profile import hardware, profile
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .evaluate import judged, top
+from .order import steps_of_epoch
 from .parse import PLACES, RecipeCLI, is_first, launched
 from .results import DATASETS, DENSE, Row, append, read
 from .run import (
@@ -62,7 +64,7 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
     Raises: XzooError for what cannot be run or is another run's folder; KeyboardInterrupt after Ctrl-C.
     """
     console = Console(stderr=True)
-    with quiet():
+    with quiet(), own_threads():
         cli = RecipeCLI(arguments)
         _refuse_what_does_not_resume(cli.config.trainer)
         if cli.config.trainer.fast_dev_run:
@@ -112,7 +114,13 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
         raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
     if cli.config.results:
         _row(facts(cli, task, data, trainer))  # what it cannot take is told now
-    steps = data.batches_per_epoch(trainer.world_size)
+    steps = steps_of_epoch(trainer, data)
+    every = cli.config.trainer.val_check_interval
+    if isinstance(every, int) and every > steps and cli.config.trainer.check_val_every_n_epoch is not None:
+        raise XzooError(
+            f"trainer.val_check_interval={every}: an epoch has {steps} steps; use as many or fewer, "
+            "or check_val_every_n_epoch=null to count over epochs"
+        )
     trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps // 3))  # type: ignore[attr-defined]
     if is_first():
         if not resumes:
@@ -175,7 +183,7 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
     names = ("share", "spatial_share", "seed")
     given = {name: None if compression == 1 else drawn[name] for name in names}
     part = data.dataset and DATASETS[data.dataset].split
-    steps = data.batches_per_epoch(trainer.world_size) * (trainer.max_epochs or 0)
+    steps = steps_of_epoch(trainer, data) * (trainer.max_epochs or 0)
     return {
         "model": cli.config.model.name,
         "recipe": f"recipes/{cli.name}.yaml" if "/" in cli.name else cli.name,
@@ -210,7 +218,34 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
 # ---- what a run stands in
 
 
+# What a run cannot keep its promises with: flag, whether a value of it is meant, and what to do instead.
+_PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "precision",
+        lambda value: str(value) not in _PRECISIONS,
+        "weights, images and their average are float32; use bf16-mixed, 16-mixed or 32-true",
+    ),
+    ("overfit_batches", bool, "it takes the recipe's own order away; use limit_train_batches"),
+    ("barebones", bool, "a run is nothing without its checkpoints and figures; leave it out"),
+    ("enable_checkpointing", lambda value: value is False, "a run is resumed from its checkpoints; leave it out"),
+    ("num_sanity_val_steps", bool, "a resumed run has none; try the recipe with fast_dev_run"),
+    ("enable_progress_bar", lambda value: value is not None, "xzoo fit has its own; leave it out"),
+    ("enable_model_summary", lambda value: value is not None, "`xzoo inspect` shows a model; leave it out"),
+    ("use_distributed_sampler", lambda value: value is False, "the data modules always shard themselves; leave it out"),
+    (
+        "val_check_interval",
+        lambda value: not isinstance(value, int | float | None),
+        "by the clock, no two runs validate at the same steps; give a number of steps, or a share of an epoch",
+    ),
+)
+
+
 def _refuse_what_does_not_resume(trainer: Any) -> None:
+    for flag, meant, instead in _REFUSED:
+        value = getattr(trainer, flag)
+        if meant(value):
+            raise XzooError(f"trainer.{flag}={value}: {instead}")
     if trainer.max_time is not None or trainer.max_steps not in (-1, None):
         raise XzooError("max_steps and max_time do not resume where they were; use --trainer.max_epochs alone")
     if not trainer.fast_dev_run and (trainer.max_epochs is None or trainer.max_epochs < 1):

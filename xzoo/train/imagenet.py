@@ -35,9 +35,9 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError, XzooError
 from ..home import home
-from ..profile import cores
+from ..machine import cores
 from .augment import colours_of, normalised
-from .data import Loader, Views
+from .data import Loader, Views, batch_bytes
 from .folders import SUFFIXES, check_same_classes, few
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
@@ -466,11 +466,11 @@ class ImageNet(pl.LightningDataModule):
 
     def batches_per_epoch(self, world: int = 1) -> int:
         """Steps in an epoch, known before any loader exists."""
-        return len(self._train_order(0, world, 0))
+        return len(self._train_order(0, world))
 
-    def _train_order(self, rank: int, world: int, done: int) -> TrainOrder:
+    def _train_order(self, rank: int, world: int, done: int = 0, limit: int | float = 1.0) -> TrainOrder:
         n = len(self._found().train[0]) - self.holdout
-        return TrainOrder(n, self.batch_size, self.seed, rank, world, done, exact=True)
+        return TrainOrder(n, self.batch_size, self.seed, rank, world, done, limit, exact=True)
 
     def train_dataloader(self) -> Loader:
         images, _ = self._found().train
@@ -488,13 +488,17 @@ class ImageNet(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _eval_loader(self, images: Stored, numbers: Tensor | None) -> Loader:
-        rank, world, _ = standing(self.trainer)
+        rank, world, *_ = standing(self.trainer)
         views = Views(images, self._transform(training=False), None)
         n = len(views) if numbers is None else len(numbers)
         return self._loader(views, numbers, EvalOrder(n, self.eval_batch_size, rank, world))
 
     def _loader(self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder) -> Loader:
-        return Loader(views if numbers is None else Chosen(views, numbers), order, self.workers, stacked)
+        normalised_there = self.trainer is None or (views.seed is not None and self._erasing["re_prob"] > 0)
+        kind = torch.float32 if normalised_there else torch.uint8
+        images = self.batch_size if isinstance(order, TrainOrder) else self.eval_batch_size
+        size = batch_bytes(images, self.input_size, kind)
+        return Loader(views if numbers is None else Chosen(views, numbers), order, self.workers, stacked, size)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from ..profile import cores
+from ..machine import cores
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
@@ -252,11 +252,13 @@ class InMemory(pl.LightningDataModule):
 
     def batches_per_epoch(self, world: int = 1) -> int:
         """Steps in an epoch, known before any loader exists."""
-        return len(self._train_order(0, world, 0))
+        return len(self._train_order(0, world))
 
-    def _train_order(self, rank: int, world: int, done: int) -> TrainOrder:
+    def _train_order(self, rank: int, world: int, done: int = 0, limit: int | float = 1.0) -> TrainOrder:
         self.setup()
-        return TrainOrder(len(self._parts["train"][1]), self.batch_size, self.seed, rank, world, done, exact=True)
+        return TrainOrder(
+            len(self._parts["train"][1]), self.batch_size, self.seed, rank, world, done, limit, exact=True
+        )
 
     def train_dataloader(self) -> PlaceLoader:
         return self._loader("train", self._train_order(*standing(self.trainer)))
@@ -272,7 +274,7 @@ class InMemory(pl.LightningDataModule):
 
     def _eval_loader(self, part: str) -> PlaceLoader:
         self.setup()
-        rank, world, _ = standing(self.trainer)
+        rank, world, *_ = standing(self.trainer)
         return self._loader(part, EvalOrder(len(self._parts[part][1]), self.eval_batch_size, rank, world))
 
     def _loader(self, part: str, order: TrainOrder | EvalOrder) -> PlaceLoader:

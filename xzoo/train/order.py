@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..errors import DataError
+from ..errors import DataError, XzooError
 
 ORDER, HELD_OUT, AUGMENT, STEP = 0, 10, 100, 101  # 1 to 9, and the table of all, stand in augment.py
 _MASK = 0xFFFFFFFF
@@ -88,6 +88,7 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         n: number of images.
         batch_size: images in a step, over all ranks.
         done: batches that a resumed run has already seen since its beginning.
+        limit: batches that are taken of each epoch, or the share of them (the Trainer's limit_train_batches).
         exact: every batch has batch_size images, the same number on each rank. The last few of each epoch's
             permutation, other images each time, are left out: a recipe's steps are then all alike.
     """
@@ -100,6 +101,7 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         done: int = 0,
+        limit: int | float = 1.0,
         exact: bool = False,
     ) -> None:
         if batch_size < 2 * world:
@@ -114,7 +116,7 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
             )
         self.batches = n // batch_size if exact else min(-(-n // batch_size), n // (2 * world))
         self.used = self.batches * batch_size if exact else n
-        self.epoch, self.start = divmod(done, self.batches)
+        self.epoch, self.start = divmod(done, limited(self.batches, limit))
 
     def __len__(self) -> int:
         return self.batches
@@ -137,14 +139,35 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, i) for i in order[first:last]]
 
 
-def standing(trainer: Any) -> tuple[int, int, int]:
-    """Rank, number of ranks, and batches seen since the run began, of a Lightning trainer (or None)."""
+def limited(batches: int, limit: int | float) -> int:
+    """Batches that Lightning takes of an epoch of `batches` under limit_train_batches: a number, or a share.
+
+    Raises: XzooError where that is none.
+    """
+    taken = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if taken < 1:
+        raise XzooError(
+            f"trainer.limit_train_batches={limit} leaves none of an epoch's {batches} steps; "
+            f"use a number from 1, or a share of {1 / batches:.2g} or more"
+        )
+    return taken
+
+
+def steps_of_epoch(trainer: Any, data: Any) -> int:
+    """Batches that `trainer` takes of each epoch of the data module; known before any loader exists."""
+    return limited(data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches)
+
+
+def standing(trainer: Any) -> tuple[int, int, int, int | float]:
+    """Where a Lightning trainer (or None) stands: rank, number of ranks, batches seen since the run began, and its
+    limit on the batches of an epoch.
+    """
     if trainer is None:
-        return 0, 1, 0
+        return 0, 1, 0, 1.0
     # Not a public name of Lightning's, and the only place where the position after a resume stands,
     # also for a checkpoint written on the last batch of an epoch. test_finetune.py holds it.
     done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
-    return trainer.global_rank, trainer.world_size, done
+    return trainer.global_rank, trainer.world_size, done, trainer.limit_train_batches
 
 
 class Resumable:

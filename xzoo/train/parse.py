@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ..errors import XzooError
 from ..options import explain
@@ -123,7 +124,12 @@ class RecipeCLI(LightningCLI):
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
         quietly = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         # The data modules shard by themselves.
-        return pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer), task, data
+        try:
+            made = pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer)
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+            # Flags that do not go together, or with this machine.
+            raise XzooError(f"trainer: {' '.join(str(error).split())}") from error
+        return made, task, data
 
     def plain(self, changes_only: bool = False) -> dict[str, Any]:
         """The configuration in plain values, as a recipe that does the same; of `changes_only`, without defaults."""

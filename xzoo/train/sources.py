@@ -30,8 +30,8 @@ from rich.progress import track
 
 from .. import network
 from ..errors import DataError
+from ..machine import cores
 from ..names import encoded, rejoined
-from ..profile import cores
 from . import folders
 from .folders import LeftOut, few, part_of, same_letters
 from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned

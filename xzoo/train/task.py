@@ -22,7 +22,7 @@ from ..errors import ModelError, XzooError
 from ..models import create_model
 from .augment import mixed
 from .callbacks import Clock, refuse_unsafe_averaging, refuse_unsafe_synchronising
-from .order import STEP, key
+from .order import STEP, key, steps_of_epoch
 
 
 def rate(
@@ -203,8 +203,7 @@ class Classifier(pl.LightningModule):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise XzooError("the schedule needs the number of steps: pass trainer.fit a data module of xzoo.train")
-        batches = data.batches_per_epoch(trainer.world_size)
-        steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+        steps = trainer.max_epochs * -(-steps_of_epoch(trainer, data) // trainer.accumulate_grad_batches)
         return min(1.0, max(step / steps, by_clock))
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,228 @@
+"""What the machine lends a process: CPUs by affinity and control groups, torch's threads, and how they wait."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xzoo import machine
+from xzoo.machine import cores, own_threads, quota
+
+V1 = "31 30 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
+V2 = "32 30 0:38 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw\n"
+
+
+def machine_of(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
+    """A root folder with the system's files that tell of control groups."""
+    for name, text in {"proc/self/cgroup": groups, "proc/self/mountinfo": mounts, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def v1(folder: str, most: int, period: int = 100_000) -> dict[str, str]:
+    base = f"sys/fs/cgroup/cpu,cpuacct/{folder}"
+    return {f"{base}/cpu.cfs_quota_us": f"{most}\n", f"{base}/cpu.cfs_period_us": f"{period}\n"}
+
+
+def v2(folder: str, text: str) -> dict[str, str]:
+    return {f"sys/fs/cgroup/{folder}/cpu.max": f"{text}\n"}
+
+
+CASES = {
+    "none": ("", "", {}, None),
+    "v1": ("4:cpu,cpuacct:/\n", V1, v1("", 150_000), 1.5),
+    "v1 without a limit": ("4:cpu,cpuacct:/\n", V1, v1("", -1), None),
+    "v1 nested": ("4:cpuacct,cpu:/a/b\n", V1, v1("a/b", 400_000) | v1("a", 50_000) | v1("", -1), 0.5),
+    "v1 of other controllers": ("4:cpuset:/a\n", V1, v1("a", 50_000), None),
+    "v2": ("0::/\n", V2, v2("", "200000 100000"), 2.0),
+    "v2 without a limit": ("0::/\n", V2, v2("", "max 100000"), None),
+    "v2 nested": (
+        "0::/a/b/c\n",
+        V2,
+        v2("a/b/c", "max 100000") | v2("a/b", "75000 50000") | v2("a", "300000 100000"),
+        1.5,
+    ),
+    "both": ("4:cpu,cpuacct:/a\n0::/a\n", V1 + V2, v1("a", 300_000) | v2("a", "250000 100000"), 2.5),
+    # docker without a namespace of its own: the group has the host's name, and its folder alone is mounted.
+    "docker v1": ("4:cpu,cpuacct:/docker/12ab\n", V1.replace("/ /sys", "/docker/12ab /sys"), v1("", 50_000), 0.5),
+    "the host's name, mounted elsewhere": ("0::/kube/pod/12ab\n", V2, v2("", "50000 100000"), 0.5),
+    "a blank in a name": (
+        "0::/a b\n",
+        V2.replace("/sys/fs/cgroup", "/sys/fs/c\\040g"),
+        {"sys/fs/c g/a b/cpu.max": "20000 100000\n"},
+        0.2,
+    ),
+    "broken": ("x\n0::/a\n4:cpu\n", "1 2 3\n - \n" + V2, v2("a", "half a core"), None),
+}
+
+
+@pytest.mark.parametrize(("groups", "mounts", "files", "want"), CASES.values(), ids=CASES)
+def test_quota_is_the_smallest_on_the_way_up(tmp_path, groups, mounts, files, want):
+    assert quota(machine_of(tmp_path, groups, mounts, files)) == want
+
+
+def test_cores_are_those_of_affinity_and_quota(tmp_path):
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert cores(tmp_path) == there  # no such files
+    for text, want in (
+        ("50000 100000", 1),
+        ("100 100000", 1),
+        ("9900000 100000", min(there, 99)),
+        ("max 100000", there),
+    ):
+        assert cores(machine_of(tmp_path, "0::/\n", V2, v2("", text))) == want
+
+
+THREADS = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("machine", sys.argv[1])
+machine = importlib.util.module_from_spec(spec)  # without the package, which takes seconds
+spec.loader.exec_module(machine)
+machine.cores = lambda root="/": 1
+machine._affinity = lambda: 4
+{before}
+seen = [torch.get_num_threads()]
+for _ in range(2):
+    with machine.own_threads():
+        seen.append(torch.get_num_threads())
+    seen.append(torch.get_num_threads())
+print(*seen)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "environment", "within"),
+    [
+        ("", {}, 1),
+        ("torch.set_num_threads(2)", {}, None),  # the caller's own
+        ("", {"OMP_NUM_THREADS": "2"}, None),
+    ],
+    ids=["alone", "set", "OMP_NUM_THREADS"],
+)
+def test_torch_has_no_more_threads_than_there_are_cores_unless_it_was_told(before, environment, within):
+    clean = {name: value for name, value in os.environ.items() if name not in machine.CHOSEN_BY}
+    told = subprocess.run(
+        [sys.executable, "-c", THREADS.format(before=before), machine.__file__],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    usual, *seen = map(int, told.stdout.split())
+    assert seen == [usual if within is None else within, usual] * 2
+
+
+GROUP = Path("/sys/fs/cgroup/cpu")
+
+
+@pytest.fixture
+def half_a_core():
+    """A control group of version 1 that allows half a core, where this process may make one."""
+    group = GROUP / f"xzoo-test-{os.getpid()}"
+    try:
+        (group / "inner").mkdir(parents=True)
+        (group / "cpu.cfs_quota_us").write_text("50000")
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    yield group / "inner"
+    (group / "inner").rmdir()
+    group.rmdir()
+
+
+@pytest.mark.slow
+def test_half_a_core_is_one_thread_for_a_run(half_a_core, make_folder, tmp_path):
+    """As `docker --cpus=0.5`, in a group within the one that has the limit."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core alone")
+    code = (
+        "import os, sys, torch\n"
+        "open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))\n"
+        "import xzoo.train\n"
+        "module = sys.modules['xzoo.train.finetune']\n"
+        "fit = module.fit\n"
+        "def spy(*arguments):\n"
+        "    print(torch.get_num_threads())\n"
+        "    fit(*arguments)\n"
+        "module.fit = spy\n"
+        "options = dict(model='test_resnet', expand=4, pretrained=False, img_size=32, batch_size=8, device='cpu')\n"
+        "module.finetune(sys.argv[2], epochs=1, out=sys.argv[3], **options)\n"
+        "print(torch.get_num_threads() > 1)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in machine.CHOSEN_BY}
+    command = [sys.executable, "-c", code, str(half_a_core), str(make_folder()), str(tmp_path / "run")]
+    told = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert told.stdout.split() == ["1", "True"], told.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
+def test_the_command_waits_briefly():
+    """What torch's library of threads says itself that it read."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-m", "xzoo", "--help"]
+    shown = clean | {"OMP_DISPLAY_ENV": "verbose"}
+    told = subprocess.run(command, env=shown, capture_output=True, text=True, check=True).stderr
+    assert f"GOMP_SPINCOUNT = '{machine.SPINS}'" in told
+
+
+@pytest.mark.parametrize(
+    ("program", "loaded", "environment", "want"),
+    [
+        ("/bin/xzoo", False, {}, machine.SPINS),
+        ("/bin/xzoo", True, {}, None),  # too late
+        ("/home/me/train.py", False, {}, None),  # a program that imports xzoo
+        ("/bin/xzoo", False, {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("/bin/xzoo", False, {"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_other_programs_and_the_users_own_choice_are_left(monkeypatch, program, loaded, environment, want):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, environment[name]) if name in environment else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", ["python", program])
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch")
+    machine.wait_briefly()
+    assert os.environ.get("GOMP_SPINCOUNT") == want
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+
+
+def test_own_threads_leave_this_process_as_it_was():
+    before = torch.get_num_threads()
+    with own_threads():
+        assert torch.get_num_threads() <= before
+    assert torch.get_num_threads() == before
+
+
+FORK = """
+import os, sys, torch
+from xzoo import ExpanderConv2d, ExpanderLinear, ops
+torch.set_num_threads(2)
+conv, linear = ExpanderConv2d(32, 32, 3, padding=1, degree=8), ExpanderLinear(256, 128, degree=32)
+images, rows = torch.rand(64, 32, 16, 16, requires_grad=True), torch.rand(512, 256, requires_grad=True)
+def run():
+    found = b""
+    for layer, x in ((conv, images), (linear, rows)):
+        with ops.backend("native"):
+            y = layer(x)
+            grads = torch.autograd.grad(y, [x, layer.weight], torch.ones(()).expand(y.shape).contiguous())
+        found += b"".join(t.detach().numpy().tobytes() for t in (y, *grads))
+    return found
+want = run()
+child = os.fork()
+if not child:
+    torch.set_num_threads(1) if sys.argv[1] == "told" else None
+    os._exit(0 if run() == want else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_x_layers_compute_in_a_fork_as_before_it():
+    """README's way: the child says that it is alone. Forwards and both gradients, after two threads have run."""
+    command = [sys.executable, "-W", "ignore", "-c", FORK, "told"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert told.stdout.split() == ["0", "True"], told.stderr

@@ -1,0 +1,158 @@
+"""What the machine lends this process: its share of the CPUs, torch's threads, and how long they wait awake.
+
+Imported before torch by the package itself, since OpenMP's library reads its environment when it is loaded.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from math import ceil
+from pathlib import Path, PurePosixPath
+
+# With them a caller says how many threads there shall be.
+CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# How often a thread looks before it sleeps: some 0.3 ms, longer than the pauses between a network's layers. By
+# default it is 30 times as often; on a machine where other processes run, threads then burn the time that those
+# they wait for need: `xzoo finetune digits` beside two busy processes took over 5 times as long as alone, and 2.1
+# times with this (2 cores of an EPYC, 2026-11, torch 2.14).
+SPINS = "10000"
+
+
+def wait_briefly() -> None:
+    """Let the threads of the `xzoo` command sleep soon while they wait; a program that imports xzoo is left alone.
+
+    OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's come first.
+    """
+    if "torch" not in sys.modules and _is_command() and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def _is_command() -> bool:
+    """Whether this process is `xzoo ...` or `python -m xzoo ...`."""
+    return Path(sys.argv[0]).stem == "xzoo" or ("-m", "xzoo") in pairwise(sys.orig_argv)
+
+
+# ---- CPUs
+
+
+def quota(root: Path | str = "/") -> float | None:
+    """CPUs that this process's control groups allow it (as `docker --cpus` sets), or None without such a limit.
+
+    Versions 1 and 2 of Linux's cgroups; the smallest of a group's own limit and those of the groups that it is in.
+
+    Args:
+        root: where proc/self/cgroup, proc/self/mountinfo and the folders that they name are looked for.
+    """
+    root = Path(root)
+    try:
+        # Names in them may be of any bytes.
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
+        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # not Linux
+        return None
+    limits = []
+    for line in groups.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        unified = number == "0" and not controllers
+        if unified or "cpu" in controllers.split(","):
+            for folder in _folders(root, mounts, group, unified):
+                limits.append(_limit(folder))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _folders(root: Path, mounts: str, group: str, unified: bool) -> Iterator[Path]:
+    """The folder of a control group and those above it, as far as they can be seen from here."""
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, kind = left.split(), right.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        wanted = kind[0] == "cgroup2" if unified else kind[0] == "cgroup" and "cpu" in kind[2].split(",")
+        if not wanted:
+            continue
+        top, place = (_unescaped(text) for text in fields[3:5])
+        at, inside = root / place.lstrip("/"), PurePosixPath(group)
+        # In a container the group may be named as the host sees it, where only its own folder is mounted: the parts
+        # that are not there are passed over.
+        inside = inside.relative_to(top if inside.is_relative_to(top) else "/")
+        for folder in (inside, *inside.parents):
+            yield at / folder
+
+
+def _unescaped(text: str) -> str:
+    """Of /proc/self/mountinfo, where blanks are written as octal numbers."""
+    for code, sign in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, sign)
+    return text
+
+
+def _limit(folder: Path) -> float | None:
+    """Of one control group: CPUs, or None where it sets none."""
+    with suppress(OSError, ValueError):  # no such file, or not of this version
+        most, period = (folder / "cpu.max").read_text().split()
+        return None if most == "max" else int(most) / int(period)
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        most, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(most) / int(period) if int(most) > 0 else None
+    return None
+
+
+def cores(root: Path | str = "/") -> int:
+    """CPU cores that this process may use: `taskset` and a container's quota make them fewer than there are.
+
+    Args:
+        root: as of `quota`, a share of a core counting as one.
+    """
+    there, allowed = _affinity(), quota(root)
+    return there if allowed is None else max(1, min(there, ceil(allowed)))
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- torch's threads
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Within, torch has no more threads than there are `cores`, unless its caller chose their number.
+
+    torch counts the machine's cores, also where a container's quota leaves half of one; threads that wait for each
+    other while they are held back are slower than one.
+    """
+    import torch
+
+    before, most = torch.get_num_threads(), cores()
+    if before <= most or _chosen(before):
+        yield
+        return
+    _untouched.append(before)
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_untouched: list[int] = []  # torch's own number, where `own_threads` came back to it
+
+
+def _chosen(threads: int) -> bool:
+    """Whether the environment or the caller, by torch.set_num_threads, chose this number of torch's threads."""
+    import torch
+
+    if any(os.environ.get(name) for name in CHOSEN_BY):
+        return True
+    if threads in _untouched:
+        return False
+    # torch.set_num_threads turns this off, and nothing else does. A build without MKL does not tell: there the caller
+    # chose what is not the number of CPUs.
+    with suppress(AttributeError, OSError):
+        library = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
+        return not ctypes.CDLL(str(library)).mkl_serv_get_dynamic()
+    return threads not in (_affinity(), os.cpu_count())
