@@ -89,7 +89,8 @@ class _Expander(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        neighbours, seen = self.neighbours, self._seen
+        neighbours, seen = self._buffers["neighbours"], self._seen
+        assert neighbours is not None
         known = seen is not None and seen[0] is neighbours
         if seen is not None and known and seen[1] == _changes(neighbours) >= 0:
             return
