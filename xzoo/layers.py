@@ -97,10 +97,12 @@ class _Expander(nn.Module):
         if neighbours.is_meta or _is_symbolic(neighbours):
             return
         try:
-            if seen is None or not known:
-                self._check_graph(neighbours)
-            elif _digest(neighbours) != seen[2]:
-                raise GraphError("its numbers were changed in place")
+            if seen is not None and known:
+                if _digest(neighbours) != seen[2]:
+                    raise GraphError("its numbers were changed in place")
+                self._seen = (neighbours, _changes(neighbours), seen[2])
+                return
+            self._check_graph(neighbours)
         except GraphError as error:
             raise GraphError(
                 f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers to average or "

@@ -91,11 +91,11 @@ def conv2d(
     """
     if torch.jit.is_scripting():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
-    if torch.compiler.is_dynamo_compiling():
+    if has_torch_function((x, weight)):
+        if not torch.compiler.is_dynamo_compiling():  # torch.fx: a leaf
+            args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
+            return handle_torch_function(conv2d, (x, weight), *args)
         x = _unwrapped(x)
-    elif has_torch_function((x, weight)):  # torch.fx: a leaf
-        args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
-        return handle_torch_function(conv2d, (x, weight), *args)
     x, weight, bias = _autocast(x, weight, bias)
     if _exports():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
@@ -121,10 +121,10 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
         y = dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias)
         return activate(y.reshape(shape), activation)
-    if torch.compiler.is_dynamo_compiling():
+    if has_torch_function((x, weight)):
+        if not torch.compiler.is_dynamo_compiling():
+            return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
         x = _unwrapped(x)
-    elif has_torch_function((x, weight)):
-        return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
     x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if _exports():
@@ -325,19 +325,29 @@ def _register(operation: str, part: str) -> None:
 
     count = 4 + (3 if _GEOMETRY[operation] else 0)
 
+    def door(tensors):
+        """x, weight, neighbours and geometry of what was given; RuntimeError where they do not go together."""
+        if part:
+            grad, x, weight, neighbours, *geometry = tensors
+            said = unfit(operation, x, weight, neighbours, None, grad, *geometry)
+        else:
+            x, weight, neighbours, bias, *geometry = tensors
+            said = unfit(operation, x, weight, neighbours, bias, None, *geometry)
+        if said:
+            raise RuntimeError(f"xzoo.ops.{name}: {said}")
+        return x, weight, neighbours, geometry
+
     def run(*args):
         """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
         tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
-        x, weight, neighbours = _door(operation, part, tensors)
+        x, weight, neighbours, geometry = door(tensors)
         if backend == "auto":
-            backend = choose(name, x, weight, neighbours, *tensors[4:])
+            backend = choose(name, x, weight, neighbours, *geometry)
         elif backend == "native":
-            _native(operation, x, weight, *tensors[4:])
+            _native(operation, x, weight, *geometry)
         elif backend == "triton":
-            triton.check(operation, x, weight, neighbours, *tensors[4:])
-        if backend == "native":
-            tensors = (*(t if t is None else native.readable(t) for t in tensors[:4]), *tensors[4:])
-        elif not x.is_meta:  # the native library looks by itself
+            triton.check(operation, x, weight, neighbours, *geometry)
+        if backend != "native" and not x.is_meta:  # the native library looks by itself
             place = 3 if part else 2
             tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])
         function = getattr(_known(backend), name)
@@ -349,9 +359,9 @@ def _register(operation: str, part: str) -> None:
         return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
 
     def fake(*args):
-        x, weight, _ = _door(operation, part, args[:count])
+        x, weight, _, geometry = door(args[:count])
         like = weight if part == "_weight_grad" else x
-        shape = like.shape if part else output_shape(x, weight, *args[4:count])
+        shape = like.shape if part else output_shape(x, weight, *geometry)
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
     def flops(*args, out_shape=None, **kwargs):
@@ -392,19 +402,6 @@ def _register(operation: str, part: str) -> None:
 for _operation in _GEOMETRY:
     for _part in _TENSORS:
         _register(_operation, _part)
-
-
-def _door(operation: str, part: str, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and neighbours of an operation's tensors and geometry; RuntimeError where they do not go together."""
-    if part:
-        grad, x, weight, neighbours, *geometry = tensors
-        said = unfit(operation, x, weight, neighbours, None, grad, *geometry)
-    else:
-        x, weight, neighbours, bias, *geometry = tensors
-        said = unfit(operation, x, weight, neighbours, bias, None, *geometry)
-    if said:
-        raise RuntimeError(f"xzoo.ops.{operation}{part}: {said}")
-    return x, weight, neighbours
 
 
 def _format(x: Tensor) -> torch.memory_format:
