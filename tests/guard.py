@@ -132,7 +132,7 @@ INPUTS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 257]
 
 def drawn(seed: int, numbers: tuple[int, ...] = (20_000,) * 5 + (60_000,) * 4 + (300_000, 2_000_000)) -> Case:
     """The layer of a seed; `numbers` are what its largest activation may have, one of them taken."""
-    draw, limit = random.Random(seed), 0
+    draw = random.Random(seed)
     torch.manual_seed(seed)
     limit = draw.choice(numbers)
     kind, threads = draw.choice(["linear", "1", "1", "3", "3", "3s"]), draw.choice([1, 1, 2, 3, 5])
@@ -168,6 +168,15 @@ def drawn(seed: int, numbers: tuple[int, ...] = (20_000,) * 5 + (60_000,) * 4 + 
     x, grad = (t.contiguous(memory_format=torch.channels_last) if draw.random() < 0.4 else t for t in (x, grad))
     products = batch * n_in * n_out * height * width * taps
     return Case(x, weight, rows, bias, grad, geometry, activation, distinct, threads, products)
+
+
+def drawn_distinct(seed: int, numbers: tuple[int, ...]) -> tuple[Case, int]:
+    """The first layer, from a seed on, in which no output reads an input twice, and its seed."""
+    case = drawn(seed, numbers)
+    while not case.distinct:
+        seed += 5 * 10**6
+        case = drawn(seed, numbers)
+    return case, seed
 
 
 def exact(case: Case, part: str) -> Tensor:
@@ -377,10 +386,7 @@ def backends(run: Run) -> None:
     """native, gather and dense in turn against float64, with 1 to 5 threads in turn, in one process."""
     assert native.available()
     for seed in run.seeds():
-        case = drawn(seed, numbers=(3_000,) * 8 + (20_000, 60_000))
-        while not case.distinct:
-            seed += 5 * 10**6
-            case = drawn(seed, numbers=(20_000,))
+        case, seed = drawn_distinct(seed, (3_000,) * 8 + (20_000, 60_000))
         run.begin(case, seed)
         torch.set_num_threads(seed % 5 + 1)
         # A value at the bend of an activation rounds to either side of it, and its gradient is let through or not.
@@ -444,11 +450,8 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
     native._loaded[:] = [Guarded(library, run.report)]
     regions = [Region() for _ in range(5)]
     for seed in run.seeds():
-        case, draw = drawn(seed, numbers=(2_000,)), random.Random(seed)
-        while not case.distinct:
-            seed += 5 * 10**6
-            case = drawn(seed, numbers=(2_000,))
-        what, given = spoilt(case, draw)
+        case, seed = drawn_distinct(seed, (2_000,))
+        what, given = spoilt(case, random.Random(seed))
         run.begin(f"{what}, of {case}", seed)
         torch.set_num_threads(case.threads)
         for region, (name, t) in zip(regions, given.items(), strict=True):

@@ -411,6 +411,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 # Every function on layers whose tensors end where their numbers end; `scratch` ends where it was asked to.
 DRIVER = r"""
 #include <cstdint>
+#include <cstdio>
 #include <sanitizer/asan_interface.h>
 #include "checked.h"
 #include "native.cpp"

@@ -221,7 +221,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_what_was_fetched_before_serves_a_dead_network(hub, net, monkeypatch):
     hub.add("lab/net", net)
     first = create_model("hf-hub:lab/net", pretrained=True).state_dict()
-    for kind in ("refuses", "accepts and says nothing", "busy", "no proxy at all"):
+    for kind in ("refuses", "accepts and says nothing", "busy", "dead proxy"):
         with ExitStack() as stack, monkeypatch.context() as patch:
             dead(kind, stack, patch)
             close_session()

@@ -89,17 +89,20 @@ class _Expander(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        neighbours, seen = self.neighbours, self._seen
+        neighbours, seen = self._buffers["neighbours"], self._seen
+        assert neighbours is not None
         known = seen is not None and seen[0] is neighbours
         if seen is not None and known and seen[1] == _changes(neighbours) >= 0:
             return
         if neighbours.is_meta or _is_symbolic(neighbours):
             return
         try:
-            if seen is None or not known:
-                self._check_graph(neighbours)
-            elif _digest(neighbours) != seen[2]:
-                raise GraphError("its numbers were changed in place")
+            if seen is not None and known:
+                if _digest(neighbours) != seen[2]:
+                    raise GraphError("its numbers were changed in place")
+                self._seen = (neighbours, _changes(neighbours), seen[2])
+                return
+            self._check_graph(neighbours)
         except GraphError as error:
             raise GraphError(
                 f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers to average or "

@@ -152,6 +152,8 @@ def _explained(error: Exception, name: str, pretrained: bool, file: str | None, 
     )
     if file and (torn or isinstance(error, OSError | ValueError | KeyError | AssertionError)):
         return f"{name}: {file} cannot be read as weights ({type(error).__name__}: {first})"
+    if source == "local-dir" and isinstance(error, FileNotFoundError):
+        return f"{name}: {first}"
     if source == "local-dir" and not isinstance(error, MemoryError):
         return f"{place} is no model folder that can be read: {type(error).__name__}: {first}"
     if not (pretrained or colon):

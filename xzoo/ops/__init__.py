@@ -91,11 +91,11 @@ def conv2d(
     """
     if torch.jit.is_scripting():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
-    if torch.compiler.is_dynamo_compiling():
+    if has_torch_function((x, weight)):
+        if not torch.compiler.is_dynamo_compiling():  # torch.fx: a leaf
+            args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
+            return handle_torch_function(conv2d, (x, weight), *args)
         x = _unwrapped(x)
-    elif has_torch_function((x, weight)):  # torch.fx: a leaf
-        args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
-        return handle_torch_function(conv2d, (x, weight), *args)
     x, weight, bias = _autocast(x, weight, bias)
     if _exports():
         return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
@@ -121,10 +121,10 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         shape = list(x.shape)[:-1] + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
         y = dense.linear(x.reshape(-1, x.shape[-1]), weight, neighbours, bias)
         return activate(y.reshape(shape), activation)
-    if torch.compiler.is_dynamo_compiling():
+    if has_torch_function((x, weight)):
+        if not torch.compiler.is_dynamo_compiling():
+            return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
         x = _unwrapped(x)
-    elif has_torch_function((x, weight)):
-        return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
     x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if _exports():
@@ -186,7 +186,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(name, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            return _do(name, *arguments)
+            return getattr(torch.ops.xzoo, name)(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -250,9 +250,12 @@ _INPUTS = (((1, 0), (2, 1)), ((0, 0), (2, 2)), ((0, 0), (1, 1)))
 def _derivative(ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbours: Tensor) -> Tensor:
     """The form's derivative by one slot, where grad, x and weight are `tensors`."""
     name = ctx.operation + _PARTS[slot]
-    if slot:
-        return _product(name, *tensors, neighbours, *ctx.rest)
-    return _product(name, *tensors[1:], neighbours, None, *ctx.rest)
+    arguments = (*tensors, neighbours, *ctx.rest) if slot else (*tensors[1:], neighbours, None, *ctx.rest)
+    for tensor in tensors:
+        # One that holds several: of autograd's is_grads_batched, whose vmap is another one than torch.func's.
+        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return getattr(torch.ops.xzoo, name)(*arguments)
+    return _product(name, *arguments)
 
 
 def _batched(
@@ -290,9 +293,8 @@ def _do(name: str, *arguments: Any) -> Tensor:
     torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold: a quarter of a
     small network's time at batch 1 (x_vgg16_c8, Zen 4).
     """
-    first, second, third = arguments[:3]
-    plain = type(first) is Tensor and type(second) in (Tensor, Parameter)
-    if torch.compiler.is_compiling() or not plain or _watched() or _mapped(first, second, third):
+    plain = type(arguments[0]) is Tensor and type(arguments[1]) in (Tensor, Parameter)
+    if torch.compiler.is_compiling() or not plain or _watched():
         return getattr(torch.ops.xzoo, name)(*arguments)
     return _FUNCTIONS[name](*arguments)
 
@@ -301,12 +303,6 @@ def _watched() -> bool:
     """By a mode (fake tensors, a FLOP counter), a transform (vmap) or the profiler."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return transformed or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
-
-
-def _mapped(first: Tensor, second: Tensor, third: Tensor) -> bool:
-    """Whether one holds several: of torch.autograd's is_grads_batched, whose vmap is none of torch.func's."""
-    look = torch._C._functorch.is_legacy_batchedtensor
-    return look(first) or look(second) or look(third)
 
 
 # The registered operations. A gradient takes the tensor x or weight even where only its shape matters:
@@ -329,19 +325,29 @@ def _register(operation: str, part: str) -> None:
 
     count = 4 + (3 if _GEOMETRY[operation] else 0)
 
+    def door(tensors):
+        """x, weight, neighbours and geometry of what was given; RuntimeError where they do not go together."""
+        if part:
+            grad, x, weight, neighbours, *geometry = tensors
+            said = unfit(operation, x, weight, neighbours, None, grad, *geometry)
+        else:
+            x, weight, neighbours, bias, *geometry = tensors
+            said = unfit(operation, x, weight, neighbours, bias, None, *geometry)
+        if said:
+            raise RuntimeError(f"xzoo.ops.{name}: {said}")
+        return x, weight, neighbours, geometry
+
     def run(*args):
         """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
         tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
-        x, weight, neighbours = _door(name, tensors)
+        x, weight, neighbours, geometry = door(tensors)
         if backend == "auto":
-            backend = choose(name, x, weight, neighbours, *tensors[4:])
+            backend = choose(name, x, weight, neighbours, *geometry)
         elif backend == "native":
-            _native(operation, x, weight, *tensors[4:])
+            _native(operation, x, weight, *geometry)
         elif backend == "triton":
-            triton.check(operation, x, weight, neighbours, *tensors[4:])
-        if backend == "native":
-            tensors = (*map(native.readable, tensors[:4]), *tensors[4:])
-        elif not x.is_meta:  # the native library looks by itself
+            triton.check(operation, x, weight, neighbours, *geometry)
+        if backend != "native" and not x.is_meta:  # the native library looks by itself
             place = 3 if part else 2
             tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])
         function = getattr(_known(backend), name)
@@ -353,9 +359,9 @@ def _register(operation: str, part: str) -> None:
         return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
 
     def fake(*args):
-        x, weight, _ = _door(name, args[:count])
+        x, weight, _, geometry = door(args[:count])
         like = weight if part == "_weight_grad" else x
-        shape = like.shape if part else output_shape(x, weight, *args[4:count])
+        shape = like.shape if part else output_shape(x, weight, *geometry)
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
     def flops(*args, out_shape=None, **kwargs):
@@ -396,20 +402,6 @@ def _register(operation: str, part: str) -> None:
 for _operation in _GEOMETRY:
     for _part in _TENSORS:
         _register(_operation, _part)
-
-
-def _door(name: str, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and neighbours of an operation's tensors and geometry; RuntimeError where they do not go together."""
-    operation, _, part = name.partition("_")
-    if part:
-        grad, x, weight, neighbours, *geometry = tensors
-        said = unfit(operation, x, weight, neighbours, None, grad, *geometry)
-    else:
-        x, weight, neighbours, bias, *geometry = tensors
-        said = unfit(operation, x, weight, neighbours, bias, None, *geometry)
-    if said:
-        raise RuntimeError(f"xzoo.ops.{name}: {said}")
-    return x, weight, neighbours
 
 
 def _format(x: Tensor) -> torch.memory_format:

@@ -92,18 +92,18 @@ def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
 
 
 def linear(x, weight, neighbours, bias, activation=""):
-    x, y = x.contiguous(), x.new_empty(len(x), len(weight))
+    x, y = _laid_out(x), x.new_empty(x.shape[0], weight.shape[0])
     return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias, activation=activation)
 
 
 def linear_input_grad(grad, x, weight, neighbours):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad = grad.contiguous()
+    grad = _laid_out(grad)
     return _call("xzoo_point_input_grad", dx, dx, grad, weight, neighbours, 1, grad, weight, neighbours)
 
 
 def linear_weight_grad(grad, x, weight, neighbours):
-    x, grad, dw = x.contiguous(), grad.contiguous(), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    x, grad, dw = _laid_out(x), _laid_out(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
     return _call("xzoo_point_weight_grad", dw, x, grad, weight, neighbours, 1, grad, x, neighbours)
 
 
@@ -112,11 +112,21 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
     if not sizes[0]:
         return result.zero_()
-    # Activations lie in either order already; a layer's own tensors in one.
-    lying = [t if t is None or t is x or t is y or t.is_contiguous() else t.contiguous() for t in (*tensors, result)]
-    if neighbours.dtype != torch.int32:
-        lying = [checked(t, sizes[1]) if t is neighbours else t for t in lying]
-    addresses = [None if t is None else t.data_ptr() for t in lying]
+    lying, addresses = [], []  # the first keeps what was made here until the call has ended
+    for t in (*tensors, result):
+        if t is None:
+            addresses.append(None)
+            continue
+        if t is neighbours and t.dtype != torch.int32:
+            t = checked(readable(t), sizes[1])
+        # Activations lie in either order already; a layer's own tensors in one.
+        elif t is not x and t is not y and not t.is_contiguous():
+            t = readable(t).contiguous()
+        short = t.untyped_storage().nbytes() < t.nbytes + 4 * t.storage_offset()
+        if short or t.is_neg() or not t.data_ptr():
+            t = readable(t)
+        lying.append(t)
+        addresses.append(t.data_ptr())
     share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
     threads = torch.get_num_threads()
     layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, ACTIVATIONS[activation])
@@ -125,24 +135,19 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     return result
 
 
-def readable(t: Tensor | None) -> Tensor | None:
+def readable(t: Tensor) -> Tensor:
     """A tensor whose numbers lie in memory as they are, for functions that get an address and nothing else.
 
-    Bits that say "negative" and zeros without memory are written out. Raises RuntimeError where memory was given
-    back, or is too small for the tensor's sizes.
+    A bit that says "negative" and zeros without memory are written out. Raises RuntimeError where memory was given
+    back, or is too small for the tensor's sizes; torch itself would read past its end.
     """
-    if t is None:
-        return None
-    if t.is_neg():
-        t = t.resolve_neg()
-    end = t.numel()
-    if end and not t.is_contiguous() and not _last(t):
-        end = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype)
-    if t.untyped_storage().nbytes() >= t.element_size() * (t.storage_offset() + end):
-        return t
-    raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    end = t.storage_offset() + last + 1 if t.numel() else 0
+    if t.untyped_storage().nbytes() < t.element_size() * end:
+        raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
+    return t.resolve_neg()
 
 
 def _refusal(answer: int, x: list[int], weight: list[int], share: int) -> Exception:
@@ -164,12 +169,12 @@ def _seen(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """x without the pixels that a 1x1 kernel passes over, dense in memory."""
     if weight.shape[2] == 1 and tuple(stride) != (1, 1):
         form = torch.channels_last if _last(x) else torch.contiguous_format
-        return x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=form)
+        return readable(x)[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=form)
     return _laid_out(x)
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() or _last(x) else x.contiguous()
+    return x if x.is_contiguous() or _last(x) else readable(x).contiguous()
 
 
 def _last(x: Tensor) -> bool:
