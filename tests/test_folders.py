@@ -96,6 +96,15 @@ def test_what_is_no_name_of_a_part():
         assert part_of(name) is None, name
 
 
+@pytest.mark.parametrize(
+    "word", "seg segmented data dataset set split part images imgs pictures photos pics cropped final 1 2026".split()
+)
+def test_long_names_are_read_at_once(word):
+    """What a camera or a program makes of digits, and what people repeat: two readings a word would take for ever."""
+    assert part_of(word * (200 // len(word))) is None
+    assert part_of(word * 20 + "train" + word * 20) == "train"
+
+
 def test_of_three_parts_the_test_is_not_used_and_told(tmp_path):
     for part in ("Train", "Valid", "Test"):
         classes(tmp_path / part)

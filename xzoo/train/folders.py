@@ -62,7 +62,8 @@ _PARTS = {
     "test": ("test", "testing", "holdout", "heldout"),
 }
 _KINDS = {word: kind for kind, words in _PARTS.items() for word in words}
-_BESIDE = "(?:seg|segmented|data|dataset|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9]+)*"
+# Repeated, and so that a text can be read in one way only: the time to refuse one grows exponentially with two.
+_BESIDE = "(?:seg|segmented|data|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9])*"
 _PART = re.compile(f"{_BESIDE}({'|'.join(sorted(_KINDS, key=len, reverse=True))}){_BESIDE}")
 
 
