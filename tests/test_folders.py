@@ -142,6 +142,28 @@ def test_a_locomotive_is_a_class(tmp_path):
         read_folder(tmp_path / "deep")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("invalid", "valid"), ("dev", "prod"), ("ant", "bee", "val"), ("blurred", "broken", "valid")],
+)
+def test_a_flat_val_is_a_class(tmp_path, names):
+    """Images to validate on need labels. So it was before parts could have other names."""
+    classes(tmp_path, names)
+    layout = accounted(tmp_path)
+    assert layout.classes == list(names) and layout.val is None and len(layout.train) == 4 * len(names)
+    (val,) = {"valid", "dev", "val"} & set(names)
+    told = f"{val}/ is read as a class, beside {', '.join(name for name in names if name != val)}"
+    assert layout.remarks == [told]
+    # With a part that has classes to validate, it is a class beside those.
+    classes(tmp_path / "test", names)
+    layout = accounted(tmp_path)
+    assert layout.classes == list(names) and len(layout.train) == len(layout.val) == 4 * len(names)
+    # A test part without labels is what it is called.
+    draw(tmp_path / "test1" / "0.png")
+    with pytest.raises(DataError, match="test1/ may be a part"):
+        read_folder(tmp_path)
+
+
 def test_a_test_part_is_never_trained_on(tmp_path):
     """In the class folders, beside them, or alone with a train part that has no classes."""
     for name in ("ant", "bee"):

@@ -456,6 +456,13 @@ class _Reader:
                 return self.parts(place, trains, judges)
             self.remarks.append(f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}")
             return self.classes(place, subs), None
+        if others:
+            # Images to validate on have labels, so that a flat val/ is none of those parts; a flat test/ may be one.
+            flat = [judge for judge in self.of_kind(judges, "val") if not self.subs(judge)]
+            beside = few([other.base for other in others])
+            self.remarks += [f"{judge.shown} is read as a class, beside {beside}" for judge in flat]
+            judges = [judge for judge in judges if judge not in flat]
+            others = [sub for sub in subs if sub not in judges]
         if judges and others:
             return self.classes_and_judges(place, others, judges)
         if len(subs) == 1 and not listed(subs[0]).images:
