@@ -19,6 +19,7 @@ from ..errors import DataError, ModelError, XzooError
 from ..hub import folder as model_folder
 from ..machine import cores, own_threads
 from ..models import create_model
+from ..names import say
 from .folders import image_files
 from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from .run import write_text
@@ -90,7 +91,7 @@ def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
     console = Console(stderr=True)
     for kind in found.keys() - own.keys():
         text = f"{told_range(kind, found[kind])}, as the largest of these images; the model has no range for them"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
     return found | own
 
 
