@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import files, graphs, network
-from .errors import ModelError, XzooError
+from .errors import ModelError, XzooError, first_line
 from .home import home
 
 _logger = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ class Hub:
             except Exception as error:
                 if last or network.unreachable() or not _passes(error):
                     raise self._error(name, error) from error
-                _logger.warning("%s/%s: %s; once more", self.repo, name, network.failure() or _first_line(error))
+                _logger.warning("%s/%s: %s; once more", self.repo, name, network.failure() or first_line(error))
                 continue
             data = path.read_bytes()
             if pin.fits(data):
@@ -321,7 +321,7 @@ class Hub:
         text = explained(error, self.repo, self.commit, name)
         if text is None and isinstance(error, OSError) and error.errno is not None:
             text = f"cannot write {what} to {self.cache}: {files.reason(error)}"
-        return ModelError(text or f"cannot get {what} from {self.endpoint}: {_first_line(error)}")
+        return ModelError(text or f"cannot get {what} from {self.endpoint}: {first_line(error)}")
 
 
 def explained(error: BaseException, repo: str, revision: str | None = None, file: str | None = None) -> str | None:
@@ -356,7 +356,7 @@ def explained(error: BaseException, repo: str, revision: str | None = None, file
     unanswered = (httpx.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
     failure = network.failure()
     if any(isinstance(cause, unanswered) for cause in causes) or (failure and failure.startswith("the proxy")):
-        failure = failure or _first_line(error)
+        failure = failure or first_line(error)
         if "HF_HUB_OFFLINE" in failure:
             return f"{what} is not in the cache, and {failure}"
         return f"cannot get {what} from {endpoint}, and it is not in the cache: {failure}; check the connection"
@@ -379,11 +379,6 @@ def _read(path: Path) -> bytes | None:
     with suppress(OSError):
         return path.read_bytes()
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _sha256(data: bytes) -> str:

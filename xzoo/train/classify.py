@@ -15,7 +15,7 @@ from rich.console import Console
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from ..errors import DataError, ModelError, XzooError
+from ..errors import DataError, ModelError, XzooError, first_line
 from ..hub import folder as model_folder
 from ..machine import cores, own_threads
 from ..models import create_model
@@ -117,7 +117,7 @@ def load_any(model: str) -> nn.Module:
     except XzooError:
         raise
     except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"no weights for {model}: {reason}; give a run folder, or a model that has weights") from error
 
 
@@ -178,5 +178,5 @@ def device_named(name: str) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise XzooError(f"device={name}: {str(error).splitlines()[0]}; try --device cpu") from error
+        raise XzooError(f"device={name}: {first_line(error)}; try --device cpu") from error
     return torch.device(name)

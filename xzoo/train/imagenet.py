@@ -33,7 +33,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import DataError, XzooError
+from ..errors import DataError, XzooError, first_line
 from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
@@ -212,7 +212,7 @@ def _hub(root: str) -> Contents:
     try:
         splits = datasets.load_dataset(root)
     except Exception as error:  # network, permission and format errors of many libraries
-        raise DataError(f"{root}: the library datasets gave: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{root}: the library datasets gave: {first_line(error)}") from error
     val = next((name for name in VAL_NAMES if name in splits), None)
     if val is None or "train" not in splits:
         raise DataError(

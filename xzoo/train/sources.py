@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import network
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..machine import cores
 from ..names import encoded, rejoined
 from . import folders
@@ -374,7 +374,7 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
         try:
             rows, names = _table(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: no parquet file that can be read ({str(error).splitlines()[0]})") from error
+            raise DataError(f"{file}: no parquet file that can be read ({first_line(error)})") from error
         if classes is not None and names != classes:
             raise DataError(f"{file}: its class names differ from those of {files[0].name}")
         classes = names
@@ -463,7 +463,7 @@ def _hub(name: str) -> Listing:
         try:
             splits = datasets.load_dataset(name)
         except Exception as error:  # network, permission, script and format errors of many libraries
-            reason = contact.failure or (str(error).splitlines() or [type(error).__name__])[0]
+            reason = contact.failure or first_line(error)
             raise DataError(f"{name}: no folder here, and the Hub gave: {reason}") from error
     parts: dict[str, list[Row]] = {}
     classes: list[str] | None = None
