@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import reason
 
 # What people call images. Pillow reads HEIC only with a plug-in: without it, it is reported.
 SUFFIXES = frozenset(
@@ -303,8 +304,8 @@ def listed(place: Place) -> Content:
     try:
         return place.content
     except OSError as error:
-        reason = f"{place.path} cannot be listed ({error.strerror or error})"
-        raise DataError(f"{reason}; make it readable, or move it out of the data") from error
+        told = f"{place.path} cannot be listed ({reason(error)})"
+        raise DataError(f"{told}; make it readable, or move it out of the data") from error
 
 
 def below(folder: Path, name: str, why: str, detail: str) -> list[LeftOut]:
