@@ -105,8 +105,8 @@ def _entry(name: str, row: Mapping[str, Any]) -> Entry:
             raise ValueError(f"{what} {value!r}")
     if row.get("commit") is not None and not _COMMIT.fullmatch(row["commit"]):
         raise ValueError(f"commit {row['commit']!r} is not 40 hexadecimal digits")
-    files = {file: Pin(row["files"][file]["sha256"], row["files"][file]["size"]) for file in (CONFIG, WEIGHTS)}
-    return Entry(name, files, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
+    pins = {file: Pin(row["files"][file]["sha256"], row["files"][file]["size"]) for file in (CONFIG, WEIGHTS)}
+    return Entry(name, pins, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
 
 
 def write(name: str, row: Mapping[str, Any]) -> None:
@@ -200,10 +200,10 @@ def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | Non
     return _parsed(entry, found, path, "Hub" if "Hub" in sources else "cache")
 
 
-def _parsed(entry: Entry, files: Mapping[str, bytes], path: Path, source: str) -> Found:
+def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str) -> Found:
     try:
-        config = json.loads(files[CONFIG])
-        state = safetensors.torch.load(files[WEIGHTS])
+        config = json.loads(contents[CONFIG])
+        state = safetensors.torch.load(contents[WEIGHTS])
         if config["architecture"] != entry.architecture:
             raise ModelError(f"{path}: these are weights of {config['architecture']}, not of {entry.architecture}")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -211,7 +211,7 @@ def _parsed(entry: Entry, files: Mapping[str, bytes], path: Path, source: str) -
             raise
         raise ModelError(f"{path} is no model that can be read: {type(error).__name__}: {error}") from error
     check_fingerprint(config, state, str(path))
-    _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(files[WEIGHTS]))
+    _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(contents[WEIGHTS]))
     return Found(entry, config, state, path, source)
 
 

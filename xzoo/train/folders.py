@@ -57,6 +57,7 @@ TWICE = "reached twice through links"
 
 FLAT = "images lie in it directly; put those of each class into a sub-folder"
 
+VAL_NAMES = ("val", "validation", "valid", "test")  # usual names of what validates, the first that is there
 _PARTS = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
@@ -98,9 +99,9 @@ def part_of(name: str) -> str | None:
 
 
 def rank(name: str, kind: str | None = None) -> tuple[bool, int, str]:
-    """Order of what may validate: val, validation, valid, other names of that kind, and test last."""
-    usual, lower = ("val", "validation", "valid"), name.lower()
-    place = usual.index(lower) if lower in usual else len(usual)
+    """Order of what may validate: val, validation, valid, other names of that kind; then test, and others of its."""
+    lower = name.lower()
+    place = VAL_NAMES.index(lower) if lower in VAL_NAMES else len(VAL_NAMES)
     return (kind or part_of(name)) == "test", place, name
 
 

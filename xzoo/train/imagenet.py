@@ -38,12 +38,12 @@ from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
 from .data import Loader, Views, batch_bytes
-from .folders import SUFFIXES, check_same_classes, few
+from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .results import DATASETS
 from .run import atomic
-from .sources import VAL_NAMES, Images, Item, list_images, split_of
+from .sources import Images, Item, list_images, split_of
 
 HUB = "ILSVRC/imagenet-1k"
 MEMORY = 4 << 30  # bytes of parquet files up to which their images are kept, encoded

@@ -37,7 +37,6 @@ from . import folders
 from .folders import LeftOut, few, part_of, same_letters
 from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
-VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there is used
 HELD_OUT = 0.2
 # Kinds of reasons for which an image is left out, beside those of folders.py.
 UNREADABLE = "cannot be read"
@@ -504,8 +503,8 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
         raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
-    others = sorted((split for split in items if part_of(split) in ("val", "test")), key=folders.rank)
-    val = next((split for split in (*VAL_NAMES, *others) if items.get(split)), None)
+    judges = sorted((split for split in items if part_of(split) in ("val", "test")), key=folders.rank)
+    val = next((split for split in judges if items[split]), None)
     remarks += [f"{s} is not used" for s in sorted(items) if s not in ("train", val)]
     return Listing(classes, items["train"], items[val] if val else None, remarks=remarks)
 
