@@ -155,7 +155,8 @@ def test_workers_and_batches_change_no_image(form: str, request: pytest.FixtureR
 def at(data: ImageNet, rank: int, world: int, done: int = 0) -> ImageNet:
     total = SimpleNamespace(processed=done)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)  # type: ignore[assignment]
+    known = {"global_rank": rank, "world_size": world, "fit_loop": loop, "limit_train_batches": 1.0}
+    data.trainer = SimpleNamespace(**known)  # type: ignore[assignment]
     return data
 
 

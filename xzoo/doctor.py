@@ -28,7 +28,7 @@ def doctor() -> dict[str, str]:
         "torch": f"{torch.__version__}, which uses {torch.backends.cpu.get_cpu_capability()}",
         "CPU": hardware(torch.device("cpu")),
         "vectors": _vectors(),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch",
         "backends": ", ".join(ops.available()),
         "cache": str(home()),
     }
@@ -41,8 +41,8 @@ def doctor() -> dict[str, str]:
         "flags": " ".join(record["flags"]),
         "library": str(found.path),
     }
-    if reason := _not_better(record["level"], record["refused"]):
-        facts["not better"] = reason
+    if reason := _limited_by(record["level"], record["refused"]):
+        facts["limited by"] = reason
     if found.skipped:
         facts["not used"] = "; ".join(found.skipped)
     return facts
@@ -57,7 +57,7 @@ def _vectors() -> str:
     return f"{best}, held to it by ATEN_CPU_CAPABILITY={held}" if held in native.HELD else best
 
 
-def _not_better(level: str, refused: list[str]) -> str:
+def _limited_by(level: str, refused: list[str]) -> str:
     if refused and level != next(iter(native.levels()), ""):
         return refused[0]
     if os.environ.get("ATEN_CPU_CAPABILITY", "") in native.HELD:

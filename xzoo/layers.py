@@ -85,7 +85,8 @@ class _Expander(nn.Module):
         """GraphError where `neighbours` holds other numbers than when it was drawn or loaded.
 
         Another tensor in its place (torch.func.functional_call, a move to a device) has to be a graph; the same
-        tensor has to hold the same numbers. That costs a comparison of two integers, unless something changed.
+        tensor has to hold the same numbers. That costs a comparison of two integers, unless something changed. A
+        compiled graph does not ask.
         """
         if torch.compiler.is_compiling():
             return

@@ -112,7 +112,8 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
     if not sizes[0]:
         return result.zero_()
-    lying, addresses = [], []  # the first keeps what was made here until the call has ended
+    lying: list[Tensor] = []  # keeps what was made here until the call has ended
+    addresses: list[int | None] = []
     for t in (*tensors, result):
         if t is None:
             addresses.append(None)
