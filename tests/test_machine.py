@@ -1,8 +1,11 @@
 """What the machine lends a process: CPUs by affinity and control groups, torch's threads, and how they wait."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,7 @@ def test_torch_has_no_more_threads_than_there_are_cores_unless_it_was_told(befor
         capture_output=True,
         text=True,
         check=True,
+        timeout=600,
     )
     usual, *seen = map(int, told.stdout.split())
     assert seen == [usual if within is None else within, usual] * 2
@@ -129,6 +133,13 @@ def half_a_core():
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     yield group / "inner"
+    # A test that failed may have left its process in the group, which then cannot be removed.
+    for name in (group / "inner" / "cgroup.procs").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(name), signal.SIGKILL)
+    end = time.monotonic() + 60
+    while (group / "inner" / "cgroup.procs").read_text() and time.monotonic() < end:
+        time.sleep(0.01)
     (group / "inner").rmdir()
     group.rmdir()
 
@@ -154,7 +165,7 @@ def test_half_a_core_is_one_thread_for_a_run(half_a_core, make_folder, tmp_path)
     )
     clean = {name: value for name, value in os.environ.items() if name not in machine.CHOSEN_BY}
     command = [sys.executable, "-c", code, str(half_a_core), str(make_folder()), str(tmp_path / "run")]
-    told = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    told = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=600)
     assert told.stdout.split() == ["1", "True"], told.stderr
 
 
@@ -164,7 +175,7 @@ def test_the_command_waits_briefly():
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-m", "xzoo", "--help"]
     shown = clean | {"OMP_DISPLAY_ENV": "verbose"}
-    told = subprocess.run(command, env=shown, capture_output=True, text=True, check=True).stderr
+    told = subprocess.run(command, env=shown, capture_output=True, text=True, check=True, timeout=600).stderr
     assert f"GOMP_SPINCOUNT = '{machine.SPINS}'" in told
 
 
