@@ -106,9 +106,10 @@ def test_what_cannot_be_written_is_found_before(check, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     good = {check_file: ("new", "file", "link"), check_folder: ("new", "folder", "a/b/c")}[check]
-    bad = {check_file: ("folder", "a/b", "file/x", "n" * 250), check_folder: ("file", "file/x", "link", "n" * 300)}[
-        check
-    ]
+    bad = {
+        check_file: ("folder", "a/b", "file/x", "n" * 250),
+        check_folder: ("file", "file/x", "link", "n" * 300, "a/b/" + "n" * 300),
+    }[check]
     for name in good:
         check(tmp_path / name)
     for name in (*bad, "a\0b"):

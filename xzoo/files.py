@@ -82,8 +82,8 @@ def check_folder(path: Path | str, option: str = "") -> None:
     except (OSError, ValueError) as error:
         problem = _why(error)
     finally:
-        with suppress(OSError, ValueError):
-            for place in made:
+        for place in made:
+            with suppress(OSError, ValueError):  # of those that were not made, too
                 place.rmdir()
     if problem:
         raise XzooError(f"cannot write to {path}: {problem}; give another folder{option and f' with {option}'}")
