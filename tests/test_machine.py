@@ -209,7 +209,8 @@ def test_own_threads_leave_this_process_as_it_was():
 
 
 FORK = """
-import os, sys, torch
+import os, signal, sys, torch
+told = sys.argv[1] == "told"
 from xzoo import ExpanderConv2d, ExpanderLinear, ops
 torch.set_num_threads(2)
 conv, linear = ExpanderConv2d(32, 32, 3, padding=1, degree=8), ExpanderLinear(256, 128, degree=32)
@@ -217,23 +218,32 @@ images, rows = torch.rand(64, 32, 16, 16, requires_grad=True), torch.rand(512, 2
 def run():
     found = b""
     for layer, x in ((conv, images), (linear, rows)):
-        with ops.backend("native"):
-            y = layer(x)
-            grads = torch.autograd.grad(y, [x, layer.weight], torch.ones(()).expand(y.shape).contiguous())
+        with ops.backend("native"), torch.set_grad_enabled(told):
+            y, grads = layer(x), []
+            if told:
+                grads = torch.autograd.grad(y, [x, layer.weight], torch.ones(()).expand(y.shape).contiguous())
         found += b"".join(t.detach().numpy().tobytes() for t in (y, *grads))
     return found
 want = run()
 child = os.fork()
 if not child:
-    torch.set_num_threads(1) if sys.argv[1] == "told" else None
+    signal.alarm(120)  # ends a child that hangs
+    torch.set_num_threads(1) if told else None
     os._exit(0 if run() == want else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_x_layers_compute_in_a_fork_as_before_it():
-    """README's way: the child says that it is alone. Forwards and both gradients, after two threads have run."""
-    command = [sys.executable, "-W", "ignore", "-c", FORK, "told"]
+@pytest.mark.parametrize("child", ["told", "untold"])
+def test_x_layers_compute_in_a_fork_as_before_it(child):
+    """After two threads have run: forwards and both gradients where the child says that it is alone, else forwards."""
+    command = [sys.executable, "-W", "ignore", "-c", FORK, child]
     told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert told.stdout.split() == ["0", "True"], told.stderr
+
+
+def test_python_within_another_program_has_no_arguments():
+    code = "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; print(xzoo.machine._is_command())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
+    assert told.stdout.strip() == "False", told.stderr
