@@ -87,7 +87,7 @@ def save(
         reason = files.why(error, draft / "probe")
         if reason is None:
             raise
-        kept = "what it held before is kept" if folder.exists() else "nothing is left of it"
+        kept = "what it held before is kept" if folder.exists() else "no file was written"
         raise XzooError(f"cannot write {folder}: {reason}; {kept}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -16,12 +16,12 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import nn
 
 from ..errors import DataError, ModelError, XzooError
+from ..files import write_text
 from ..hub import folder as model_folder
 from ..machine import cores, own_threads
 from ..models import create_model
 from .folders import image_files
 from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
-from .run import write_text
 
 
 @dataclass(frozen=True)
