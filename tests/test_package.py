@@ -24,7 +24,7 @@ STAIR = (
     {"convert", "theory", "drawing", "lettering", "profile", "deploy", "weights"},
     {"layers"},
     {"ops", "graphs"},
-    {"errors", "options", "home", "names", "network", "files"},
+    {"errors", "options", "home", "names", "network", "files", "machine"},
 )
 # Of the modules of one step, which may import which.
 BESIDE = {
@@ -35,6 +35,7 @@ BESIDE = {
     ("deploy", "profile"),
     ("drawing", "profile"),
     ("files", "errors"),
+    ("files", "names"),
 }
 
 
