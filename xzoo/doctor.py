@@ -28,7 +28,7 @@ def doctor() -> dict[str, str]:
         "torch": f"{torch.__version__}, which uses {torch.backends.cpu.get_cpu_capability()}",
         "CPU": hardware(torch.device("cpu")),
         "vectors": _vectors(),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch",
         "backends": ", ".join(ops.available()),
         "cache": str(home()),
     }
@@ -42,7 +42,7 @@ def doctor() -> dict[str, str]:
         "library": str(found.path),
     }
     if reason := _not_better(record["level"], record["refused"]):
-        facts["not better"] = reason
+        facts["limited by"] = reason
     if found.skipped:
         facts["not used"] = "; ".join(found.skipped)
     return facts
