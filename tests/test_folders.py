@@ -96,6 +96,15 @@ def test_what_is_no_name_of_a_part():
         assert part_of(name) is None, name
 
 
+@pytest.mark.parametrize(
+    "word", "seg segmented data dataset set split part images imgs pictures photos pics cropped final 1 2026".split()
+)
+def test_long_names_are_read_at_once(word):
+    """What a camera or a program makes of digits, and what people repeat: two readings a word would take for ever."""
+    assert part_of(word * (200 // len(word))) is None
+    assert part_of(word * 20 + "train" + word * 20) == "train"
+
+
 def test_of_three_parts_the_test_is_not_used_and_told(tmp_path):
     for part in ("Train", "Valid", "Test"):
         classes(tmp_path / part)
@@ -131,6 +140,28 @@ def test_a_locomotive_is_a_class(tmp_path):
     classes(tmp_path / "deep" / "train", ("steam", "diesel"))
     with pytest.raises(DataError, match=r"train/ may be a part, or a class as bus, car; .*another name"):
         read_folder(tmp_path / "deep")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("invalid", "valid"), ("dev", "prod"), ("ant", "bee", "val"), ("blurred", "broken", "valid")],
+)
+def test_a_flat_val_is_a_class(tmp_path, names):
+    """Images to validate on need labels. So it was before parts could have other names."""
+    classes(tmp_path, names)
+    layout = accounted(tmp_path)
+    assert layout.classes == list(names) and layout.val is None and len(layout.train) == 4 * len(names)
+    (val,) = {"valid", "dev", "val"} & set(names)
+    told = f"{val}/ is read as a class, beside {', '.join(name for name in names if name != val)}"
+    assert layout.remarks == [told]
+    # With a part that has classes to validate, it is a class beside those.
+    classes(tmp_path / "test", names)
+    layout = accounted(tmp_path)
+    assert layout.classes == list(names) and len(layout.train) == len(layout.val) == 4 * len(names)
+    # A test part without labels is what it is called.
+    draw(tmp_path / "test1" / "0.png")
+    with pytest.raises(DataError, match="test1/ may be a part"):
+        read_folder(tmp_path)
 
 
 def test_a_test_part_is_never_trained_on(tmp_path):

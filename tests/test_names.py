@@ -1,6 +1,7 @@
 """Names in any script and any encoding: in lines, in files, in pictures, on any terminal, in cards."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from xzoo import cli, drawing, theory
+from xzoo.doctor import doctor
 from xzoo.errors import DataError, XzooError
 from xzoo.hub import check, export, save
 from xzoo.models import create_model
@@ -24,6 +26,7 @@ from xzoo.names import code, encoded, escaped, markdown, say, shown, to_yaml
 from xzoo.train import figures, pictures
 from xzoo.train.classify import Prediction, write_csv
 from xzoo.train.compare import compare
+from xzoo.train.data import ImageFolder
 from xzoo.train.finetune import _run_name, finetune
 from xzoo.train.results import COLUMNS
 from xzoo.train.sources import ImageData, Images, Item, hold_out, read
@@ -345,6 +348,29 @@ def test_a_run_on_hard_names_and_pictures_that_cannot_be_drawn(make_folder, tmp_
     folder = export(run, tmp_path / "out", timed=False)
     check(folder)
     assert "curves.png" not in (folder / "README.md").read_text() and not (folder / "curves.png").exists()
+
+
+def test_what_a_data_module_tells_is_as_it_is(make_folder, tmp_path, capsys):
+    data = make_folder(("a", "a/:cat: \x1b[31m", "b"), each=4)
+    ImageFolder(str(data), img_size=32, workers=0)
+    told = capsys.readouterr().err
+    assert r"a/:cat: \x1b[31m" in told and "\x1b" not in told
+
+
+def test_errors_and_facts_of_the_machine_are_lines(tmp_path, capsys, monkeypatch):
+    """Names of files that the operating system refuses, and of folders that the environment names."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a\nb\x1b[31m")
+
+    monkeypatch.setattr(cli, "_run", full)
+    assert cli.main(["list"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("XZOO_HOME", str(tmp_path / "a\nb\x1b[31m"))
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert r"a\nb\x1b[31m" in told and "\x1b" not in told and len(told.splitlines()) == len(doctor())
 
 
 def test_a_table_of_results_is_written_whatever_becomes_of_the_pictures(tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import xzoo
+from xzoo.errors import first_line
 
 ROOT = Path(xzoo.__file__).parent
 
@@ -28,6 +29,7 @@ STAIR = (
 )
 # Of the modules of one step, which may import which.
 BESIDE = {
+    ("network", "errors"),
     ("ops", "graphs"),
     ("drawing", "theory"),
     ("drawing", "lettering"),
@@ -100,6 +102,13 @@ def test_public_names_are_these():
 def test_errors_are_one_family(name):
     assert issubclass(getattr(xzoo, name), xzoo.XzooError)
     assert issubclass(xzoo.XzooError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("", "RuntimeError"), (" \n ", "RuntimeError"), ("\n a\nb", "a"), ("one line", "one line")]
+)
+def test_the_first_line_of_an_error_is_never_empty(text, told):
+    assert first_line(RuntimeError(text)) == told
 
 
 def test_import_only_defines():

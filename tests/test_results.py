@@ -214,6 +214,20 @@ def test_a_malformed_line_is_named(path, old, new, message):
             act(path)
 
 
+def test_what_keeps_a_row_out_is_told_in_words_and_nothing_is_lost(path):
+    resource = pytest.importorskip("resource")
+    append(path, a_row())
+    held = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(held), hard))
+    try:
+        with pytest.raises(XzooError, match=r"cannot write .*ulimit -f.*; the rows that it had are kept"):
+            append(path, a_row(seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == held
+
+
 def test_a_table_that_is_none_is_named(path):
     with pytest.raises(XzooError, match=r"cannot read .*results.csv: No such file"):
         read(path)

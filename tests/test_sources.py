@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xzoo.errors import DataError
-from xzoo.train.sources import Item, hold_out, identical, read
+from xzoo.train.sources import Item, _from_rows, hold_out, identical, read
 
 
 def names(part) -> list[str]:
@@ -299,6 +299,25 @@ def test_a_test_part_in_parquet_is_not_trained_on(tmp_path, test):
     write_parquet(tmp_path / test, as_rows(12)[8:], [0, 1] * 2)
     data = read(tmp_path)
     assert (len(data.train), len(data.val)) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "judge"),
+    [
+        (("dev", "test"), "dev"),
+        (("dev", "val"), "val"),
+        (("valid", "validation"), "validation"),
+        (("holdout", "test"), "test"),
+    ],
+)
+def test_which_part_validates_is_one_rule_for_folders_and_tables(make_folder, tmp_path, parts, judge):
+    make_folder(each=3, where="all/train")
+    for seed, part in enumerate(parts, 1):
+        make_folder(each=2, where=f"all/{part}", seed=seed)
+    assert {name.partition("/")[0] for name in names(read(tmp_path / "all").val)} == {judge}
+    rows = {part: [(f"{part}:{i}", b"", i) for i in range(2)] for part in ("train", *parts)}
+    listing = _from_rows("data", rows, ["a", "b"])
+    assert {item.name.partition(":")[0] for item in listing.val or []} == {judge}
 
 
 def write_parquet(

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             print("xzoo: this is a bug in xzoo; please report it with the lines above", file=sys.stderr)
             return 1
-        print(f"xzoo: error: {fault}", file=sys.stderr)
+        print(f"xzoo: error: {shown(fault)}", file=sys.stderr)
         with suppress(OSError, ValueError):
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -381,13 +381,13 @@ def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
             raise XzooError("give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org")
         for folder in publish.folders() if args.all else [args.folder]:
             done = publish.publish(folder, args.org, args.repo, args.private, args.dry_run)
-            files = ", ".join(done.changed) or "nothing"
+            changed = ", ".join(done.changed) or "nothing"
             if args.dry_run:
-                print(f"{done.repo}: {files} would be sent")
+                print(shown(f"{done.repo}: {changed} would be sent"))
                 continue
-            print(f"{done.repo} {done.version}: {files} sent; commit {done.commit}")
+            print(shown(f"{done.repo} {done.version}: {changed} sent; commit {done.commit}"))
             for name, sha in done.sha256.items():
-                print(f"  {sha}  {name}")
+                print(shown(f"  {sha}  {name}"))
             if done.registered:
                 print("  entered in xzoo/weights.json")
 
@@ -448,7 +448,7 @@ def _doctor(parser: ArgumentParser) -> Callable[[Namespace], None]:
         facts = doctor()
         width = max(map(len, facts)) + 2
         for name, fact in facts.items():
-            print(f"{name:<{width}}{fact}")
+            print(shown(f"{name:<{width}}{fact}"))
 
     return run
 

@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .convert import computed_tensors, dense_form, read_by_methods
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .layers import ExpanderConv2d, ExpanderLinear
 from .profile import copy_of, refuse_unsized, unwrapped
 
@@ -198,7 +198,7 @@ def _pairs(model: nn.Module, what: str, reads_matter: bool) -> Iterator[tuple[st
     try:
         nodes = tracer.trace(shadow, _defaults(shadow)).nodes
     except Exception as error:  # of whatever class the model's own code raises on a proxy
-        _logger.warning("nothing is %s: torch.fx cannot trace the model (%s)", what, str(error).partition("\n")[0])
+        _logger.warning("nothing is %s: torch.fx cannot trace the model (%s)", what, first_line(error))
         return
     modules = dict(model.named_modules(remove_duplicate=False))
     names = Counter(map(id, modules.values()))

@@ -41,7 +41,7 @@ def doctor() -> dict[str, str]:
         "flags": " ".join(record["flags"]),
         "library": str(found.path),
     }
-    if reason := _not_better(record["level"], record["refused"]):
+    if reason := _limited_by(record["level"], record["refused"]):
         facts["limited by"] = reason
     if found.skipped:
         facts["not used"] = "; ".join(found.skipped)
@@ -57,7 +57,7 @@ def _vectors() -> str:
     return f"{best}, held to it by ATEN_CPU_CAPABILITY={held}" if held in native.HELD else best
 
 
-def _not_better(level: str, refused: list[str]) -> str:
+def _limited_by(level: str, refused: list[str]) -> str:
     if refused and level != next(iter(native.levels()), ""):
         return refused[0]
     if os.environ.get("ATEN_CPU_CAPABILITY", "") in native.HELD:

@@ -24,3 +24,9 @@ class ModelError(XzooError):
 
 class DataError(XzooError):
     """Images, folders or labels cannot be used as they are."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, of whatever library; the name of its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import XzooError
+from .errors import XzooError, first_line
 from .names import encoded
 
 _WORDS = {
@@ -28,7 +28,7 @@ _TORN = "unexpected pos|PytorchStreamWriter|iostream error|file write failed"
 
 def reason(error: OSError) -> str:
     """Why the operating system refused, in words, without the name of a file."""
-    told = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = error.strerror or first_line(error)
     words = _WORDS.get(error.errno or 0)
     return f"{words} ({told})" if words else told
 
@@ -53,7 +53,7 @@ def why(error: BaseException, draft: Path) -> str | None:
             os.fsync(file.fileno())
     except OSError as refusal:
         return reason(refusal)
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = first_line(error)
     return f"the disk took only a part of it ({first})" if re.search(_TORN, first) else None
 
 

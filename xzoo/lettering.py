@@ -24,6 +24,7 @@ from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 from rich.console import Console
 
+from .errors import first_line
 from .names import cut, escape, is_unseen, say, shown
 
 FAMILY = "DejaVu Sans"  # comes with matplotlib
@@ -94,8 +95,7 @@ def spared(what: object, console: Console) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of matplotlib, its fonts, Pillow, the disk
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        say(console, f"{what} is not drawn: {reason[0]}")
+        say(console, f"{what} is not drawn: {first_line(error)}")
 
 
 # ---- fonts

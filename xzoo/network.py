@@ -21,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import first_line
+
 ANSWER = 5.0  # seconds for a server to begin its answer
 STALL = 30.0  # seconds without a byte that end a download whose client gives none itself
 
@@ -217,8 +219,7 @@ def _told(error: BaseException, url: str, seconds: float) -> str:
             return f"{place.netloc} refuses connections{through}"
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
         return f"{place.netloc} did not answer within {seconds:g} seconds{through}"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{place.netloc} broke off{through}: {first}"
+    return f"{place.netloc} broke off{through}: {first_line(error)}"
 
 
 def _through(place: urllib.parse.SplitResult) -> str:

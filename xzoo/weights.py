@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import files, graphs, network
-from .errors import ModelError, XzooError
+from .errors import ModelError, XzooError, first_line
 from .home import home
 
 _logger = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ def _entry(name: str, row: Mapping[str, Any]) -> Entry:
             raise ValueError(f"{what} {value!r}")
     if row.get("commit") is not None and not _COMMIT.fullmatch(row["commit"]):
         raise ValueError(f"commit {row['commit']!r} is not 40 hexadecimal digits")
-    files = {file: Pin(row["files"][file]["sha256"], row["files"][file]["size"]) for file in (CONFIG, WEIGHTS)}
-    return Entry(name, files, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
+    pins = {file: Pin(row["files"][file]["sha256"], row["files"][file]["size"]) for file in (CONFIG, WEIGHTS)}
+    return Entry(name, pins, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
 
 
 def write(name: str, row: Mapping[str, Any]) -> None:
@@ -192,10 +192,10 @@ def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | Non
     return _parsed(entry, found, path, "Hub" if "Hub" in sources else "cache")
 
 
-def _parsed(entry: Entry, files: Mapping[str, bytes], path: Path, source: str) -> Found:
+def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str) -> Found:
     try:
-        config = json.loads(files[CONFIG])
-        state = safetensors.torch.load(files[WEIGHTS])
+        config = json.loads(contents[CONFIG])
+        state = safetensors.torch.load(contents[WEIGHTS])
         if config["architecture"] != entry.architecture:
             raise ModelError(f"{path}: these are weights of {config['architecture']}, not of {entry.architecture}")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -203,7 +203,7 @@ def _parsed(entry: Entry, files: Mapping[str, bytes], path: Path, source: str) -
             raise
         raise ModelError(f"{path} is no model that can be read: {type(error).__name__}: {error}") from error
     check_fingerprint(config, state, str(path))
-    _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(files[WEIGHTS]))
+    _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(contents[WEIGHTS]))
     return Found(entry, config, state, path, source)
 
 
@@ -278,7 +278,7 @@ class Hub:
             except Exception as error:
                 if last or network.unreachable() or not _passes(error):
                     raise self._error(name, error) from error
-                _logger.warning("%s/%s: %s; once more", self.repo, name, network.failure() or _first_line(error))
+                _logger.warning("%s/%s: %s; once more", self.repo, name, network.failure() or first_line(error))
                 continue
             data = path.read_bytes()
             if pin.fits(data):
@@ -313,7 +313,7 @@ class Hub:
         text = explained(error, self.repo, self.commit, name)
         if text is None and isinstance(error, OSError) and error.errno is not None:
             text = f"cannot write {what} to {self.cache}: {files.reason(error)}"
-        return ModelError(text or f"cannot get {what} from {self.endpoint}: {_first_line(error)}")
+        return ModelError(text or f"cannot get {what} from {self.endpoint}: {first_line(error)}")
 
 
 def explained(error: BaseException, repo: str, revision: str | None = None, file: str | None = None) -> str | None:
@@ -348,7 +348,7 @@ def explained(error: BaseException, repo: str, revision: str | None = None, file
     unanswered = (httpx.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
     failure = network.failure()
     if any(isinstance(cause, unanswered) for cause in causes) or (failure and failure.startswith("the proxy")):
-        failure = failure or _first_line(error)
+        failure = failure or first_line(error)
         if "HF_HUB_OFFLINE" in failure:
             return f"{what} is not in the cache, and {failure}"
         return f"cannot get {what} from {endpoint}, and it is not in the cache: {failure}; check the connection"
@@ -371,11 +371,6 @@ def _read(path: Path) -> bytes | None:
     with suppress(OSError):
         return path.read_bytes()
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _sha256(data: bytes) -> str:

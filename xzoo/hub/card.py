@@ -18,10 +18,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from .. import weights
+from .. import files, weights
 from ..deploy import deploy
 from ..errors import XzooError
-from ..files import reason, write_text
+from ..files import write_text
 from ..models import create_model
 from ..names import code, encoded, escaped, markdown, shown
 from ..ops.tune import alternate
@@ -151,7 +151,7 @@ def _put(place: Path, new: str) -> bool:
         if place.is_file() and place.read_text(encoding="utf-8") == new:
             return False
     except OSError as error:
-        raise XzooError(f"cannot read {place}: {reason(error)}") from error
+        raise XzooError(f"cannot read {place}: {files.reason(error)}") from error
     write_text(place, new)
     return True
 

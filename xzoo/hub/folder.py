@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..drawing import draw_layers
-from ..errors import ModelError, XzooError
+from ..errors import ModelError, XzooError, first_line
 from ..models import create_model
 from ..names import cut, encoded, shown, to_yaml
 from ..profile import profile
@@ -112,7 +112,7 @@ def load(folder: Path | str) -> nn.Module:
     except XzooError:
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder} is no model folder that can be read: {_first_line(error)}") from error
+        raise ModelError(f"{folder} is no model folder that can be read: {first_line(error)}") from error
     check_fingerprint(config, weights, str(folder / WEIGHTS))
     _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
     names = model.pretrained_cfg.get("label_names")
@@ -158,7 +158,7 @@ def export(
         config = json.loads((run / "model" / CONFIG).read_text(encoding="utf-8"))
         result["top1"] = result["top1"] if "top1" in result else 100 * result["accuracy"]
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise XzooError(f"{run} is no run that can be read: {_first_line(error)}") from error
+        raise XzooError(f"{run} is no run that can be read: {first_line(error)}") from error
     draft = to.with_name(f".{to.name}.{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)
@@ -296,7 +296,3 @@ def _replace(new: Path, place: Path) -> None:
 
 def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return dict(config) if config else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

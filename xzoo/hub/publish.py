@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils import build_hf_headers, get_session, httpx, validate_repo_id
 
 from .. import network, weights
-from ..errors import XzooError
+from ..errors import XzooError, first_line
 from ..files import check_file
 from ..names import encoded
 from . import card
@@ -203,14 +203,15 @@ def _tagged(api: HfApi, repo: str, commit: str) -> str:
 def _explained(repo: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is no repository's name: {str(error).splitlines()[0]}"
+        return f"{repo!r} is no repository's name: {first_line(error)}"
     if status in (401, 403):
         return f"the token may not write to {repo}; make one that may, and set HF_TOKEN"
     if status == 412:
         return f"somebody else has published to {repo} in the meantime; look at it, and publish again"
     if isinstance(error, UnicodeEncodeError):
         return "the token of the Hub is not plain ASCII; set HF_TOKEN again, or run `hf auth login`"
-    first = (str(error).strip().splitlines() or [""])[0]
+    kind, told = type(error).__name__, first_line(error)
     # What network.bounded raises says all by itself.
-    what = first if isinstance(error, errors.OfflineModeIsEnabled) else f"{type(error).__name__}: {first}"
-    return f"publishing {repo} to {constants.ENDPOINT} was cut short ({what}); publish again"
+    if told != kind and not isinstance(error, errors.OfflineModeIsEnabled):
+        told = f"{kind}: {told}"
+    return f"publishing {repo} to {constants.ENDPOINT} was cut short ({told}); publish again"

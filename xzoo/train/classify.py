@@ -15,11 +15,12 @@ from rich.console import Console
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from ..errors import DataError, ModelError, XzooError
+from ..errors import DataError, ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
 from ..machine import cores, own_threads
 from ..models import create_model
+from ..names import say
 from .folders import image_files
 from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
@@ -90,7 +91,7 @@ def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
     console = Console(stderr=True)
     for kind in found.keys() - own.keys():
         text = f"{told_range(kind, found[kind])}, as the largest of these images; the model has no range for them"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
     return found | own
 
 
@@ -116,7 +117,7 @@ def load_any(model: str) -> nn.Module:
     except XzooError:
         raise
     except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"no weights for {model}: {reason}; give a run folder, or a model that has weights") from error
 
 
@@ -177,5 +178,5 @@ def device_named(name: str) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise XzooError(f"device={name}: {str(error).splitlines()[0]}; try --device cpu") from error
+        raise XzooError(f"device={name}: {first_line(error)}; try --device cpu") from error
     return torch.device(name)

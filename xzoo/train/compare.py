@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import XzooError
-from ..files import atomic, check_folder, write_text
+from ..files import atomic, check_folder, reason, write_text
 from ..lettering import spared
 from ..names import code
 from ..names import markdown as plain
@@ -45,7 +45,7 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise XzooError(f"cannot write to {out}: {error.strerror}") from error
+        raise XzooError(f"cannot write to {out}: {reason(error)}") from error
     files = []
     write_text(out / "results.md", markdown(summaries, figures))
     with spared("a picture of the results", Console(stderr=True)):

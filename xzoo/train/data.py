@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from ..errors import XzooError
 from ..machine import cores
+from ..names import say
 from .order import AUGMENT, EvalOrder, Resumable, TrainOrder, key, standing
 from .sources import ImageData, Images, read
 
@@ -227,7 +228,7 @@ class ImageModule(pl.LightningDataModule):
 def _tell(root: str, data: ImageData) -> None:
     console = Console(stderr=True)
     for text in (*data.remarks, data.account()):
-        console.print(f"{root}: {text}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{root}: {text}")
 
 
 class ImageFolder(ImageModule):

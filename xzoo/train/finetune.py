@@ -25,7 +25,7 @@ from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..errors import ModelError, XzooError
+from ..errors import ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
 from ..lettering import spared
@@ -292,7 +292,7 @@ def _build(arguments: dict[str, Any], name: str) -> Classifier:
         if not arguments["pretrained"]:
             raise
         # Network, cache and format: many libraries, many classes.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"no weights for {name}: {reason}; --pretrained false trains from scratch") from error
 
 

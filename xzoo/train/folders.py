@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import reason
 
 # What people call images. Pillow reads HEIC only with a plug-in: without it, it is reported.
 SUFFIXES = frozenset(
@@ -56,13 +57,15 @@ TWICE = "reached twice through links"
 
 FLAT = "images lie in it directly; put those of each class into a sub-folder"
 
+VAL_NAMES = ("val", "validation", "valid", "test")  # usual names of what validates, the first that is there
 _PARTS = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing", "holdout", "heldout"),
 }
 _KINDS = {word: kind for kind, words in _PARTS.items() for word in words}
-_BESIDE = "(?:seg|segmented|data|dataset|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9]+)*"
+# Repeated, and so that a text can be read in one way only: the time to refuse one grows exponentially with two.
+_BESIDE = "(?:seg|segmented|data|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9])*"
 _PART = re.compile(f"{_BESIDE}({'|'.join(sorted(_KINDS, key=len, reverse=True))}){_BESIDE}")
 
 
@@ -96,9 +99,9 @@ def part_of(name: str) -> str | None:
 
 
 def rank(name: str, kind: str | None = None) -> tuple[bool, int, str]:
-    """Order of what may validate: val, validation, valid, other names of that kind, and test last."""
-    usual, lower = ("val", "validation", "valid"), name.lower()
-    place = usual.index(lower) if lower in usual else len(usual)
+    """Order of what may validate: val, validation, valid, other names of that kind; then test, and others of its."""
+    lower = name.lower()
+    place = VAL_NAMES.index(lower) if lower in VAL_NAMES else len(VAL_NAMES)
     return (kind or part_of(name)) == "test", place, name
 
 
@@ -302,8 +305,8 @@ def listed(place: Place) -> Content:
     try:
         return place.content
     except OSError as error:
-        reason = f"{place.path} cannot be listed ({error.strerror or error})"
-        raise DataError(f"{reason}; make it readable, or move it out of the data") from error
+        told = f"{place.path} cannot be listed ({reason(error)})"
+        raise DataError(f"{told}; make it readable, or move it out of the data") from error
 
 
 def below(folder: Path, name: str, why: str, detail: str) -> list[LeftOut]:
@@ -455,6 +458,13 @@ class _Reader:
                 return self.parts(place, trains, judges)
             self.remarks.append(f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}")
             return self.classes(place, subs), None
+        if others:
+            # Images to validate on have labels, so that a flat val/ is none of those parts; a flat test/ may be one.
+            flat = [judge for judge in self.of_kind(judges, "val") if not self.subs(judge)]
+            beside = few([other.base for other in others])
+            self.remarks += [f"{judge.shown} is read as a class, beside {beside}" for judge in flat]
+            judges = [judge for judge in judges if judge not in flat]
+            others = [sub for sub in subs if sub not in judges]
         if judges and others:
             return self.classes_and_judges(place, others, judges)
         if len(subs) == 1 and not listed(subs[0]).images:

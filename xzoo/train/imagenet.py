@@ -33,17 +33,17 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import DataError, XzooError
+from ..errors import DataError, XzooError, first_line
 from ..files import atomic
 from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
 from .data import Loader, Views, batch_bytes
-from .folders import SUFFIXES, check_same_classes, few
+from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .results import DATASETS
-from .sources import VAL_NAMES, Images, Item, list_images, split_of
+from .sources import Images, Item, list_images, split_of
 
 HUB = "ILSVRC/imagenet-1k"
 MEMORY = 4 << 30  # bytes of parquet files up to which their images are kept, encoded
@@ -212,7 +212,7 @@ def _hub(root: str) -> Contents:
     try:
         splits = datasets.load_dataset(root)
     except Exception as error:  # network, permission and format errors of many libraries
-        raise DataError(f"{root}: the library datasets gave: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{root}: the library datasets gave: {first_line(error)}") from error
     val = next((name for name in VAL_NAMES if name in splits), None)
     if val is None or "train" not in splits:
         raise DataError(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .folders import no_regular_file
 
 Pixels = NDArray[np.uint8]
@@ -129,7 +129,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     # Pillow's readers meet a broken file with a dozen classes of exception (OSError, SyntaxError, ValueError,
     # struct.error, a bomb's warning made an error, ...), and every one means the same: not an image for us.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         reason = reason.split(" <_io.")[0].split(f" '{name}'")[0]
         raise DataError(f"{name}: {reason}") from error
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import XzooError
+from ..files import reason
 
 HARDWARE = "hardware"  # the folder of files that say where a recipe runs, not what it computes
 
@@ -114,7 +115,7 @@ def copy(name: str, to: Path | str) -> list[Path]:
     except shutil.SameFileError:
         raise XzooError(f"{to} is where {name} stands; choose another folder") from None
     except OSError as error:
-        raise XzooError(f"cannot copy to {to}: {error.strerror or error}") from error
+        raise XzooError(f"cannot copy to {to}: {reason(error)}") from error
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import network
-from ..errors import DataError
+from ..errors import DataError, first_line
+from ..files import reason
 from ..machine import cores
 from ..names import encoded, rejoined
 from . import folders
 from .folders import LeftOut, few, part_of, same_letters
 from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
-VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there is used
 HELD_OUT = 0.2
 # Kinds of reasons for which an image is left out, beside those of folders.py.
 UNREADABLE = "cannot be read"
@@ -162,7 +162,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
         ranges = grey_ranges(_threaded(lambda item: grey_peak(item.source), items, "looking for deep images"))
         kept, skipped, sides = _decode(items, at_least, memory, ranges)
     _check_broken(str(data), items, kept, skipped)
-    left_out = [LeftOut(name, UNREADABLE, reason) for name, reason in skipped]
+    left_out = [LeftOut(name, UNREADABLE, detail) for name, detail in skipped]
     facts = [told_range(kind, full) for kind, full in ranges.items()]
 
     used = [item for item in kept if item is not None]
@@ -298,7 +298,7 @@ def list_images(data: str) -> Listing:
         try:
             return _folder_or_tables(path)
         except OSError as error:
-            raise DataError(f"{data}: {error.strerror or error}") from error
+            raise DataError(f"{data}: {reason(error)}") from error
     if os.path.exists(path):  # which is also False for a name that is too long
         raise DataError(f"{data} is a file; give a folder with one sub-folder a class, or of parquet files")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data):
@@ -366,15 +366,15 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
 
     parts: dict[str, list[Row]] = {}
     classes: list[str] | None = None
-    folders: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     for file in files:
         split = split_of(file)
-        if folders.setdefault(split, file.parent) != file.parent:
-            raise DataError(f"{root}: {split} is in {folders[split]} and in {file.parent}; give one of them")
+        if places.setdefault(split, file.parent) != file.parent:
+            raise DataError(f"{root}: {split} is in {places[split]} and in {file.parent}; give one of them")
         try:
             rows, names = _table(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: no parquet file that can be read ({str(error).splitlines()[0]})") from error
+            raise DataError(f"{file}: no parquet file that can be read ({first_line(error)})") from error
         if classes is not None and names != classes:
             raise DataError(f"{file}: its class names differ from those of {files[0].name}")
         classes = names
@@ -463,8 +463,8 @@ def _hub(name: str) -> Listing:
         try:
             splits = datasets.load_dataset(name)
         except Exception as error:  # network, permission, script and format errors of many libraries
-            reason = contact.failure or (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{name}: no folder here, and the Hub gave: {reason}") from error
+            told = contact.failure or first_line(error)
+            raise DataError(f"{name}: no folder here, and the Hub gave: {told}") from error
     parts: dict[str, list[Row]] = {}
     classes: list[str] | None = None
     for split, rows in splits.items():
@@ -503,8 +503,8 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
         raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
-    others = sorted((split for split in items if part_of(split) in ("val", "test")), key=folders.rank)
-    val = next((split for split in (*VAL_NAMES, *others) if items.get(split)), None)
+    judges = sorted((split for split in items if part_of(split) in ("val", "test")), key=folders.rank)
+    val = next((split for split in judges if items[split]), None)
     remarks += [f"{s} is not used" for s in sorted(items) if s not in ("train", val)]
     return Listing(classes, items["train"], items[val] if val else None, remarks=remarks)
 
@@ -563,14 +563,14 @@ def _check_broken(
     """
     if not skipped:
         return
-    name, reason = skipped[0]
+    first = "{} ({})".format(*skipped[0])
     if len(skipped) == len(items):
-        raise DataError(f"{data}: none of its {len(items)} images can be read; the first: {name} ({reason})")
+        raise DataError(f"{data}: none of its {len(items)} images can be read; the first: {first}")
     allowed = max(3, len(items) // 100)
     if len(skipped) > allowed:
         raise DataError(
             f"{data}: {len(skipped)} of {len(items)} images cannot be read, more than {allowed}; "
-            f"mend or remove them; the first: {name} ({reason})"
+            f"mend or remove them; the first: {first}"
         )
 
 

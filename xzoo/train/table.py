@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import XzooError
+from ..files import reason
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def read(path: Path, table: type[T], key: Callable[[T], Any] = id) -> list[T]:
         with _locked(path, "rb") as file:
             return _parse(file.read() or b"", path, table, key)
     except OSError as error:
-        raise XzooError(f"cannot read {path}: {error.strerror}") from error
+        raise XzooError(f"cannot read {path}: {reason(error)}") from error
 
 
 def append(path: Path, row: T, key: Callable[[T], Any] = id) -> bool:
@@ -101,7 +102,7 @@ def append(path: Path, row: T, key: Callable[[T], Any] = id) -> bool:
             head = "" if held else header(type(row))
             _write(file, head + _line(_texts(row)), len(held))
     except OSError as error:
-        raise XzooError(f"cannot write {path}: {error.strerror}; the rows that it had are kept") from error
+        raise XzooError(f"cannot write {path}: {reason(error)}; the rows that it had are kept") from error
     return True
 
 
