@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import xzoo
+from xzoo import network
 
 MakeFolder = Callable[..., Path]
 
@@ -55,3 +57,16 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return root
 
     return make
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that each request was given, in order; what they add up to is the longest that a call can wait."""
+    seconds, in_time = [], network._in_time
+
+    def spy(limit: float, work: Any) -> Any:
+        seconds.append(limit)
+        return in_time(limit, work)
+
+    monkeypatch.setattr(network, "_in_time", spy)
+    return seconds

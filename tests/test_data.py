@@ -16,6 +16,7 @@ from torch import nn
 from xzoo.errors import DataError, XzooError
 from xzoo.train import data
 from xzoo.train.data import ImageModule
+from xzoo.train.imagenet import stacked
 from xzoo.train.order import EvalOrder, TrainOrder, key, keys, permutation
 from xzoo.train.sources import read
 
@@ -147,12 +148,30 @@ def test_batch_norm_never_meets_one_image(photos):
 # ---- what a machine has too little of
 
 
-def test_batches_come_through_pipes_where_shared_memory_is_small(photos, monkeypatch, tmp_path, caplog):
-    wanted = torch.cat(batches(ImageModule(photos, CONFIG, batch_size=4, workers=0), 1))
+@pytest.fixture
+def small_shared_memory(monkeypatch, tmp_path):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda place: full)
     monkeypatch.setattr(data, "SHARED", tmp_path)
     monkeypatch.setattr(data, "_say_once", data._say_once.__wrapped__)
+
+
+def test_a_batch_through_pipes_lies_in_memory_as_any_other(photos, small_shared_memory):
+    """The caller's collate makes it: ImageNet's leaves images pixel by pixel."""
+    views = data.Views(photos.val, ImageModule(photos, CONFIG).eval_transform, None)
+    found = []
+    for workers in (0, 2):
+        loader = data.Loader(views, EvalOrder(len(views), 4), workers, stacked, batch_bytes=10**6)
+        assert loader._by_pipe == (workers > 0)
+        found.append(list(loader))
+    for (here, labels), (piped, same) in zip(*found, strict=True):
+        assert torch.equal(here, piped) and torch.equal(labels, same)
+        assert here.stride() == piped.stride() and labels.dtype == same.dtype
+        assert piped.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_come_through_pipes_where_shared_memory_is_small(photos, small_shared_memory, caplog):
+    wanted = torch.cat(batches(ImageModule(photos, CONFIG, batch_size=4, workers=0), 1))
     module = ImageModule(photos, CONFIG, batch_size=4, workers=2)
     assert torch.equal(torch.cat(batches(module, 1)), wanted)
     assert all(kind is torch.Tensor for batch in module.val_dataloader() for kind in map(type, batch))

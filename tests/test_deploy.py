@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import xzoo
-from xzoo.deploy import deploy, fold, fuse
+from xzoo.deploy import Proof, _fold_norms, _fuse_activations, deploy
 from xzoo.errors import ModelError
 from xzoo.layers import ExpanderConv2d, ExpanderLinear
 
@@ -99,7 +99,7 @@ def test_what_is_used_elsewhere_too_stays():
         for norm in (model.norm1, model.norm2, model.norm3, model.norm4, model.norm6):
             nn.init.uniform_(norm.running_mean)
         before = model(x)
-        assert fold(model, x) == 1 and isinstance(model.norm6, nn.Identity)
+        assert _fold_norms(Proof(model, x)) == 1 and isinstance(model.norm6, nn.Identity)
         torch.testing.assert_close(model(x), before)
 
 
@@ -115,7 +115,7 @@ class Branching(nn.Module):
 def test_what_cannot_be_traced_stays_and_is_told(caplog):
     model = Branching().eval()
     assert (
-        fold(model, torch.ones(1, 3, 2, 2)) == 0
+        _fold_norms(Proof(model, torch.ones(1, 3, 2, 2))) == 0
         and "torch.fx cannot trace the model" in caplog.text
         and norms(model) == 1
     )
@@ -148,10 +148,10 @@ def activations(model: nn.Module) -> list[str]:
 def test_activations_that_follow_are_fused(name, activation, others):
     model = trained(name)
     x = torch.randn(2, 3, 32, 32)
-    fold(model, x)
+    _fold_norms(Proof(model, x))
     with torch.no_grad():
         before = model(x)
-        done = fuse(model, x)
+        done = _fuse_activations(Proof(model, x))
         torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
         found = activations(model)
         assert found.count(activation) == done > 0 and found.count("") == others
@@ -181,7 +181,7 @@ def test_activations_that_are_used_elsewhere_too_stay():
     model, x = Followed().eval(), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
         before = model(x)
-        assert fuse(model, x) == 1 and activations(model) == ["", "", "", "", "relu"]
+        assert _fuse_activations(Proof(model, x)) == 1 and activations(model) == ["", "", "", "", "relu"]
         torch.testing.assert_close(model(x), before)
 
 

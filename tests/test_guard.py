@@ -52,7 +52,11 @@ def guard(folder, *args, **environment):
     # Threads that wait do not spin, which beside other work takes most of the time.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
     command = [sys.executable, str(GUARD), *map(str, args), "--note", str(note)]
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # An hour is far more than these take, but for as many cases as somebody asks for.
+    limit = None if CASES else 3600 + SECONDS
+    run = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
+    )
     shown = f"{run.stdout[-3000:]}\nexit code {run.returncode} in the case {note.read_text() if note.exists() else '-'}"
     return run.returncode, run.stdout.strip().rpartition("\n")[2], shown
 
@@ -218,7 +222,7 @@ print("done")
 
 def test_weight_gradients_of_strided_1x1_kernels_of_few_channels(tmp_path):
     # oneDNN's kernel for them, in channels_last, writes beside its memory, or leaves the result wrong (oneDNN#6035).
-    run = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True, timeout=600)
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr[-2000:]
 
 
@@ -248,6 +252,6 @@ print("done")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc")
 def test_a_process_without_memory_goes_on_after_a_memory_error():
-    run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=600)
     said = "no memory for what the native kernels keep of a layer of x [16, 128, 96, 96], weight [4, 2, 3, 3], share 1"
     assert run.stdout.splitlines() == [f"{said}: take a smaller batch"] * 2 + ["done"], run.stderr[-2000:]

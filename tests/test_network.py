@@ -1,15 +1,14 @@
 """A network that is dead in any way costs seconds and one line; and whoever else uses the client notices nothing.
 
 Over loopback alone: sockets that refuse, accept and say nothing, or drop what comes; small servers that answer
-something else than a Hub does; a Hub. The seconds are fewer here than a user's 5, and the bounds are wide: before,
-each of these took 20 to 50 seconds.
+something else than a Hub does; a Hub. The seconds are fewer here than a user's 5. What is counted is the requests: a
+server that is dead is asked once, where the Hub's client asks it again and again, each time for longer.
 """
 
 import http.server
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -114,7 +113,7 @@ def dead(kind: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, "getaddrinfo", unknown)
     elif kind == "names are looked up for ever":
         host = "nowhere.invalid"
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: threading.Event().wait(30))
     elif kind == "another protocol":
         scheme, port = "https", stack.enter_context(server(Answer))
     elif kind == "sign-in page":
@@ -150,20 +149,21 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [TIMM, "hf-hub:lab/net"])
-def test_a_dead_network_is_one_line_in_seconds(name, kind, monkeypatch, capsys):
+def test_a_dead_network_is_one_line_in_seconds(name, kind, monkeypatch, capsys, asked):
     with ExitStack() as stack:
         dead(kind, stack, monkeypatch)
-        began = time.monotonic()
         with pytest.raises(ModelError, match=KINDS[kind]) as caught:
             create_model(name, pretrained=True)
-        assert time.monotonic() - began < 10
+    # Who answers at all is asked for each name that the weights may have.
+    most = {"sign-in page": 2, "busy": 2, "no proxy at all": 0}.get(kind, 1)
+    assert set(asked) <= {1.0} and len(asked) <= most
     told = str(caught.value)
     assert "\n" not in told and len(told) < 400 and "secret" not in told
     assert "Retrying" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["classify", "inspect", "finetune"])
-def test_every_command_that_asks_the_hub(command, monkeypatch, capsys, make_folder, tmp_path):
+def test_every_command_that_asks_the_hub(command, monkeypatch, capsys, make_folder, tmp_path, asked):
     photos = make_folder(each=3)
     arguments = {
         "classify": ["classify", TIMM, str(photos)],
@@ -172,9 +172,8 @@ def test_every_command_that_asks_the_hub(command, monkeypatch, capsys, make_fold
     }
     with ExitStack() as stack:
         dead("accepts and says nothing", stack, monkeypatch)
-        began = time.monotonic()
         code = main(arguments[command])
-        assert time.monotonic() - began < 20  # of which 1 for the network
+    assert asked == [1.0]
     last = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and last.startswith("xzoo: error: cannot get ") and "did not answer" in last
 
@@ -189,16 +188,15 @@ def test_offline_mode_is_called_so(monkeypatch, capsys, tmp_path):
         assert "connection" not in told
 
 
-def test_weights_at_a_bare_address(monkeypatch, tmp_path):
+def test_weights_at_a_bare_address(monkeypatch, tmp_path, asked):
     """As some twenty models of timm have them: torch.hub gives a server no time at all."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
     with ExitStack() as stack:
         address = f"http://127.0.0.1:{listening(stack, 20)}/resnet.pth"
         sources = {"url": address, "hf_hub_id": None}
-        began = time.monotonic()
         with pytest.raises(ModelError, match="did not answer within 1 seconds; check the connection"):
             create_model("resnet10t", pretrained=True, pretrained_cfg_overlay=sources)
-        assert time.monotonic() - began < 10
+    assert asked == [1.0]
 
 
 # ---- a Hub that answers

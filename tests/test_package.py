@@ -37,6 +37,7 @@ BESIDE = {
     ("deploy", "profile"),
     ("drawing", "profile"),
     ("files", "errors"),
+    ("files", "names"),
 }
 
 

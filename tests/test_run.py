@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from xzoo import weights
 from xzoo.errors import XzooError
-from xzoo.files import check_file, check_folder
-from xzoo.train.run import MetricsFile, atomic, claimed, read_metrics, write_text
+from xzoo.files import atomic, check_file, check_folder, write_text
+from xzoo.hub import card
+from xzoo.train.run import MetricsFile, claimed, read_metrics
 
 
 def _fail_writing(target: Path, error: Exception) -> None:
@@ -59,7 +62,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from xzoo.hub import save
 from xzoo.models import create_model
-from xzoo.train.run import AtomicCheckpointIO, atomic, write_text
+from xzoo.files import atomic, write_text
+from xzoo.train.run import AtomicCheckpointIO
 place, weights = Path(sys.argv[1]), {"w": torch.zeros(1_000_000)}
 def to_safetensors():
     with atomic(place / "w.safetensors") as draft:
@@ -89,7 +93,7 @@ def test_a_full_disk_is_called_so(tmp_path):
     full = "the disk is full (No space left on device)"
     names = ("last.ckpt", "w.safetensors", "text", "model")
     for line, name in zip(lines, names, strict=True):
-        kept = "what it held before is kept" if name == "last.ckpt" else "nothing is left of it"
+        kept = "what it held before is kept" if name == "last.ckpt" else "no file was written"
         assert line == f"XzooError: cannot write {tmp_path / name}: {full}; {kept}"
 
 
@@ -106,9 +110,10 @@ def test_what_cannot_be_written_is_found_before(check, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     good = {check_file: ("new", "file", "link"), check_folder: ("new", "folder", "a/b/c")}[check]
-    bad = {check_file: ("folder", "a/b", "file/x", "n" * 250), check_folder: ("file", "file/x", "link", "n" * 300)}[
-        check
-    ]
+    bad = {
+        check_file: ("folder", "a/b", "file/x", "n" * 250),
+        check_folder: ("file", "file/x", "link", "n" * 300, "a/b/" + "n" * 300),
+    }[check]
     for name in good:
         check(tmp_path / name)
     for name in (*bad, "a\0b"):
@@ -166,3 +171,26 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[3] == {"step": 3, "epoch": 1, "train/loss": 0.25}
     assert rows[2] == {"step": 2, "epoch": 0, "train/loss": pytest.approx(0.8)}
+
+
+def test_the_table_of_weights_and_a_card_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """The limit of a file's size ends the write in its middle."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(weights, "TABLE", tmp_path / "weights.json")
+    for name in ("weights.json", "README.md"):
+        (tmp_path / name).write_text("{}")
+    row = {"repo": "lab/net", "commit": "0" * 40, "cfg": {"long": "x" * 50_000}, "files": {}}
+    row["files"] = {name: {"sha256": "0" * 64, "size": 1} for name in (weights.CONFIG, weights.WEIGHTS)}
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        for write in (
+            lambda: weights.write("x_vgg16_c16.test_r32", row),
+            lambda: card._put(tmp_path / "README.md", "x" * 50_000),
+        ):
+            with pytest.raises(XzooError, match="cannot write .*ulimit -f.*; what it held before is kept"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"weights.json": "{}", "README.md": "{}"}

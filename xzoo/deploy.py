@@ -91,20 +91,6 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     return fast
 
 
-def fold(model: nn.Module, example: Tensor) -> int:
-    """Fold every batch norm of a model in eval mode that directly follows its layer, in place; returns how many.
-
-    Those stay that follow something else (a sum, an activation: DenseNet's first in each layer), or a layer that is
-    called, read or trained in more than one place. A model that torch.fx cannot trace stays as it is.
-    """
-    return _fold_norms(Proof(model, example))
-
-
-def fuse(model: nn.Module, example: Tensor) -> int:
-    """Let every X-layer do the relu or relu6 module that directly follows it, in place; returns how many do."""
-    return _fuse_activations(Proof(model, example))
-
-
 class Proof:
     """What a model gives before anything is changed; `holds` tells whether it still does.
 
@@ -179,6 +165,11 @@ def _change(proof: Proof, changes: Mapping[str, Change], done: str) -> list[str]
 
 
 def _fold_norms(proof: Proof) -> int:
+    """Fold every batch norm of a model in eval mode that directly follows its layer, in place; returns how many.
+
+    Those stay that follow something else (a sum, an activation: DenseNet's first in each layer), or a layer that is
+    called, read or trained in more than one place. A model that torch.fx cannot trace stays as it is.
+    """
     changes: dict[str, Change] = {}
     for layer, norm in _pairs(proof.models[0], "folded", reads_matter=True):
         parts = [proof.models[0].get_submodule(name) for name in (layer, norm)]
@@ -188,6 +179,7 @@ def _fold_norms(proof: Proof) -> int:
 
 
 def _fuse_activations(proof: Proof) -> int:
+    """Let every X-layer do the relu or relu6 module that directly follows it, in place; returns how many do."""
     changes: dict[str, Change] = {}
     for layer, act in _pairs(proof.models[0], "fused", reads_matter=False):
         parts = [proof.models[0].get_submodule(name) for name in (layer, act)]

@@ -1,15 +1,16 @@
-"""Whether something can be written, found out before the work, and why it could not be, in words.
-
-Not here: writing itself (train/run.py: atomic).
-"""
+"""Files that are written whole or not at all; whether one can be, found out before the work; why not, in words."""
 
 import errno
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import XzooError, first_line
+from .names import encoded
 
 _WORDS = {
     errno.ENOSPC: "the disk is full",
@@ -56,6 +57,41 @@ def why(error: BaseException, draft: Path) -> str | None:
     return f"the disk took only a part of it ({first})" if re.search(_TORN, first) else None
 
 
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    Beside it and synced, because a move from another file system is a copy that a kill can cut in two.
+    Raises: XzooError when it cannot be written (full disk, permissions); what was there before stays.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            yield draft
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except XzooError:
+            raise
+        # torch's writer turns a full disk into a RuntimeError, safetensors into an error of its own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause = why(error, draft)
+            if cause is None:
+                raise
+            kept = "what it held before is kept" if path.exists() else "no file was written"
+            raise XzooError(f"cannot write {path}: {cause}; {kept}") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """In UTF-8; bytes of names that are none are written as they were."""
+    with atomic(path) as draft:
+        draft.write_bytes(encoded(text))
+
+
 def check_file(path: Path | str, option: str = "") -> None:
     """Raise XzooError unless a file can be written there, into a folder that exists; before the work, not after it.
 
@@ -82,8 +118,8 @@ def check_folder(path: Path | str, option: str = "") -> None:
     except (OSError, ValueError) as error:
         problem = _why(error)
     finally:
-        with suppress(OSError, ValueError):
-            for place in made:
+        for place in made:
+            with suppress(OSError, ValueError):  # of those that were not made, too
                 place.rmdir()
     if problem:
         raise XzooError(f"cannot write to {path}: {problem}; give another folder{option and f' with {option}'}")

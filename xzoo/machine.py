@@ -1,4 +1,4 @@
-"""What the machine lends this process: its share of the CPUs, torch's threads, and how long they wait awake.
+"""CPUs and threads that this process may use: its share of the machine, and how long threads wait awake.
 
 Imported before torch by the package itself, since OpenMP's library reads its environment when it is loaded.
 """
@@ -32,7 +32,8 @@ def wait_briefly() -> None:
 
 def _is_command() -> bool:
     """Whether this process is `xzoo ...` or `python -m xzoo ...`."""
-    return Path(sys.argv[0]).stem == "xzoo" or ("-m", "xzoo") in pairwise(sys.orig_argv)
+    program = sys.argv[0] if sys.argv else ""  # Python within another program may have none
+    return Path(program).stem == "xzoo" or ("-m", "xzoo") in pairwise(sys.orig_argv)
 
 
 # ---- CPUs

@@ -14,7 +14,6 @@ hashed is what is parsed. Only safetensors are: no pickle can get in. Not here: 
 import hashlib
 import json
 import logging
-import os
 import re
 import urllib.error
 from collections.abc import Mapping
@@ -113,14 +112,7 @@ def write(name: str, row: Mapping[str, Any]) -> None:
     """Put a row into weights.json, whole or not at all; rows are sorted by name."""
     _entry(name, row)
     table = json.loads(TABLE.read_text(encoding="utf-8")) | {name: dict(row)}
-    draft = TABLE.with_name(f".{TABLE.name}.{os.getpid()}.part")
-    try:
-        draft.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, TABLE)
-    except OSError as error:
-        raise XzooError(f"cannot write {TABLE}: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    files.write_text(TABLE, json.dumps(dict(sorted(table.items())), indent=1) + "\n")
 
 
 def row(folder: Path, repo: str | None = None, commit: str | None = None, version: str | None = None) -> dict[str, Any]:

@@ -20,9 +20,9 @@ import torch
 
 from .. import files
 from ..errors import XzooError
+from ..files import atomic
 from ..ops.tune import Times
 from ..profile import hardware
-from ..train.run import atomic
 
 Case = TypeVar("Case")
 MACS = 30e9  # in a second, of one thread: a first guess at how long something takes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import XzooError
-from ..train.run import atomic
+from ..files import atomic
 from .figures import Figure, check_file
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from .. import weights
+from .. import files, weights
 from ..deploy import deploy
 from ..errors import XzooError
+from ..files import write_text
 from ..models import create_model
 from ..names import code, encoded, escaped, markdown, shown
 from ..ops.tune import alternate
@@ -149,9 +150,9 @@ def _put(place: Path, new: str) -> bool:
     try:
         if place.is_file() and place.read_text(encoding="utf-8") == new:
             return False
-        place.write_bytes(encoded(new))
     except OSError as error:
-        raise XzooError(f"cannot write {place}: {error.strerror}") from error
+        raise XzooError(f"cannot read {place}: {files.reason(error)}") from error
+    write_text(place, new)
     return True
 
 

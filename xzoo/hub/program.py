@@ -6,7 +6,6 @@ operations: there every X-layer is a dense one, with as many weights and MACs as
 
 import copy
 import importlib.util
-import os
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -41,8 +40,7 @@ def write(model: nn.Module, file: Path | str) -> str:
         raise XzooError(f"{missing[0]} is not installed; `pip install 'xzoo[export]'`")
     net = cast(Any, model).cpu().eval()
     images = golden_input(net.pretrained_cfg["input_size"], 3)
-    draft = file.with_name(f".{file.stem}.{os.getpid()}.part{file.suffix}")
-    try:
+    with files.atomic(file) as draft:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parts of torch that its exporters call
             found = _onnx(net, images, draft) if file.suffix == ".onnx" else _pt2(net, images, draft)
@@ -51,16 +49,6 @@ def write(model: nn.Module, file: Path | str) -> str:
         if found.shape != wanted.shape or not error <= 1e-4 * max(1.0, float(wanted.abs().max())):
             raise XzooError(f"{file} is not written: its outputs differ from the model's by {error:.1e}")
         size = draft.stat().st_size
-        os.replace(draft, file)
-    except XzooError:
-        raise
-    except (OSError, RuntimeError) as problem:
-        reason = files.why(problem, draft)
-        if reason is None:
-            raise
-        raise XzooError(f"cannot write {file}: {reason}") from problem
-    finally:
-        draft.unlink(missing_ok=True)
     form = "no X-layers"
     if layers := len(graphs_of(net)):
         dense = "are dense here, with the weights and MACs of the dense twin"
@@ -85,5 +73,7 @@ def _onnx(net: nn.Module, images: Tensor, file: Path) -> Tensor:
 
 def _pt2(net: nn.Module, images: Tensor, file: Path) -> Tensor:
     program = torch.export.export(net, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, file)
-    return torch.export.load(file).module()(images)
+    with open(file, "wb") as new:  # a name would have to end in .pt2
+        torch.export.save(program, new)
+    with open(file, "rb") as written:
+        return torch.export.load(written).module()(images)

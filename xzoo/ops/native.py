@@ -291,7 +291,7 @@ def build(flags: list[str]) -> ctypes.CDLL:
 
 def _build(flags: list[str], again: bool = False) -> Built:
     if os.name != "posix":
-        raise BuildError("they are for Linux and macOS")
+        raise BuildError("the kernels can be built on Linux and macOS only")
     return compiled(SOURCE, _variants(flags), _opened, again)
 
 

@@ -16,13 +16,13 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import nn
 
 from ..errors import DataError, ModelError, XzooError, first_line
+from ..files import write_text
 from ..hub import folder as model_folder
 from ..machine import cores, own_threads
 from ..models import create_model
 from ..names import say
 from .folders import image_files
 from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
-from .run import write_text
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import XzooError
-from ..files import check_folder, reason
+from ..files import atomic, check_folder, reason, write_text
 from ..lettering import spared
 from ..names import code
 from ..names import markdown as plain
 from . import results as tables
 from .figures import AUTHORS, US, Point, count, draw, exact
 from .results import DATASETS, DENSE, Published, Summary
-from .run import atomic, write_text
 
 
 def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) -> list[Path]:

@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ..errors import XzooError
 from ..machine import cores
@@ -88,6 +88,7 @@ class Loader(Resumable, DataLoader[Any]):
     pipes, which is slower, and a line says so.
 
     Args:
+        collate: makes a batch of (image, label) pairs; in the workers, or here where they use pipes.
         batch_bytes: of the images of one batch.
     Raises: XzooError while iterating, where a worker is ended by the system or cannot be started.
     """
@@ -101,13 +102,12 @@ class Loader(Resumable, DataLoader[Any]):
         batch_bytes: int = 0,
     ) -> None:
         self._by_pipe = workers > 0 and _too_small(batch_bytes * (PREFETCHED * workers + 2))
-        if self._by_pipe:
-            collate = _arrays
+        self._collate = collate or default_collate
         super().__init__(
             views,
             batch_sampler=order,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=_arrays if self._by_pipe else self._collate,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own: a DataLoader draws the workers' base seed when iteration begins, else from the global stream.
@@ -120,7 +120,7 @@ class Loader(Resumable, DataLoader[Any]):
     def _watched(self) -> Iterator[Any]:
         try:
             for batch in super().__iter__():
-                yield tuple(map(torch.from_numpy, batch)) if self._by_pipe else batch
+                yield self._collate([(torch.from_numpy(x), y) for x, y in batch]) if self._by_pipe else batch
         except XzooError:
             raise
         except (RuntimeError, OSError, MemoryError) as error:
@@ -141,9 +141,9 @@ _MACHINE = (
 )
 
 
-def _arrays(samples: list[tuple[Tensor, int]]) -> tuple[Any, Any]:
-    """A batch as numpy arrays, which go through a worker's pipe; torch collates in shared memory there."""
-    return np.stack([image.numpy() for image, _ in samples]), np.array([label for _, label in samples])
+def _arrays(samples: list[tuple[Tensor, int]]) -> list[tuple[Any, int]]:
+    """Images as numpy arrays, which go through a worker's pipe; torch collates in shared memory there."""
+    return [(image.numpy(), label) for image, label in samples]
 
 
 def _too_small(needed: int) -> bool:

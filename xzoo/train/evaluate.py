@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import XzooError
-from ..files import check_file, check_folder
+from ..files import check_file, check_folder, write_text
 from ..machine import own_threads
 from ..names import say
 from .parse import RecipeCLI, is_first, launched
-from .run import LAST, quiet, write_text
+from .run import LAST, quiet
 from .task import Classifier
 
 PREDICTIONS = "predictions.csv"

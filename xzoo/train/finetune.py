@@ -26,6 +26,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..errors import ModelError, XzooError, first_line
+from ..files import write_text
 from ..hub import folder as model_folder
 from ..lettering import spared
 from ..machine import own_threads
@@ -50,7 +51,6 @@ from .run import (
     read_metrics,
     refuse_other,
     steps_of,
-    write_text,
 )
 from .sources import ImageData, check_name, read
 from .task import Classifier

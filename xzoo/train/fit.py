@@ -26,7 +26,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..errors import XzooError
-from ..files import check_file
+from ..files import check_file, write_text
 from ..hub import folder as model_folder
 from ..lettering import spared
 from ..machine import own_threads
@@ -50,7 +50,6 @@ from .run import (
     read_metrics,
     refuse_other,
     steps_of,
-    write_text,
 )
 from .run import fit as run_fit
 from .task import Classifier

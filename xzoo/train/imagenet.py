@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError, XzooError, first_line
+from ..files import atomic
 from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
@@ -42,7 +43,6 @@ from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .results import DATASETS
-from .run import atomic
 from .sources import Images, Item, list_images, split_of
 
 HUB = "ILSVRC/imagenet-1k"

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..files import atomic, write_text
 from ..lettering import NUMBERED, Picture, class_labels
 from ..names import cut, escaped, shown
-from .run import atomic, write_text
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 RIGHT, WRONG = "#2f855a", "#c53030"

@@ -9,7 +9,6 @@ Everything that a run leaves is here, so that the folder alone is enough to resu
 
 import csv
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -24,49 +23,13 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from safetensors import SafetensorError
 
 from .. import files
 from ..errors import XzooError
-from ..names import encoded
+from ..files import atomic
 
 LOCK, CONFIG, RESULT, METRICS = ".lock", "config.yaml", "result.json", "metrics.csv"
 LAST = Path("checkpoints") / "last.ckpt"
-
-
-@contextmanager
-def atomic(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
-
-    Beside it and synced, because a move from another file system is a copy that a kill can cut in two.
-    Raises: XzooError when it cannot be written (full disk, permissions); what was there before stays.
-    """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            yield draft
-            with open(draft, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except XzooError:
-            raise
-        # torch's writer turns a full disk into a RuntimeError, safetensors into an error of its own.
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = files.why(error, draft)
-            if reason is None:
-                raise
-            kept = "what it held before is kept" if path.exists() else "nothing is left of it"
-            raise XzooError(f"cannot write {path}: {reason}; {kept}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """In UTF-8; bytes of names that are none are written as they were."""
-    with atomic(path) as draft:
-        draft.write_bytes(encoded(text))
 
 
 @contextmanager
