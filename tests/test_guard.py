@@ -176,15 +176,14 @@ def test_a_layer_that_the_kernels_do_not_do_is_refused_by_its_shapes():
     assert native.available()
     x, weight, rows = torch.ones(20, 8), torch.ones(4, 0), torch.zeros(4, 0).int()
     with pytest.raises(
-        ops.XzooError, match=r"x \[20, 8\], weight \[4, 0\], share 1 is none that the native kernels do"
+        ops.XzooError, match=r"do not support a layer of x \[20, 8\], weight \[4, 0\], share 1; use backend"
     ):
         native.linear_weight_grad(torch.ones(20, 4), x, weight, rows)
 
 
-@pytest.mark.parametrize(("batch", "height", "width"), [(2, 0, 5), (20, 5, 0), (1, 0, 0), (0, 3, 3)])
 @pytest.mark.parametrize("last", [False, True])
-def test_a_picture_without_pixels_has_results_without_and_gradients_of_zero(batch, height, width, last):
-    x, grad = torch.ones(batch, 8, height, width), torch.ones(batch, 4, height, width)
+def test_a_batch_without_pictures_has_results_without_and_gradients_of_zero(last):
+    x, grad = torch.ones(0, 8, 3, 3), torch.ones(0, 4, 3, 3)
     if last:
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     rows, geometry = torch.tensor([[0, 1, 2]] * 4), ((1, 1), (0, 0), (1, 1))
@@ -199,6 +198,16 @@ def test_a_picture_without_pixels_has_results_without_and_gradients_of_zero(batc
         dw = torch.ops.xzoo.conv2d_weight_grad(grad, x, weight, rows[::share], *name)
         assert dx.shape == x.shape and torch.equal(dw, torch.zeros_like(weight))
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("size", [(2, 8, 0, 5), (20, 8, 5, 0), (1, 8, 0, 0)])
+@pytest.mark.parametrize("backend", ["auto", "dense", "native"])
+def test_a_picture_without_pixels_is_refused_as_torch_does(size, backend):
+    x, weight, rows = torch.ones(size), torch.ones(4, 3, 1, 1), torch.tensor([[0, 1, 2]] * 4)
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.conv2d(x, torch.ones(4, 8, 1, 1))
+    with ops.backend(backend), pytest.raises(RuntimeError, match="only the batch may be empty"):
+        ops.conv2d(x, weight, rows)
 
 
 # ---- what torch's own convolutions do wrong

@@ -78,7 +78,7 @@ class Rank:
         progress = type("B", (), {"total": total})
         epoch_loop = type("E", (), {"batch_progress": progress})
         self.fit_loop = type("F", (), {"epoch_loop": epoch_loop})
-        self.global_rank, self.world_size = rank, world
+        self.global_rank, self.world_size, self.limit_train_batches = rank, world, 1.0
 
 
 def flat(lists: Iterable[list[int]]) -> list[int]:

@@ -158,7 +158,7 @@ def _refusal(answer: int, x: list[int], weight: list[int], share: int) -> Except
     layer = f"a layer of x {x}, weight {weight}, share {share}"
     if answer == 2:
         return MemoryError(f"no memory for what the native kernels keep of {layer}: take a smaller batch")
-    return XzooError(f"{layer} is none that the native kernels do; use backend 'dense'")
+    return XzooError(f"the native kernels do not support {layer}; use backend 'dense'")
 
 
 def _step(weight: Tensor, stride: tuple[int, int]) -> int:
