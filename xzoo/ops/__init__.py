@@ -325,22 +325,23 @@ def _register(operation: str, part: str) -> None:
 
     count = 4 + (3 if _GEOMETRY[operation] else 0)
 
-    def door(tensors):
-        """x, weight, neighbours and geometry of what was given; RuntimeError where they do not go together."""
+    def door(first, second, third, fourth, *geometry):
+        """x, weight and neighbours of what was given; RuntimeError where the tensors do not go together."""
         if part:
-            grad, x, weight, neighbours, *geometry = tensors
-            said = unfit(operation, x, weight, neighbours, None, grad, *geometry)
+            x, weight, neighbours = second, third, fourth
+            said = unfit(operation, x, weight, neighbours, None, first, *geometry)
         else:
-            x, weight, neighbours, bias, *geometry = tensors
-            said = unfit(operation, x, weight, neighbours, bias, None, *geometry)
+            x, weight, neighbours = first, second, third
+            said = unfit(operation, x, weight, neighbours, fourth, None)
         if said:
             raise RuntimeError(f"xzoo.ops.{name}: {said}")
-        return x, weight, neighbours, geometry
+        return x, weight, neighbours
 
     def run(*args):
         """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
         tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
-        x, weight, neighbours, geometry = door(tensors)
+        x, weight, neighbours = door(*tensors)
+        geometry = tensors[4:]
         if backend == "auto":
             backend = choose(name, x, weight, neighbours, *geometry)
         elif backend == "native":
@@ -359,9 +360,9 @@ def _register(operation: str, part: str) -> None:
         return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
 
     def fake(*args):
-        x, weight, _, geometry = door(args[:count])
+        x, weight, _ = door(*args[:count])
         like = weight if part == "_weight_grad" else x
-        shape = like.shape if part else output_shape(x, weight, *geometry)
+        shape = like.shape if part else output_shape(x, weight, *args[4:count])
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
     def flops(*args, out_shape=None, **kwargs):

@@ -112,22 +112,26 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
     if not sizes[0]:
         return result.zero_()
-    lying: list[Tensor] = []  # keeps what was made here until the call has ended
+    if neighbours.dtype != torch.int32:
+        rows = checked(readable(neighbours), sizes[1])
+        tensors = tuple(rows if t is neighbours else t for t in tensors)
+    lying: list[Tensor] = []  # keeps what is made here until the call has ended
     addresses: list[int | None] = []
-    for t in (*tensors, result):
+    for t in tensors:
         if t is None:
             addresses.append(None)
             continue
-        if t is neighbours and t.dtype != torch.int32:
-            t = checked(readable(t), sizes[1])
         # Activations lie in either order already; a layer's own tensors in one.
-        elif t is not x and t is not y and not t.is_contiguous():
+        if t is not x and t is not y and not t.is_contiguous():
             t = readable(t).contiguous()
+        address = t.data_ptr()
         short = t.untyped_storage().nbytes() < t.nbytes + 4 * t.storage_offset()
-        if short or t.is_neg() or not t.data_ptr():
+        if short or not address or t.is_neg():
             t = readable(t)
+            address = t.data_ptr()
         lying.append(t)
-        addresses.append(t.data_ptr())
+        addresses.append(address)
+    addresses.append(result.data_ptr())
     share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
     threads = torch.get_num_threads()
     layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, ACTIVATIONS[activation])

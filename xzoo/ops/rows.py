@@ -31,15 +31,15 @@ def unfit(
 
     Looks at types, devices and sizes alone, which takes some 2 us; values are the backends' to look at.
     """
-    dtype, device = x.dtype, x.device
-    if weight.dtype != dtype or weight.device != device:
+    dtype, cpu = x.dtype, x.is_cpu  # two CPU tensors are on one device; comparing devices takes thrice the time
+    if weight.dtype != dtype or not ((cpu and weight.is_cpu) or weight.device == x.device):
         return _apart(x, "weight", weight)
-    if bias is not None and (bias.dtype != dtype or bias.device != device):
+    if bias is not None and (bias.dtype != dtype or not ((cpu and bias.is_cpu) or bias.device == x.device)):
         return _apart(x, "bias", bias)
-    if grad is not None and (grad.dtype != dtype or grad.device != device):
+    if grad is not None and (grad.dtype != dtype or not ((cpu and grad.is_cpu) or grad.device == x.device)):
         return _apart(x, "grad", grad)
-    if neighbours.device != device:
-        return f"x is on {device}, neighbours on {neighbours.device}; they must be on the same device"
+    if not ((cpu and neighbours.is_cpu) or neighbours.device == x.device):
+        return f"x is on {x.device}, neighbours on {neighbours.device}; they must be on the same device"
     if neighbours.dtype not in INTEGERS:
         return f"neighbours are of {neighbours.dtype}; they must be integers, such as torch.int32"
     dims = 4 if operation == "conv2d" else 2
@@ -48,7 +48,7 @@ def unfit(
         form = "[B, C_in, H, W], weight [C_out, degree, kh, kw]" if dims == 4 else "[B, in], weight [out, degree]"
         given = f"x {list(inputs)}, weight {list(sizes)}, neighbours {list(rows)}"
         return f"{given}; they must be {form}, neighbours [outputs / share, degree]"
-    if 0 in inputs[1:]:
+    if not x.numel() and 0 in inputs[1:]:
         return f"x is {list(inputs)}; only the batch may be empty"
     n_out, degree = sizes[0], sizes[1]
     if rows[1] != degree or not rows[0] or n_out % rows[0] or not degree or not n_out:
