@@ -17,6 +17,7 @@ from products import NAMES, results
 
 from xzoo import graphs, layers, ops
 from xzoo.errors import XzooError
+from xzoo.ops import rows as rows_of
 from xzoo.ops import triton
 from xzoo.ops.auto import choose
 
@@ -176,7 +177,7 @@ def test_neighbour_out_of_range_is_refused():
 
 def test_kernels_read_nothing_that_is_not_there(monkeypatch):
     """Behind torch's back a graph may change after it was looked at: its missing inputs are then zeros."""
-    monkeypatch.setattr(triton, "_checked", lambda rows, n_in: rows.int())
+    monkeypatch.setattr(triton, "checked", lambda rows, n_in: rows.int())
     x, weight, rows, bias, grad, geometry = make(3, (1, 1), 8, 4, 9, 3, 2)
     around = torch.full((2, 11, 5, 4), math.nan, device=DEVICE).to(memory_format=torch.channels_last)
     around[:, 1:10] = x
@@ -289,9 +290,10 @@ def test_what_has_no_kernel_is_refused_in_one_line(share, dtype, dilation, said)
     ):
         ops.conv2d(x.to(dtype), weight.to(dtype), rows, None, (1, 1), (2, 2), (dilation, dilation))
     if dtype != torch.float64:  # gradients are refused as well
+        grad = (2, len(weight), 7 - 2 * dilation, 6 - 2 * dilation)
         with pytest.raises(XzooError, match=f"for conv2d with {said}"):
             torch.ops.xzoo.conv2d_input_grad(
-                *(torch.ones(2, len(weight), 5, 4), x.to(dtype), weight.to(dtype), rows, [1, 1], [1, 1]),
+                *(torch.ones(grad), x.to(dtype), weight.to(dtype), rows, [1, 1], [1, 1]),
                 *([dilation, dilation], "triton"),
             )
 
@@ -305,13 +307,13 @@ def test_it_is_listed_where_it_runs_and_never_chosen():
 
 def test_graphs_are_forgotten_with_their_tensors():
     gc.collect()  # torch.compile leaves some of other tests
-    before = len(triton._rows), len(triton._readers)
+    before = len(rows_of._checked), len(triton._readers)
     rows = torch.from_numpy(graphs.sample("group", 64, 32, 16, 8)).to(DEVICE)
     for kind in (rows, rows.long()):
         x = torch.randn(2, 64, device=DEVICE, requires_grad=True)
         with ops.backend("triton"):
             ops.linear(x, torch.randn(32, 16, device=DEVICE), kind).sum().backward()
-    assert (len(triton._rows), len(triton._readers)) == (before[0] + 2, before[1] + 2)
+    assert (len(rows_of._checked), len(triton._readers)) == (before[0] + 2, before[1] + 2)
     del rows, kind, x
     gc.collect()
-    assert (len(triton._rows), len(triton._readers)) == before
+    assert (len(rows_of._checked), len(triton._readers)) == before

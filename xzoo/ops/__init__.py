@@ -317,6 +317,7 @@ _TENSORS = {
     "_weight_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
 }
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {}  # what each one does
+_CHOSEN: dict[tuple, str] = {}  # what `auto` took, by the kind of tensors
 _GEOMETRY = {"conv2d": "SymInt[] stride, SymInt[] padding, SymInt[] dilation, ", "linear": ""}
 
 
@@ -337,17 +338,41 @@ def _register(operation: str, part: str) -> None:
             raise RuntimeError(f"xzoo.ops.{name}: {said}")
         return x, weight, neighbours
 
+    def chosen(x, weight, neighbours, other, geometry):
+        """The backend that `auto` takes, for tensors that go together; `other` is the bias, or a gradient's grad.
+
+        Remembered for tensors of the same kind, which answers both questions in a third of the time.
+        """
+        key = None
+        if x.is_cpu and x.layout is weight.layout is torch.strided:
+            kind = (name, geometry, native.loaded(), x.shape, x.dtype, x.is_contiguous())
+            weights = (weight.shape, weight.dtype, weight.is_cpu, neighbours.shape, neighbours.dtype, neighbours.is_cpu)
+            key = (kind, weights, other is not None and (other.shape, other.dtype, other.is_cpu))
+            if known := _CHOSEN.get(key):
+                return known
+        door(*((other, x, weight, neighbours) if part else (x, weight, neighbours, other)), *geometry)
+        known = choose(name, x, weight, neighbours, *geometry)
+        if key is not None and native.loaded() is key[0][2]:  # the first call of all loads the kernels
+            if len(_CHOSEN) >= 4096:  # sizes that change with each call
+                _CHOSEN.clear()
+            _CHOSEN[key] = known
+        return known
+
     def run(*args):
         """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
         tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
-        x, weight, neighbours = door(*tensors)
         geometry = tensors[4:]
+        if geometry and type(geometry[0]) is list:  # from torch's dispatcher
+            geometry = tuple(map(tuple, geometry))
         if backend == "auto":
-            backend = choose(name, x, weight, neighbours, *geometry)
-        elif backend == "native":
-            _native(operation, x, weight, *geometry)
-        elif backend == "triton":
-            triton.check(operation, x, weight, neighbours, *geometry)
+            x, weight, neighbours = tensors[1:4] if part else tensors[:3]
+            backend = chosen(x, weight, neighbours, tensors[0] if part else tensors[3], geometry)
+        else:
+            x, weight, neighbours = door(*tensors)
+            if backend == "native":
+                _native(operation, x, weight, *geometry)
+            elif backend == "triton":
+                triton.check(operation, x, weight, neighbours, *geometry)
         if backend != "native" and not x.is_meta:  # the native library looks by itself
             place = 3 if part else 2
             tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])

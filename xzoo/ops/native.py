@@ -227,6 +227,11 @@ def available() -> bool:
     return _loaded[0] is not None
 
 
+def loaded() -> ctypes.CDLL | None:
+    """The library, where a call has loaded it already."""
+    return _loaded[0] if _loaded else None
+
+
 def examine() -> Built | str:
     """How the kernels were built, or why there are none. A failure, also a remembered one, is tried again."""
     with _lock:
