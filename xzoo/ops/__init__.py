@@ -373,7 +373,7 @@ def _register(operation: str, part: str) -> None:
                 _native(operation, x, weight, *geometry)
             elif backend == "triton":
                 triton.check(operation, x, weight, neighbours, *geometry)
-        if backend != "native" and not x.is_meta:  # the native library looks by itself
+        if backend in ("dense", "gather") and not x.is_meta:  # our own kernels look by themselves
             place = 3 if part else 2
             tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])
         function = getattr(_known(backend), name)
