@@ -333,7 +333,9 @@ def process(code, home, **environment):
 
 def said(run):
     out, err = run.communicate(timeout=300)
-    return out.strip(), err.strip(), run.returncode
+    # On a slow machine a first build says that it lasts; test_native_build.py is about that.
+    lines = [line for line in err.splitlines() if "CPU kernels" not in line or "not available" in line]
+    return out.strip(), "\n".join(lines).strip(), run.returncode
 
 
 NATIVE = "\nwith ops.backend('native'): print(ops.linear(x, weight, rows).sum().item())"
