@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # How often a thread looks before it sleeps: some 0.3 ms, longer than the pauses between a network's layers. By
 # default it is 30 times as often; on a machine where other processes run, threads then burn the time that those
-# they wait for need: an epoch of `xzoo finetune digits` beside two busy processes took over 5 times as long as alone,
+# they wait for need: `xzoo finetune digits` beside two busy processes took 3 to over 5 times as long as alone,
 # and 2.3 times with this; alone it takes 1.3 times as long (2 cores of an EPYC, 2026-11, torch 2.14).
 SPINS = "10000"
 
