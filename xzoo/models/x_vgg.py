@@ -47,7 +47,7 @@ class VGG(PlainNet):
                 layers += [conv, nn.BatchNorm2d(width, **factory), nn.ReLU(inplace=True)]
                 channels = width
             taps.append((len(layers) - 1, channels, 2**level))
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         taps.append((len(layers) - 1, channels, 32))
         hidden = nn.Sequential(nn.Linear(512, 512, **factory), nn.ReLU(inplace=True))
         features = nn.Sequential(*layers)

@@ -205,13 +205,19 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        "train_macs": 3 * counts.macs * data.batch_size * steps,  # forwards, and twice that backwards
+        "train_macs": round(_macs_seen(net, task, data) * 3 * data.batch_size * steps),  # 1 forwards, 2 backwards
         "device": f"{trainer.world_size} x " * (trainer.world_size > 1) + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "xzoo": version("xzoo"),
         "commit": _commit(),
     }
+
+
+def _macs_seen(net: nn.Module, task: Classifier, data: Any) -> float:
+    """Multiply-adds of one image forwards, as the mean over a training in which images may grow."""
+    channels, _, full = data.input_size
+    return sum(share * profile(net, (channels, side, side)).macs for side, share in task.sides(full))
 
 
 # ---- what a run stands in

@@ -298,6 +298,13 @@ class InMemory(pl.LightningDataModule):
             x = x.contiguous(memory_format=torch.channels_last)
         return x, labels[places.numbers]
 
+    def sample(self, count: int) -> Tensor:
+        """About `count` training images, evenly over their order, as validation would show them: float32 on the CPU."""
+        self.setup()
+        images, _, colours = self._on("train", torch.device("cpu"))
+        chosen = images[:: max(1, len(images) // count)][:count]
+        return upscaled(normalised(chosen, colours), self.img_size)
+
     def _on(self, part: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and colours on a device, moved there once."""
         if (part, device) not in self._moved:
