@@ -67,7 +67,7 @@ def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
         eps: keeps directions in which patches hardly differ from being blown up.
     Raises: ModelError where the first layer is no dense convolution of C inputs, or has fewer than 2 filters.
     """
-    layer = _first_conv(net, images.shape[1])
+    layer = first_convolution(net, images.shape[1])
     weight = layer.weight
     values, vectors = torch.linalg.eigh(_second_moment(layer, images))  # ascending
     size = min(len(values), len(weight) // 2)
@@ -77,6 +77,28 @@ def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
         weight[: 2 * size] = torch.cat([filters, -filters]).to(weight)
         if layer.bias is not None:
             layer.bias.zero_()
+
+
+def first_convolution(net: nn.Module, channels: int) -> nn.Conv2d:
+    """The layer that `whiten` changes, for images of so many channels. Raises: ModelError as there."""
+    names = _first_convs(net)
+    if len(names) != 1:
+        told = "no first convolution" if not names else f"{len(names)} first convolutions, {', '.join(names)}"
+        raise ModelError(f"{type(net).__name__} has {told}; whitening needs one: leave it out")
+    layer = net.get_submodule(names[0])
+    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
+        kind = "a grouped Conv2d" if isinstance(layer, nn.Conv2d) else type(layer).__name__
+        raise ModelError(f"first layer {names[0]} is {kind}; whitening needs a dense nn.Conv2d: leave it out")
+    if layer.in_channels != channels:
+        raise ModelError(
+            f"first layer {names[0]} reads {layer.in_channels} channels and the images have {channels}; whitening "
+            f"needs images as the network sees them, or a model built with in_chans={channels}"
+        )
+    if layer.out_channels < 2:
+        raise ModelError(
+            f"first layer {names[0]} has {layer.out_channels} filter; whitening needs 2 or more, for both signs"
+        )
+    return layer
 
 
 def _has_identity(layer: nn.Module) -> bool:
@@ -105,27 +127,6 @@ def _first_convs(net: nn.Module) -> tuple[str, ...]:
     """Names of the layers that read the images: one, but for a few models of timm's."""
     names = cast(Any, net).pretrained_cfg.get("first_conv") or ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _first_conv(net: nn.Module, channels: int) -> nn.Conv2d:
-    names = _first_convs(net)
-    if len(names) != 1:
-        told = "no first convolution" if not names else f"{len(names)} first convolutions, {', '.join(names)}"
-        raise ModelError(f"{type(net).__name__} has {told}; whitening needs one: leave it out")
-    layer = net.get_submodule(names[0])
-    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
-        kind = "a grouped Conv2d" if isinstance(layer, nn.Conv2d) else type(layer).__name__
-        raise ModelError(f"first layer {names[0]} is {kind}; whitening needs a dense nn.Conv2d: leave it out")
-    if layer.in_channels != channels:
-        raise ModelError(
-            f"first layer {names[0]} reads {layer.in_channels} channels and the images have {channels}; whitening "
-            f"needs images as the network sees them, or a model built with in_chans={channels}"
-        )
-    if layer.out_channels < 2:
-        raise ModelError(
-            f"first layer {names[0]} has {layer.out_channels} filter; whitening needs 2 or more, for both signs"
-        )
-    return layer
 
 
 def _second_moment(layer: nn.Conv2d, images: Tensor) -> Tensor:
