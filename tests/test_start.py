@@ -257,6 +257,18 @@ def test_network_of_the_zoo_is_whitened_and_keeps_its_form():
     assert changed == {"features.0.weight"}  # its bias was zero
 
 
+def test_air_is_made_for_both():
+    net = timm.create_model("x_air94", num_classes=10)
+    assert identity_start(net) == (6, 24 + 2 * 128 + 3 * 512, 24 + 2 * 128 + 3 * 512)
+    images = photos(8, 3, 32, 32)
+    whiten(net, images, eps=1e-9)
+    filters = net.features[0].weight.detach().double().numpy().reshape(24, 12)
+    y = patches_of(images, net.features[0]) @ filters.T
+    # Both signs of 12 directions are all of the 24 filters.
+    both = np.kron([[1, -1], [-1, 1]], np.eye(12))
+    assert np.abs(y.T @ y / len(y) - both).max() < 1e-3
+
+
 @pytest.mark.parametrize(
     ("net", "match"),
     [
