@@ -26,7 +26,10 @@ _EXPANDED = (*(f"features.{i}" for i in (3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 3
 
 
 class VGG(PlainNet):
-    """VGG-16 with BatchNorm. Shape: [B, in_chans, 32, 32] -> [B, num_classes]; larger inputs are average-pooled."""
+    """VGG-16 with BatchNorm. Shape: [B, in_chans, 32, 32] -> [B, num_classes]; larger inputs are average-pooled.
+
+    Smaller ones pass too, down to 1 px: poolings round odd sizes up. At multiples of 32 px no size is odd.
+    """
 
     def __init__(
         self,

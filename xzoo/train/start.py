@@ -1,7 +1,7 @@
 """Initial values that a recipe asks for: layers that pass their inputs on, and a first one that whitens.
 
-Both come from Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv 2404.00498), sections 3.1
-and 3.2. A sparse layer passes its inputs on along a matching of its graph, which is ours.
+Both come from Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv 2404.00498). That a
+sparse layer passes its inputs on along a matching of its graph is ours.
 """
 
 from typing import Any, NamedTuple, cast
@@ -44,9 +44,9 @@ def identity_start(net: nn.Module) -> Identity:
         n_in, n_out, outputs, columns = _pairs(layer)
         with torch.no_grad():
             weight = cast(Tensor, layer.weight)
-            center = [size // 2 for size in weight.shape[2:]]  # none of a linear layer
+            taps: tuple[Any, ...] = (outputs, columns, *(size // 2 for size in weight.shape[2:]))
             weight[outputs] = 0
-            weight[(outputs, columns, *center)] = 1
+            weight[taps] = 1
             if layer.bias is not None:
                 cast(Tensor, layer.bias)[outputs] = 0
         layers, passed, possible = layers + 1, passed + len(outputs), possible + min(n_in, n_out)
@@ -79,35 +79,8 @@ def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
             layer.bias.zero_()
 
 
-def _has_identity(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d | ExpanderConv2d):
-        return layer.groups == 1 and all(size % 2 == 1 for size in layer.kernel_size)
-    return isinstance(layer, nn.Linear | ExpanderLinear)
-
-
-def _pairs(layer: nn.Module) -> tuple[int, int, Tensor, Tensor]:
-    """Numbers of inputs and outputs; matched outputs, and for each the column of its weights that its input has."""
-    weight = cast(Tensor, layer.weight)
-    n_out, columns = weight.shape[:2]
-    if not isinstance(layer, ExpanderConv2d | ExpanderLinear):
-        first = torch.arange(min(columns, n_out), device=weight.device)
-        return columns, n_out, first, first
-    neighbours = layer.neighbours.numpy(force=True)
-    wanted = graphs.matching(neighbours, layer._n_in, layer.share)
-    outputs = np.flatnonzero(wanted >= 0)
-    rows = neighbours[outputs // layer.share]
-    places = (rows == wanted[outputs, None]).argmax(axis=1)
-    found = (torch.from_numpy(array).to(weight.device) for array in (outputs, places))
-    return (layer._n_in, n_out, *found)
-
-
-def _first_convs(net: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that read the images: one, but for a few models of timm's."""
-    names = cast(Any, net).pretrained_cfg.get("first_conv") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def first_convolution(net: nn.Module, channels: int) -> nn.Conv2d:
+    """The layer that `whiten` changes, for images of so many channels. Raises: ModelError as there."""
     names = _first_convs(net)
     if len(names) != 1:
         told = "no first convolution" if not names else f"{len(names)} first convolutions, {', '.join(names)}"
@@ -126,6 +99,34 @@ def first_convolution(net: nn.Module, channels: int) -> nn.Conv2d:
             f"first layer {names[0]} has {layer.out_channels} filter; whitening needs 2 or more, for both signs"
         )
     return layer
+
+
+def _has_identity(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d | ExpanderConv2d):
+        return layer.groups == 1 and all(size % 2 == 1 for size in layer.kernel_size)
+    return isinstance(layer, nn.Linear | ExpanderLinear)
+
+
+def _pairs(layer: nn.Module) -> tuple[int, int, Tensor, Tensor]:
+    """Numbers of inputs and outputs; matched outputs, and for each the column of its weights that its input has."""
+    weight = cast(Tensor, layer.weight)
+    n_out, columns = weight.shape[:2]
+    if not isinstance(layer, ExpanderConv2d | ExpanderLinear):
+        first = torch.arange(min(columns, n_out), device=weight.device)
+        return columns, n_out, first, first
+    neighbours = layer.neighbours.numpy(force=True)
+    wanted = graphs.matching(neighbours, layer._n_in, layer.share)
+    outputs = np.flatnonzero(wanted >= 0)
+    rows = neighbours[outputs // layer.share]
+    places = (rows == wanted[outputs, None]).argmax(axis=1)
+    device = weight.device
+    return layer._n_in, n_out, torch.from_numpy(outputs).to(device), torch.from_numpy(places).to(device)
+
+
+def _first_convs(net: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that read the images: one, but for a few models of timm's."""
+    names = cast(Any, net).pretrained_cfg.get("first_conv") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _second_moment(layer: nn.Conv2d, images: Tensor) -> Tensor:
