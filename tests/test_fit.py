@@ -360,12 +360,13 @@ def wait(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
 
 
 def same_bits(one: Path, other: Path, kills: int = 1) -> None:
-    """Weights (averaged and raw), optimizer, and the loss of every step, which tells the order of the images.
+    """Weights (and their averages), optimizer, and the loss of every step, which tells the order of the images.
 
     Lightning hands a step's figures on after it has saved the step: a kill in between loses their row, and no more.
     """
     first, second = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (one, other))
-    for key in ("state_dict", "current_model_state"):
+    assert first.keys() == second.keys()
+    for key in {"state_dict", "current_model_state", "lookahead"} & first.keys():
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items()), key
     torch.testing.assert_close(first["optimizer_states"], second["optimizer_states"], rtol=0, atol=0)
     assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()

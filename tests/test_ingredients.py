@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_fit import arguments, data, resumed_are_the_same, saved_by_step, torchrun, free_port  # noqa: F401
+from test_fit import arguments, data, free_port, resumed_are_the_same, saved_by_step, torchrun  # noqa: F401
 from test_task import CONFIG, Rates, trainer
 from torch import nn
 
@@ -26,7 +26,7 @@ seed_everything: 0
 model:
   name: x_mobilenet050_c4
   optimizer: sgd
-  lr_base: 0.5
+  lr_base: 0.1
   momentum: 0.85
   weight_decay: 1.3e-3
   warmup_start: 0.2
@@ -36,7 +36,7 @@ model:
   norm_bias_lr: 8
   norm_momentum: 0.4
   lookahead: 2
-  ham: 10
+  ham: 0.01
   grow_sizes: [20, 24]
 data: {class_path: CIFAR10, init_args: {batch_size: 16, shift: 2, cutout: 4, flip: alternating}}
 trainer: {max_epochs: 3, accelerator: cpu, devices: 1, log_every_n_steps: 1}
@@ -203,12 +203,12 @@ def test_all_together_in_two_processes_is_one(recipe, data, tmp_path):  # noqa: 
     [
         ("--model.optimizer muon", "optimizer=muon: it takes a compact weight [out, degree] for a matrix"),
         ("--model.lookahead 5 --ema 0.9", "lookahead=5 beside EMA: two averages of the same weights"),
-        ("--model.lookahead -1", "lookahead=-1, ham=10: 0 for none"),
+        ("--model.lookahead -1", "lookahead=-1, ham=0.01: 0 for none"),
         ("--model.grow_sizes [40]", "grow_sizes: 40 pixels; use sides below those of the data, 32"),
         ("--model.grow_until 0", "grow_until=0: a share of the run"),
         ("--model.name x_vgg16_c16 --model.grow_sizes [0]", "grow_sizes: 0 pixels; use sides below"),
         ("--model.name densenetblur121d --model.grow_sizes [8]", "cannot take images of 8 pixels"),
-        ("--model.name vit_tiny_patch16_224 --model.whiten start", "whiten"),
+        ("--model.name mixer_s16_224.no_such --model.pretrained true", "whiten and identity_start would overwrite"),
         ("--model.pretrained true", "whiten and identity_start would overwrite trained weights"),
     ],
 )
@@ -225,7 +225,7 @@ def test_whitening_needs_images_in_memory(make_folder):
     from xzoo.train.sources import read
 
     photos = ImageModule(read(make_folder(each=12)), CONFIG, batch_size=8, workers=0)
-    with pytest.raises(ModelError, match="whiten: it looks at training images, which ImageModule does not keep"):
+    with pytest.raises(ModelError, match="whiten looks at training images, which ImageModule does not keep"):
         trainer().fit(Classifier(**NET | {"num_classes": 2}, whiten="start"), photos)
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.distributed import distribute_bn
-from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric
@@ -181,10 +181,11 @@ class Classifier(pl.LightningModule):
         self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(f"{name} has no single classifier layer to train; choose another model")
-        if "muon" in optimizer and any(isinstance(part, ExpanderConv2d | ExpanderLinear) for part in self.net.modules()):
+        sparse = any(isinstance(part, ExpanderConv2d | ExpanderLinear) for part in self.net.modules())
+        if sparse and "muon" in optimizer:
             raise ModelError(
-                f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but its columns are other "
-                "inputs in each row, so the result would depend on their order; use sgd or adamw, or a dense network"
+                f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but its columns are "
+                "other inputs in each row, so its steps would depend on their order; use sgd or a dense network"
             )
         if identity_start:
             start.identity_start(self.net)
@@ -310,53 +311,49 @@ class Classifier(pl.LightningModule):
         if stage == "fit":
             refuse_unsafe_averaging(self.trainer, self)
             refuse_unsafe_synchronising(self.trainer, self)
-            self._refuse_two_averages()
-            self._check_sizes()
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.check(self.trainer, data)
             if self.hparams["whiten"] and self.trainer.ckpt_path is None:
-                start.whiten(self.net, self._data("whiten").sample(5000))
+                start.whiten(self.net, data.sample(5000))
 
-    def _data(self, option: str) -> Any:
-        """The data module, for an option that cannot do without one of xzoo's."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if option == "whiten" and not hasattr(data, "sample"):
+    def check(self, trainer: pl.Trainer, data: Any) -> None:
+        """Raise ModelError where options do not go with the trainer's callbacks or the data module."""
+        hp = self.hparams
+        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if averages and hp["lookahead"]:
             raise ModelError(
-                f"{option}: it looks at training images, which {type(data).__name__} does not keep in memory; "
-                "use CIFAR10, CIFAR100 or TinyImageNet, or leave it out"
+                f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of the same weights; "
+                "leave out one of them (ema: null, or lookahead: 0)"
             )
-        return data
-
-    def _refuse_two_averages(self) -> None:
-        averages = [c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-        if averages and self.hparams["lookahead"]:
+        if hp["whiten"] and not hasattr(data, "sample"):
             raise ModelError(
-                f"lookahead={self.hparams['lookahead']} beside {type(averages[0]).__name__}: two averages of the "
-                "same weights; leave out one of them (ema: null, or lookahead: 0)"
+                f"whiten looks at training images, which {type(data).__name__} does not keep in memory; use CIFAR10, "
+                "CIFAR100 or TinyImageNet, or leave it out"
             )
+        for side in hp["grow_sizes"] or ():
+            self._check_size(side, data.img_size)
 
-    def _check_sizes(self) -> None:
-        """Raise ModelError for a size of grow_sizes that the network cannot take, or that is not below the data's."""
-        for side in self.hparams["grow_sizes"] or ():
-            full = self._data("grow_sizes").img_size
-            if not 0 < side < full:
-                raise ModelError(f"grow_sizes: {side} pixels; use sides below those of the data, {full}")
-            mode = self.net.training
-            try:
-                with torch.no_grad():
-                    self.net.eval()(torch.zeros(1, 3, side, side, device=self.device))
-            except Exception as error:
-                raise ModelError(
-                    f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels ({first_line(error)}); "
-                    "use larger ones"
-                ) from error
-            finally:
-                self.net.train(mode)
+    def _check_size(self, side: int, full: int) -> None:
+        if not 0 < side < full:
+            raise ModelError(f"grow_sizes: {side} pixels; use sides below those of the data, {full}")
+        before = self.net.training
+        try:
+            with torch.no_grad():
+                self.net.eval()(torch.zeros(1, 3, side, side, device=self.device))
+        except Exception as error:
+            raise ModelError(
+                f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels ({first_line(error)}); "
+                "use larger ones"
+            ) from error
+        finally:
+            self.net.train(before)
 
     def on_fit_start(self) -> None:
         self._check_graphs()
         hp = self.hparams
         # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and compiled code.
         if hp["teacher"] and hp["teacher_weight"]:
-            data = self._data("teacher")
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self._teacher = Teacher(hp["teacher"], data.class_names, data.mean, data.std).to(self.device)
         if hp["lookahead"]:
             self._lookahead = Lookahead(self.net, hp["lookahead"])
