@@ -109,7 +109,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     data.prepare_data()
     data.setup("fit")  # missing data are told before anything is written
     if cli.config.results and not (data.dataset and _commit()):
-        lacks = "this data set is none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
+        lacks = "its images are none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
         raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
     if cli.config.results:
         _row(facts(cli, task, data, trainer))  # what it cannot take is told now
@@ -126,7 +126,8 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
             write_text(run / CONFIG, head + to_yaml(config))
         going_on = f", going on after {done} steps" if resumes else ""
-        say(console, f"{cli.name}: {cli.config.model.name}, {steps} steps an epoch; everything goes to {run}{going_on}")
+        what = f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an epoch"
+        say(console, f"{cli.name}: {what}; everything goes to {run}{going_on}")
     run_fit(trainer, task, data, last if resumes else None)
     if not trainer.is_global_zero:
         return None

@@ -71,6 +71,18 @@ def _lock(descriptor: int, folder: Path) -> None:
         return
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a process is at work in the folder; looking leaves no trace, and makes no folder."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as lock:
+            _lock(lock.fileno(), folder)
+    except XzooError:
+        return True
+    except OSError:  # no folder yet
+        return False
+    return False
+
+
 def refuse_other(
     run: Path, asked: Mapping[str, Any], of: str, section: str | None = None, free: Collection[str] = ()
 ) -> None:
@@ -109,8 +121,20 @@ def _differences(here: Any, there: Any, free: Collection[str], place: str = "") 
 
 def steps_of(checkpoint: Path) -> int:
     """Optimizer steps that a checkpoint has behind it; XzooError if it cannot be read."""
+    return _of_checkpoint(checkpoint, "global_step")
+
+
+def epochs_of(checkpoint: Path) -> int:
+    """Whole epochs that it has behind it; XzooError if it cannot be read."""
+    return _of_checkpoint(checkpoint, "loops", "fit_loop", "epoch_progress", "total", "processed")
+
+
+def _of_checkpoint(checkpoint: Path, *keys: str) -> int:
     try:
-        return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
+        content = torch.load(checkpoint, map_location="meta", weights_only=True)
+        for key in keys:
+            content = content[key]
+        return int(content)
     except Exception as error:  # torch.load raises a dozen of classes for a broken file
         raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
 
