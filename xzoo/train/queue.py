@@ -43,7 +43,7 @@ _BLOCK = re.compile(r"^## (?:(\d+)\. )?([^\n]*)$|^```bash\n(.*?)(?:^```|\Z)", re
 # Standard output is not the commands' alone; and no other program is found, since only `xzoo fit` may be asked for.
 _TELLS = 'exec 3>&1 1>&2; PATH=; xzoo() { printf "%s\\0" "$#" "$@" >&3; }; set -eu\n'
 # Options that change no cost, each with its value.
-_FREE = re.compile(r"--(?:\S*seed\S*|out|results|data\.root)")
+_FREE = re.compile(r"--(?:\S*seed\S*|out|results)")
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def run_queue(runs: Sequence[Run], jobs: int | None = None) -> None:
                     failed.append(run)
                     say(console, f"{run.out}: failed with {code}: {_last_line(run.log)}")
             left = [run for run in runs if run not in failed and not run.is_finished]
-            if not left:
+            if not left and not working:
                 break
             claimed = {run for run in left if run not in working and is_claimed(run.out)}
             for run in claimed - others:
