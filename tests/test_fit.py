@@ -23,7 +23,7 @@ from xzoo.cli import main
 from xzoo.errors import XzooError
 from xzoo.hub import check
 from xzoo.train.evaluate import evaluate, predict
-from xzoo.train.fit import fit
+from xzoo.train.fit import _commit, fit
 from xzoo.train.parse import RecipeCLI
 from xzoo.train.results import DataSet, read, recipe_sha
 from xzoo.train.run import AtomicCheckpointIO, read_metrics
@@ -145,6 +145,28 @@ def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
     result = fit(asked)
     row = read(table)[0]
     assert row.top1 == result["top1"] and row.recipe_sha == RecipeCLI(asked).sha and row.ema
+
+
+def test_a_row_names_a_clean_commit_while_other_runs_add_theirs(tmp_path, monkeypatch):
+    def git(*asked: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *asked], capture_output=True, text=True, check=True).stdout
+
+    for name in ("recipes/results.csv", "recipes/base.yaml", "xzoo/train/fit.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    monkeypatch.setattr("xzoo.train.fit.__file__", str(tmp_path / "xzoo" / "train" / "fit.py"))
+    assert _commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD")[:12]
+    assert _commit() == head
+    (tmp_path / "recipes" / "results.csv").write_text("1\n2\n")
+    (tmp_path / "untracked").write_text("x")
+    assert _commit() == head
+    (tmp_path / "recipes" / "base.yaml").write_text("2\n")
+    assert _commit() == f"{head}-dirty"
 
 
 def test_images_of_ones_own(make_folder, tmp_path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,28 @@ def test_a_run_that_fails_stops_no_other(place, capsys):
     assert main(["queue", "queue.md", "--blocks", "1"]) == 0 and capsys.readouterr().err == ""  # it is finished
 
 
+@pytest.mark.slow
+def test_a_run_that_another_queue_starts_at_the_same_moment_is_no_failure(place, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    (run,) = queue.read_queue("queue.md", ["1"])
+    with ExitStack() as other:
+        other.enter_context(claimed(run.out))
+        looked: list[Path] = []
+
+        def look(folder: Path) -> bool:
+            """Just before the other queue claims it; and just after the other has given it up."""
+            if looked:
+                other.close()
+            looked.append(folder)
+            return False
+
+        monkeypatch.setattr(queue, "is_claimed", look)
+        queue.run_queue([run])
+    told = capsys.readouterr().err
+    assert told.count("started, ") == 2 and "failed" not in told and run.is_finished
+    assert "xzoo: error: another process is at work in runs/second/tiny; " in run.log.read_text()
+
+
 LONG = FILE.replace("--out", "--trainer.max_epochs 40 --out", 1)
 
 
@@ -256,7 +278,23 @@ def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     until = time.monotonic() + 240
     while not reached():
         assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
+        time.sleep(0.02)
+
+
+def stopped(process: subprocess.Popen[str], runs: list[queue.Run]) -> list[int]:
+    """Each run's process, stopped when it has a checkpoint: it is at work for as long as the test likes."""
+    found: list[int] = []
+
+    def all_of_them() -> bool:
+        for child in set(children(process.pid)) - set(found):
+            asked = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            if any(str(run.out) in asked and (run.out / LAST).exists() for run in runs):
+                os.kill(child, signal.SIGSTOP)
+                found.append(child)
+        return len(found) == len(runs)
+
+    wait(process, all_of_them)
+    return found
 
 
 def uninterrupted(runs: list[queue.Run]) -> list[bytes]:
@@ -278,17 +316,15 @@ def test_killed_and_started_again_nothing_runs_twice_and_the_bits_are_the_same(p
     Path("queue.md").write_text(LONG)
     runs = queue.read_queue("queue.md", ["0"])
     with started() as first:
-        wait(first, lambda: all((run.out / LAST).exists() for run in runs))
-        orphans = children(first.pid)
-        for orphan in orphans:
-            os.kill(orphan, signal.SIGSTOP)  # at work as long as this test likes
+        orphans = stopped(first, runs)
         first.kill()
+        first.wait()  # its runs go on without it
     try:
-        assert len(orphans) == 2 and all(is_claimed(run.out) for run in runs)
+        assert all(is_claimed(run.out) for run in runs)
         assert all(state.startswith("running, ") for _, state, _ in queue.listed(runs))
         with started() as second:
             told = sorted(second.stderr.readline() for _ in runs)
-            assert told == [f"{run.out}: another process is at work in it\n" for run in runs]
+            assert told == [f"another process is at work in {run.out}\n" for run in runs]
             time.sleep(3 * queue.LOOK_EVERY)
             assert not children(second.pid)
             for orphan in orphans:
@@ -311,10 +347,11 @@ def test_an_interrupt_ends_the_runs_in_order_and_the_same_command_goes_on(place,
     Path("queue.md").write_text(LONG)
     runs = queue.read_queue("queue.md", ["0"])
     with started() as process:
-        wait(process, lambda: all((run.out / LAST).exists() for run in runs))
-        processes = children(process.pid)
+        processes = stopped(process, runs)
         assert [os.getpriority(os.PRIO_PROCESS, child) for child in processes] == [19, 19]
         process.send_signal(sent)
+        for child in processes:
+            os.kill(child, signal.SIGCONT)
         told = process.stderr.read()
         assert process.wait(120) == code
     assert not any(Path(f"/proc/{child}").exists() for child in processes)

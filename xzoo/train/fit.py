@@ -260,15 +260,23 @@ def _data_config(net: nn.Module, data: Any) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel."""
+    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel.
+
+    Rows that other runs have added to the table of results change nothing of what is computed.
+    """
     home = Path(__file__).parents[2]
     if not (home / ".git").exists():
         return None
-    asked = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git
-        return None
+    others = ("--untracked-files=no", "--", ".", ":(exclude)recipes/results.csv")
+    told = []
+    for asked in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", *others)):
+        try:
+            done = subprocess.run(["git", "-C", str(home), *asked], capture_output=True, text=True, check=False)
+        except OSError:  # no git
+            return None
+        told.append(done.stdout.strip() if done.returncode == 0 else None)
+    commit, changed = told
+    return commit and commit + "-dirty" * (changed != "")
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

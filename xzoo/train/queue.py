@@ -35,7 +35,7 @@ from ..profile import Profile, profile
 from . import recipes
 from .parse import RecipeCLI
 from .results import DATASETS, read
-from .run import LAST, RESULT, epochs_of, is_claimed, quiet
+from .run import AT_WORK, LAST, RESULT, epochs_of, is_claimed, quiet
 
 QUEUE = "QUEUE.md"
 LOOK_EVERY = 0.5  # seconds
@@ -255,19 +255,19 @@ def run_queue(runs: Sequence[Run], jobs: int | None = None) -> None:
     try:
         while True:
             for run in [run for run, process in working.items() if process.poll() is not None]:
-                code = working.pop(run).returncode
+                code, last = working.pop(run).returncode, _last_line(run.log)
                 if run.is_finished:
                     taken = timedelta(seconds=round(time.monotonic() - begun[run]))
                     say(console, f"{run.out}: finished after {taken}")
-                elif not is_claimed(run.out):  # another queue may have started it at the same moment
+                elif AT_WORK not in last:  # started by another queue at the same moment
                     failed.append(run)
-                    say(console, f"{run.out}: failed with {code}: {_last_line(run.log)}")
+                    say(console, f"{run.out}: failed with {code}: {last}")
             left = [run for run in runs if run not in failed and not run.is_finished]
             if not left and not working:
                 break
             claimed = {run for run in left if run not in working and is_claimed(run.out)}
             for run in claimed - others:
-                say(console, f"{run.out}: another process is at work in it")
+                say(console, f"{AT_WORK} {run.out}")
             others |= claimed
             startable = [run for run in left if run not in working and run not in claimed]
             for run in startable[: max(0, jobs - len(working) - len(claimed))]:

@@ -30,6 +30,7 @@ from ..files import atomic
 
 LOCK, CONFIG, RESULT, METRICS = ".lock", "config.yaml", "result.json", "metrics.csv"
 LAST = Path("checkpoints") / "last.ckpt"
+AT_WORK = "another process is at work in"
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise XzooError(f"another process is at work in {folder}; wait for it, or choose another with --out") from None
+        raise XzooError(f"{AT_WORK} {folder}; wait for it, or choose another with --out") from None
     except OSError:  # a file system without locks
         return
 
