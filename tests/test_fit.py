@@ -94,7 +94,7 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     assert any(not torch.equal(v, last["current_model_state"][k]) for k, v in last["state_dict"].items())
     assert timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).num_classes == 10
     told = capsys.readouterr().err
-    assert told.count("val accuracy") == 3 and f"{result['top1']:.2f} % of 31 test images" in told
+    assert told.count("val accuracy") == 3 and f"{result['top1']:.2f} % of 31 val images" in told
     # The same again is told, another one refused; where it runs may change, what it computes may not.
     assert fit(asked) == result and "is finished" in capsys.readouterr().err
     with pytest.raises(XzooError, match=r"holds another run: model.lr is 0.05 there and 0.1 here; .*--out"):

@@ -246,7 +246,7 @@ def drawn(kind: type[InMemory], root: Path, batch_size: int, count: int) -> InMe
         return Image.fromarray(draw.integers(0, 256, shape, np.uint8))
 
     draw_folder(root, count, kind.classes, kind.classes, noise, "png")
-    own: type[InMemory] = type(kind.__name__, (kind,), {"key": "drawn"})  # no data set that has its number of images
+    own: type[InMemory] = type(f"Drawn{kind.__name__}", (kind,), {"key": "drawn"})  # of any number of images
     data = own(str(root), batch_size=batch_size)
     data.setup()
     return data
