@@ -249,7 +249,7 @@ def test_a_run_that_another_queue_starts_at_the_same_moment_is_no_failure(place,
     assert "xzoo: error: another process is at work in runs/second/tiny; " in run.log.read_text()
 
 
-LONG = FILE.replace("--out", "--trainer.max_epochs 40 --out", 1)
+LONG = FILE.replace("--out", "--trainer.max_epochs 20 --out", 1)
 
 
 @contextmanager
