@@ -110,7 +110,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     data.setup("fit")  # missing data are told before anything is written
     task.check(trainer, data)
     if cli.config.results and not (data.dataset and _commit()):
-        lacks = "this data set is none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
+        lacks = "its images are none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
         raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
     if cli.config.results:
         _row(facts(cli, task, data, trainer))  # what it cannot take is told now
@@ -127,7 +127,8 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
             write_text(run / CONFIG, head + to_yaml(config))
         going_on = f", going on after {done} steps" if resumes else ""
-        say(console, f"{cli.name}: {cli.config.model.name}, {steps} steps an epoch; everything goes to {run}{going_on}")
+        what = f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an epoch"
+        say(console, f"{cli.name}: {what}; everything goes to {run}{going_on}")
     run_fit(trainer, task, data, last if resumes else None)
     if not trainer.is_global_zero:
         return None
@@ -266,15 +267,23 @@ def _data_config(net: nn.Module, data: Any) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel."""
+    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel.
+
+    Rows that other runs have added to the table of results change nothing of what is computed.
+    """
     home = Path(__file__).parents[2]
     if not (home / ".git").exists():
         return None
-    asked = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git
-        return None
+    others = ("--untracked-files=no", "--", ".", ":(exclude)recipes/results.csv")
+    told = []
+    for asked in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", *others)):
+        try:
+            done = subprocess.run(["git", "-C", str(home), *asked], capture_output=True, text=True, check=False)
+        except OSError:  # no git
+            return None
+        told.append(done.stdout.strip() if done.returncode == 0 else None)
+    commit, changed = told
+    return commit and commit + "-dirty" * (changed != "")
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
