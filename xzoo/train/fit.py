@@ -52,7 +52,7 @@ from .run import (
     steps_of,
 )
 from .run import fit as run_fit
-from .task import Classifier
+from .task import Classifier, sides
 
 
 def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -219,7 +219,8 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
 def _macs_seen(net: nn.Module, task: Classifier, data: Any) -> float:
     """Multiply-adds of one image forwards, as the mean over a training in which images may grow."""
     channels, _, full = data.input_size
-    return sum(share * profile(net, (channels, side, side)).macs for side, share in task.sides(full))
+    first, until = task.hparams["grow_sizes"], task.hparams["grow_until"]
+    return sum(share * profile(net, (channels, side, side)).macs for side, share in sides(full, first, until))
 
 
 # ---- what a run stands in

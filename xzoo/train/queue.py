@@ -169,18 +169,26 @@ def _train_macs(arguments: tuple[str, ...]) -> tuple[float, int]:
     if part is None:
         return math.nan, epochs
     images = part.train - cli.config.data.init_args.holdout
-    return 3 * counts(cli)[0].macs * images * epochs, epochs
+    model, macs = cli.config.model, 0.0
+    for side, share in sides(size_of(cli), model.grow_sizes, model.grow_until):
+        macs += share * counts(cli, side).macs
+    return 3 * macs * images * epochs, epochs
 
 
-def counts(cli: RecipeCLI) -> tuple[Profile, int]:
-    """Counts of a recipe's network on one of the known data sets, and the size of its images."""
+def size_of(cli: RecipeCLI) -> int:
+    """Side of a recipe's images, in pixels, on one of the known data sets."""
+    kind: Any = pydoc.locate(cli.config.data.class_path)
+    return cli.config.data.init_args.img_size or kind.sides[0]
+
+
+def counts(cli: RecipeCLI, size: int) -> Profile:
+    """Counts of a recipe's network, on one of the known data sets, for images of this size."""
     model, data = cli.config.model, cli.config.data.init_args
     kind: Any = pydoc.locate(cli.config.data.class_path)
-    size = data.img_size or kind.sides[0]
     asked = {name: model[name] for name in ("compression", "graph", "share", "spatial_share")}
     given = (model.model_kwargs or {}) | {name: value for name, value in asked.items() if value is not None}
     classes = getattr(kind, "classes", None) or data.num_classes
-    return _counted(model.name, size, json.dumps({"num_classes": classes} | given)), size
+    return _counted(model.name, size, json.dumps({"num_classes": classes} | given))
 
 
 @functools.cache

@@ -60,6 +60,16 @@ def rate(
     return 1 - fallen if schedule == "linear" else 0.5 + 0.5 * cos(pi * fallen)
 
 
+def sides(full: int, first: Sequence[int] | None, until: float) -> list[tuple[int, float]]:
+    """Sides of the images that training shows one after the other, in pixels, each with its share of the run.
+
+    Args: full: of the data; first, until: a Classifier's grow_sizes and grow_until.
+    """
+    first = first or ()
+    smaller = [(side, until / len(first)) for side in first]
+    return [*smaller, (full, 1 - until if first else 1.0)]
+
+
 class Classifier(pl.LightningModule):
     """A timm or xzoo model, its loss, optimizer and schedule.
 
@@ -437,18 +447,12 @@ class Classifier(pl.LightningModule):
             loss = loss.lerp(distilled(logits, self._teacher(images), hp["temperature"]), hp["teacher_weight"])
         return loss
 
-    def sides(self, full: int) -> list[tuple[int, float]]:
-        """Sides of the images that training shows one after the other, in pixels, each with its share of the run."""
-        first = self.hparams["grow_sizes"] or []
-        until = self.hparams["grow_until"] if first else 0.0
-        return [*((side, until / len(first)) for side in first), (full, 1 - until)]
-
     def _shrunk(self, images: Tensor) -> Tensor:
         """The images in the size of this part of the run."""
         if not self.hparams["grow_sizes"]:
             return images
         progress, full = self.progress(self.global_step), images.shape[-1]
-        for side, share in self.sides(full):
+        for side, share in sides(full, self.hparams["grow_sizes"], self.hparams["grow_until"]):
             progress -= share
             if progress < 0 and side < full:
                 return nn.functional.interpolate(
