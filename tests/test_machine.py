@@ -97,6 +97,7 @@ print(*seen)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "environment", "within"),
     [
@@ -169,6 +170,7 @@ def test_half_a_core_is_one_thread_for_a_run(half_a_core, make_folder, tmp_path)
     assert told.stdout.split() == ["1", "True"], told.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
 def test_the_command_waits_briefly_on_a_busy_machine():
     """What torch's library of threads says itself that it read, while a process runs on each CPU."""
@@ -247,6 +249,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("child", ["told", "untold"])
 def test_x_layers_compute_in_a_fork_as_before_it(child):
@@ -256,6 +259,7 @@ def test_x_layers_compute_in_a_fork_as_before_it(child):
     assert told.stdout.split() == ["0", "True"], told.stderr
 
 
+@pytest.mark.slow
 def test_python_within_another_program_has_no_arguments():
     code = "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; print(xzoo.machine._is_command())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
