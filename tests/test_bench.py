@@ -311,6 +311,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_command_measures_models_and_layers_and_draws_them(capsys, tmp_path):
     table, picture = tmp_path / "bench.csv", tmp_path / "bench.png"
     asked = ["--models", "x_vgg16_c16", "--layers", "linear 32->16 b2 d4 s1", "--batch-size", "1", "--pairs", "1"]

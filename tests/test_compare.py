@@ -88,6 +88,7 @@ def test_the_table_has_every_arm_and_every_figure(drawn):
     assert notes == {int(n) for n in re.findall(r"^(\d+)\. ", text, re.MULTILINE)} == set(range(1, len(notes) + 1))
 
 
+@pytest.mark.slow
 def test_an_empty_table_shows_the_published_figures_and_says_so(tmp_path, monkeypatch):
     seen = []
 
@@ -104,6 +105,7 @@ def test_an_empty_table_shows_the_published_figures_and_says_so(tmp_path, monkey
         assert any("no run of ours yet" in text for text in texts(figure))
 
 
+@pytest.mark.slow
 def test_only_the_data_sets_that_were_asked_for(tmp_path):
     files = compare(write(tmp_path, some_rows()), tmp_path, datasets=["cifar10_q75"])
     assert [path.name for path in files] == ["accuracy_cifar10.png", "rivals_cifar10.png", "results.md"]

@@ -92,6 +92,7 @@ def layers(draw):
     return lambda x, w, b: ops.conv2d(x, w, rows, b, *geometry), (x, weight, bias)
 
 
+@pytest.mark.slow
 @BACKENDS
 @settings(derandomize=True, deadline=None, max_examples=8)
 @given(layer=layers())
@@ -319,6 +320,7 @@ def test_model_agnostic_meta_learning():
     same(as_dense(net, meta_gradient(net)), only_edges(net, meta_gradient(dense)))
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_stacked_models_trains_each():
     """Models with graphs of their own, their parameters and buffers stacked: torch's tutorial on ensembles."""
     models = [nn.Sequential(ExpanderLinear(8, 6, degree=3, seed=seed), nn.Tanh()) for seed in range(3)]

@@ -290,6 +290,7 @@ assert torch.equal(exported(x), layer(x))
 """
 
 
+@pytest.mark.slow
 def test_importing_again_works():
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", AGAIN], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

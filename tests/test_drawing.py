@@ -82,6 +82,7 @@ def test_the_smallest_graphs_can_be_drawn(n, tmp_path):
     drawing.draw_model(nn.Sequential(ExpanderConv2d(n, n, 1, degree=1)), tmp_path)
 
 
+@pytest.mark.slow
 def test_importing_draws_nothing_and_drawing_leaves_pyplot_alone():
     code = (
         "import sys; from xzoo import drawing, theory; assert 'matplotlib' not in sys.modules, 'too early'; "

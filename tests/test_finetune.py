@@ -186,6 +186,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_ctrl_c_working(make_folder, t
     assert finetune(str(data), epochs=3, out=str(tmp_path / "run"), **TINY).epochs == 3
 
 
+@pytest.mark.slow
 def test_minutes_end_a_run_and_its_schedule(make_folder, tmp_path):
     data, run = make_folder(each=40), tmp_path / "run"
     result = finetune(str(data), minutes=0.05, out=str(run), **TINY)

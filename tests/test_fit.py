@@ -110,6 +110,7 @@ def test_the_folder_is_a_recipe_that_does_the_same(recipe, data, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_in_half_precision_if_it_stays_as_good(recipe, data, tmp_path, capsys, monkeypatch):
     run, to = tmp_path / "run", tmp_path / "x_mobilenet050_c4.tiny"
     result = fit(arguments(recipe, data, run, trainer__max_epochs=1))
@@ -215,6 +216,7 @@ def test_later_configurations_win_key_by_key(recipe, tmp_path):
     assert cli.recipe == Path(recipe)  # the first one says what is trained
 
 
+@pytest.mark.slow
 def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
     """Accumulated gradients: the same images in each step, at the same rate, and the same figure of the batch."""
     frozen = {"model__freeze_norm": True, "model__lr": 0.01}
@@ -229,6 +231,7 @@ def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
     assert rates[0] == pytest.approx(rates[1]) and len(rates[0]) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -397,6 +400,7 @@ def same_bits(one: Path, other: Path, kills: int = 1) -> None:
     assert all(rows[step] == row for step, row in found.items()) and len(rows) - len(found) <= kills
 
 
+@pytest.mark.slow
 def test_killed_within_an_epoch_and_resumed_ends_with_the_same_bits(recipe, data, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(arguments(recipe, data, whole))
@@ -495,6 +499,7 @@ def test_the_schedule_ends_with_the_steps_that_are_taken(recipe, data, tmp_path)
     assert result["train_macs"] == 3 * result["macs"] * 16 * 2 * 3
 
 
+@pytest.mark.slow
 def test_the_best_is_remembered_where_the_folder_was_moved(recipe, data, tmp_path, saved_by_step):
     run, moved = tmp_path / "run", tmp_path / "moved"
     fit(arguments(recipe, data, run))
@@ -541,6 +546,7 @@ def test_killed_at_ten_moments(data, tmp_path, workers):
     same_bits(whole, cut, kills=len(moments))
 
 
+@pytest.mark.slow
 def test_two_at_work_in_one_folder(recipe, data, tmp_path, capsys):
     pytest.importorskip("fcntl")
     run = tmp_path / "run"
@@ -571,6 +577,7 @@ def test_a_full_disk_loses_nothing(recipe, data, tmp_path):
     assert fit(arguments(recipe, data, run, trainer__max_epochs=5))["epoch_reported"] == 5
 
 
+@pytest.mark.slow
 def test_the_temporary_folder_is_not_used(recipe, data, tmp_path):
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:

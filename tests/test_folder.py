@@ -233,6 +233,7 @@ def test_golden_inputs_are_the_same_everywhere():
     assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "07aee13dac29ecd3"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_a_program_of_torch_computes_what_the_model_does(saved, tmp_path, capsys):
     file = tmp_path / "net.pt2"

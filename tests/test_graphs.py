@@ -382,6 +382,7 @@ def test_graphs_are_the_ones_that_were_always_drawn():
 DRAW_ONE = "from xzoo import graphs; print(graphs.fingerprint(graphs.sample('biregular', 96, 128, 12, 4, 3)))"
 
 
+@pytest.mark.slow
 def test_same_seed_same_graph_in_another_process_and_after_other_draws():
     neighbours = graphs.sample("biregular", 96, 128, 12, 4, 3)
     disturbed = f"import random, numpy; numpy.random.seed(5); random.seed(5); {DRAW_ONE}"

@@ -229,6 +229,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_weight_gradients_of_strided_1x1_kernels_of_few_channels(tmp_path):
     # oneDNN's kernel for them, in channels_last, writes beside its memory, or leaves the result wrong (oneDNN#6035).
     run = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True, timeout=600)
@@ -259,6 +260,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc")
 def test_a_process_without_memory_goes_on_after_a_memory_error():
     run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=600)

@@ -53,6 +53,7 @@ def losses(recipe: str, side: int) -> list[float]:
     return watch.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_first_losses_are_what_they_were(recipe):
     wanted = json.loads(GOLDEN.read_text())[recipe]

@@ -97,6 +97,7 @@ print(*seen)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "environment", "within"),
     [
@@ -169,34 +170,48 @@ def test_half_a_core_is_one_thread_for_a_run(half_a_core, make_folder, tmp_path)
     assert told.stdout.split() == ["1", "True"], told.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
-def test_the_command_waits_briefly():
-    """What torch's library of threads says itself that it read."""
+def test_the_command_waits_briefly_on_a_busy_machine():
+    """What torch's library of threads says itself that it read, while a process runs on each CPU."""
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-m", "xzoo", "--help"]
     shown = clean | {"OMP_DISPLAY_ENV": "verbose"}
-    told = subprocess.run(command, env=shown, capture_output=True, text=True, check=True, timeout=600).stderr
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        told = subprocess.run(command, env=shown, capture_output=True, text=True, check=True, timeout=600).stderr
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
     assert f"GOMP_SPINCOUNT = '{machine.SPINS}'" in told
 
 
 @pytest.mark.parametrize(
-    ("program", "loaded", "environment", "want"),
+    ("program", "loaded", "environment", "others", "want"),
     [
-        ("/bin/xzoo", False, {}, machine.SPINS),
-        ("/bin/xzoo", True, {}, None),  # too late
-        ("/home/me/train.py", False, {}, None),  # a program that imports xzoo
-        ("/bin/xzoo", False, {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("/bin/xzoo", False, {"OMP_WAIT_POLICY": "active"}, None),
+        ("/bin/xzoo", False, {}, 64, machine.SPINS),
+        ("/bin/xzoo", False, {}, 0, None),  # nobody to make way for
+        ("/bin/xzoo", True, {}, 64, None),  # too late
+        ("/home/me/train.py", False, {}, 64, None),  # a program that imports xzoo
+        ("/bin/xzoo", False, {"GOMP_SPINCOUNT": "7"}, 64, "7"),
+        ("/bin/xzoo", False, {"OMP_WAIT_POLICY": "active"}, 64, None),
     ],
 )
-def test_other_programs_and_the_users_own_choice_are_left(monkeypatch, program, loaded, environment, want):
+def test_other_programs_and_the_users_own_choice_are_left(
+    monkeypatch, tmp_path, program, loaded, environment, others, want
+):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, environment[name]) if name in environment else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setattr(sys, "orig_argv", ["python", program])
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/stat").write_text(f"cpu 1 2 3\nprocs_running {others + 1}\nprocs_blocked 0\n")
     if not loaded:
         monkeypatch.delitem(sys.modules, "torch")
-    machine.wait_briefly()
+    machine.wait_briefly(tmp_path)
     assert os.environ.get("GOMP_SPINCOUNT") == want
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
@@ -234,6 +249,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("child", ["told", "untold"])
 def test_x_layers_compute_in_a_fork_as_before_it(child):
@@ -243,6 +259,7 @@ def test_x_layers_compute_in_a_fork_as_before_it(child):
     assert told.stdout.split() == ["0", "True"], told.stderr
 
 
+@pytest.mark.slow
 def test_python_within_another_program_has_no_arguments():
     code = "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; print(xzoo.machine._is_command())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)

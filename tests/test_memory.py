@@ -323,6 +323,7 @@ def test_a_classifier_trains_on_it(write: Write, tmp_path: Path) -> None:
     assert 0 <= float(fit.callback_metrics["val/acc1"]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_cifar10_is_what_it_is(real_data: Path) -> None:
     data = CIFAR10(str(real_data / "cifar10-exact"), batch_size=100, holdout=1000)

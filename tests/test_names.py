@@ -89,6 +89,7 @@ def test_bytes_that_are_no_utf8_survive():
     assert encoded("half \ud83d") != encoded("half ?")
 
 
+@pytest.mark.slow
 def test_a_locale_of_ascii_reads_the_same_names(tmp_path, make_folder):
     root = make_folder(("\u732b", "caf\u00e9"), each=3)
     ask = "import sys; from xzoo.train.sources import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
@@ -202,6 +203,7 @@ def test_behind_two_dashes_are_names(monkeypatch, capsys, tmp_path):
 # ---- in pictures
 
 
+@pytest.mark.slow
 def test_no_two_classes_look_the_same(tmp_path, drawn):
     """And nothing warns: a warning is an error here."""
     n = len(HARD)
@@ -276,6 +278,7 @@ print(ascii(class_labels(classes, 18)))
 """
 
 
+@pytest.mark.slow
 def test_a_font_that_is_installed_later_is_found(tmp_path):
     """matplotlib keeps a list of fonts, in which the new one is not."""
     place = tmp_path / "data" / "fonts"

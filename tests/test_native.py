@@ -342,11 +342,13 @@ NATIVE = "\nwith ops.backend('native'): print(ops.linear(x, weight, rows).sum().
 AUTO = "\nfor _ in range(2): print(native.available(), ops.linear(x, weight, rows).sum().item())"
 
 
+@pytest.mark.slow
 def test_import_compiles_nothing(tmp_path):
     assert said(process("print(native._loaded)", tmp_path / "home")) == ("[]", "", 0)
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_a_broken_compiler_is_said_once_and_the_library_used(tmp_path):
     out, err, code = said(process(AUTO, tmp_path, CXX="/bin/false"))
     assert (out, code) == ("False 12.0\nFalse 12.0", 0)

@@ -445,6 +445,7 @@ def test_unknown_backend_is_refused_by_name():
         pass
 
 
+@pytest.mark.slow
 def test_environment_chooses_the_backend():
     code = (
         "import torch; from xzoo import ops\n"

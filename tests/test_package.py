@@ -111,6 +111,7 @@ def test_the_first_line_of_an_error_is_never_empty(text, told):
     assert first_line(RuntimeError(text)) == told
 
 
+@pytest.mark.slow
 def test_import_only_defines():
     """In a process of its own: no heavy library, no thread, no file, no word, no random draw, no CUDA."""
     code = """

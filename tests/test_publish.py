@@ -110,6 +110,7 @@ def test_published_then_loaded_by_its_name_in_a_fresh_cache(hub, checkout, tmp_p
     assert (tmp_path / "home" / "hub").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", folders(), ids=lambda source: source.name)
 def test_every_folder_of_the_repository_goes_up_and_comes_down(hub, checkout, tmp_path, source):
     place = tmp_path / "hub_cards" / source.name

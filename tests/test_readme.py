@@ -134,6 +134,7 @@ def between(text, marks):
     return text.split(marks[0])[1].split(marks[1])[0]
 
 
+@pytest.mark.slow
 def test_the_table_of_models_is_counted():
     assert between(README.read_text(encoding="utf-8"), MODELS) == table()
 

@@ -80,6 +80,7 @@ assert sorted(p.name for p in place.iterdir()) == ["last.ckpt"] and (place / "la
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_called_so(tmp_path):
     """A real one, of 1 MB, in a mount namespace of its own; torch calls it "unexpected pos 901760 vs 901656"."""
     mount = f'mount -t tmpfs -o size=1m tmpfs "{tmp_path}" && exec "$@"'

@@ -387,6 +387,7 @@ def test_offline(place, monkeypatch):
     refused("HF_HUB_OFFLINE is set", revision="0" * 40)
 
 
+@pytest.mark.slow
 def test_a_download_ends_by_a_stall_alone_and_goes_on_where_it_stopped(place, card, monkeypatch, asked):
     wanted = logits(create_model(f"local-dir:{card}", pretrained=True))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)

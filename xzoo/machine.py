@@ -5,7 +5,9 @@ Imported before torch by the package itself, since OpenMP's library reads its en
 
 import ctypes
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -15,19 +17,36 @@ from pathlib import Path, PurePosixPath
 # With them a caller says how many threads there shall be.
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # How often a thread looks before it sleeps: some 0.3 ms, longer than the pauses between a network's layers. By
-# default it is 30 times as often; on a machine where other processes run, threads then burn the time that those
-# they wait for need: `xzoo finetune digits` beside two busy processes took 3 to over 5 times as long as alone,
-# and 2.3 times with this; alone it takes 1.3 times as long (2 cores of an EPYC, 2026-11, torch 2.14).
+# default it is 30 times as often, which is best on a machine that has nothing else to do. Where other processes run,
+# threads then burn the time that those they wait for need.
 SPINS = "10000"
+LOOKS = 10  # at the machine's load, 2 ms apart: one look finds by chance what runs for a moment
 
 
-def wait_briefly() -> None:
-    """Let the threads of the `xzoo` command sleep soon while they wait; a program that imports xzoo is left alone.
+def wait_briefly(root: Path | str = "/") -> None:
+    """Let the threads of the `xzoo` command sleep soon while they wait, where other processes keep the machine busy.
 
-    OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's come first.
+    A program that imports xzoo is left alone. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's come first.
     """
-    if "torch" not in sys.modules and _is_command() and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    if "torch" in sys.modules or not _is_command() or "OMP_WAIT_POLICY" in os.environ:
+        return
+    if "GOMP_SPINCOUNT" not in os.environ and _is_busy(root):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def _is_busy(root: Path | str) -> bool:
+    """Whether other processes leave this one less than all of its CPUs."""
+    looks = []
+    for _ in range(LOOKS):
+        try:
+            told = (Path(root) / "proc/stat").read_text()
+        except OSError:  # not Linux
+            return False
+        running = re.search(r"^procs_running (\d+)", told, re.MULTILINE)
+        looks.append(int(running[1]) - 1 if running else 0)  # but for this one
+        time.sleep(0.002)
+    others = sorted(looks)[LOOKS // 2]
+    return others + cores() > (os.cpu_count() or 1)
 
 
 def _is_command() -> bool:
