@@ -36,6 +36,7 @@ from . import recipes
 from .parse import RecipeCLI
 from .results import DATASETS, read
 from .run import AT_WORK, LAST, RESULT, epochs_of, is_claimed, quiet
+from .task import sides
 
 QUEUE = "QUEUE.md"
 LOOK_EVERY = 0.5  # seconds
