@@ -23,7 +23,7 @@ from xzoo.cli import main
 from xzoo.errors import XzooError
 from xzoo.hub import check
 from xzoo.train.evaluate import evaluate, predict
-from xzoo.train.fit import fit
+from xzoo.train.fit import _commit, fit
 from xzoo.train.parse import RecipeCLI
 from xzoo.train.results import DataSet, read, recipe_sha
 from xzoo.train.run import AtomicCheckpointIO, read_metrics
@@ -80,7 +80,8 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     result = fit(asked)
     assert {file.name for file in run.iterdir()} - {".lock"} == FILES
     assert json.loads((run / "result.json").read_text()) == result
-    assert result["dataset"] == "cifar10" and result["n_val"] == 31 and result["epoch_reported"] == 3
+    assert result["dataset"] is None  # a sample is not called cifar10
+    assert result["n_val"] == 31 and result["epoch_reported"] == 3
     assert result["train_macs"] == 3 * result["macs"] * 80 * 3
     rows = read_metrics(run / "metrics.csv")
     assert [row["step"] for row in rows] == list(range(15)) and all("train/loss" in row for row in rows)
@@ -93,7 +94,7 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     assert any(not torch.equal(v, last["current_model_state"][k]) for k, v in last["state_dict"].items())
     assert timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).num_classes == 10
     told = capsys.readouterr().err
-    assert told.count("val accuracy") == 3 and f"{result['top1']:.2f} % of 31 test images" in told
+    assert told.count("val accuracy") == 3 and f"{result['top1']:.2f} % of 31 val images" in told
     # The same again is told, another one refused; where it runs may change, what it computes may not.
     assert fit(asked) == result and "is finished" in capsys.readouterr().err
     with pytest.raises(XzooError, match=r"holds another run: model.lr is 0.05 there and 0.1 here; .*--out"):
@@ -136,15 +137,37 @@ def test_rivals_under_the_same_recipe(recipe, data, tmp_path):
 def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
     table = tmp_path / "results.csv"
     asked = arguments(recipe, data, tmp_path / "run", results=table, trainer__max_epochs=1, model__lr=0.002)
-    with pytest.raises(XzooError, match="column n_val: 31"):  # CIFAR-10 has 10,000; told before any training
+    with pytest.raises(XzooError, match="table cannot take this run .*none of cifar10"):  # told before any training
         fit(asked)
     assert not table.exists() and not (tmp_path / "run" / "checkpoints").exists()
-    tiny = {"cifar10": DataSet("tiny", "test", 31)}
-    monkeypatch.setattr("xzoo.train.results.DATASETS", tiny)
-    monkeypatch.setattr("xzoo.train.fit.DATASETS", tiny)
+    tiny = {"cifar10": DataSet("tiny", "test", 31, 80)}
+    for module in ("results", "fit", "memory"):
+        monkeypatch.setattr(f"xzoo.train.{module}.DATASETS", tiny)
     result = fit(asked)
     row = read(table)[0]
     assert row.top1 == result["top1"] and row.recipe_sha == RecipeCLI(asked).sha and row.ema
+
+
+def test_a_row_names_a_clean_commit_while_other_runs_add_theirs(tmp_path, monkeypatch):
+    def git(*asked: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *asked], capture_output=True, text=True, check=True).stdout
+
+    for name in ("recipes/results.csv", "recipes/base.yaml", "xzoo/train/fit.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    monkeypatch.setattr("xzoo.train.fit.__file__", str(tmp_path / "xzoo" / "train" / "fit.py"))
+    assert _commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD")[:12]
+    assert _commit() == head
+    (tmp_path / "recipes" / "results.csv").write_text("1\n2\n")
+    (tmp_path / "untracked").write_text("x")
+    assert _commit() == head
+    (tmp_path / "recipes" / "base.yaml").write_text("2\n")
+    assert _commit() == f"{head}-dirty"
 
 
 def test_images_of_ones_own(make_folder, tmp_path):
@@ -363,12 +386,13 @@ def wait(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
 
 
 def same_bits(one: Path, other: Path, kills: int = 1) -> None:
-    """Weights (averaged and raw), optimizer, and the loss of every step, which tells the order of the images.
+    """Weights (and their averages), optimizer, and the loss of every step, which tells the order of the images.
 
     Lightning hands a step's figures on after it has saved the step: a kill in between loses their row, and no more.
     """
     first, second = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (one, other))
-    for key in ("state_dict", "current_model_state"):
+    assert first.keys() == second.keys()
+    for key in {"state_dict", "current_model_state", "lookahead"} & first.keys():
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items()), key
     torch.testing.assert_close(first["optimizer_states"], second["optimizer_states"], rtol=0, atol=0)
     assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()

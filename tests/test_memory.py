@@ -17,10 +17,12 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
+from xzoo.cli import main
 from xzoo.errors import DataError
 from xzoo.train.images import load_rgb
 from xzoo.train.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
 from xzoo.train.order import held_out
+from xzoo.train.results import DATASETS, DataSet
 from xzoo.train.sources import list_images
 from xzoo.train.task import Classifier
 
@@ -324,17 +326,20 @@ def test_a_classifier_trains_on_it(write: Write, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.data
 def test_cifar10_is_what_it_is(real_data: Path) -> None:
-    data = CIFAR10(str(real_data / "cifar10"), batch_size=100, holdout=1000)
+    data = CIFAR10(str(real_data / "cifar10-exact"), batch_size=100, holdout=1000)
     data.setup()
+    assert data.dataset == "cifar10"
     assert data.class_names[:3] == ["airplane", "automobile", "bird"]
     val = torch.cat([labels for _, labels in data.val_dataloader()])
     assert val.bincount().tolist() == [100] * 10
     assert data.batches_per_epoch() == 490
     images, labels = data._parts["test"]
     assert (images.shape, len(labels)) == ((10_000, 3, 32, 32), 10_000)
-    # The mean of the training images is the authors' to the rounding of JPEG.
-    mean = data._parts["train"][0].float().mean((0, 2, 3)) / 255
-    assert torch.allclose(mean, torch.tensor(data.mean), atol=2e-3), mean
+    # The published mean of the training images; the JPEG form is off by a thousand times as much.
+    parts = [data._parts[part][0] for part in ("train", "val")]
+    mean = sum(part.sum((0, 2, 3)) for part in parts) / (50_000 * 32 * 32 * 255)
+    assert mean.tolist() == pytest.approx([0.49139968, 0.48215841, 0.44653091], abs=1e-6)
+    assert mean.tolist() == pytest.approx(data.mean, abs=2.5e-4)  # the authors' has fewer digits
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
@@ -343,19 +348,62 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_the_lossy_form_is_a_data_set_of_its_own(tmp_path):
-    draw = np.random.default_rng(0)
-    for encode, key in ((png, "cifar10"), (jpeg, "cifar10_q75")):
-        for part, each in (("train", 2), ("test", 1)):
-            for label in range(10):
-                folder = tmp_path / key / part / str(label)
-                folder.mkdir(parents=True)
-                for i in range(each):
-                    pixels = draw.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-                    (folder / f"{i}.{'png' if encode is png else 'jpg'}").write_bytes(encode(pixels))
-        data = CIFAR10(str(tmp_path / key))
-        assert (data.dataset, data.n_val, data.n_test) == (key, 10, 10)
-        assert CIFAR10(str(tmp_path / key), holdout=10).n_val == 10
+@pytest.fixture
+def copied(write: Write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., InMemory]:
+    """A copy of a data set of 40 training and 20 test images, whole or not."""
+    monkeypatch.setitem(DATASETS, Small.key, DataSet("Small-4", "test", 20, 40))
+    return lambda **made: Small(str(write(**{"train": 40, "test": 20} | made)))
+
+
+def test_a_whole_copy_has_the_name_and_a_sample_has_none(copied: Callable[..., InMemory]) -> None:
+    assert copied().dataset == Small.key
+    assert copied(train=4, test=2).dataset is None
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({"train": 39}, "39 training and 20 test images, Small-4 has 40 and 20; fetch the data anew"),
+        ({"test": 19}, "40 training and 19 test images, Small-4 has 40 and 20"),
+        ({"train": 41}, "41 training and 20 test images, Small-4"),
+        ({"train": 5, "test": 2}, "5 training and 2 test images, Small-4"),
+        ({"train7": jpeg(np.zeros((12, 12, 3), np.uint8))}, "train-0.parquet:7 is a JPEG file, and Small means the"),
+        ({"test19": jpeg(np.zeros((12, 12, 3), np.uint8))}, "test-0.parquet:19 is a JPEG file, and Small means the"),
+        ({"train": 4, "test": 2, "test1": jpeg(np.zeros((12, 12, 3), np.uint8))}, "test-0.parquet:1 is a JPEG file"),
+    ],
+)
+def test_a_damaged_copy_is_refused_in_one_line(copied: Callable[..., InMemory], made: dict, told: str) -> None:
+    data = copied(**made)
+    with pytest.raises(DataError, match=told) as caught:
+        data.setup()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(CIFAR10, True), (CIFAR100, True), (TinyImageNet, False)])
+def test_only_tiny_imagenet_is_jpeg_by_itself(write: Write, kind: type[InMemory], refused: bool) -> None:
+    first = jpeg(np.zeros((kind.sides[0],) * 2 + (3,), np.uint8))
+    root = write(train=kind.classes, test=kind.classes, classes=kind.classes, side=kind.sides[0], train0=first)
+    if not refused:
+        assert kind(str(root)).n_val == kind.classes
+        return
+    with pytest.raises(DataError, match=f"train-0.parquet:0 is a JPEG file, and {kind.__name__} means the exact pix"):
+        kind(str(root)).setup()
+
+
+def test_a_lossy_copy_in_files_is_refused_by_the_command(write: Write, tmp_path: Path, capsys: Any) -> None:
+    for part, each in (("train", 2), ("test", 1)):
+        for label in range(10):
+            folder = tmp_path / "jpegs" / part / str(label)
+            folder.mkdir(parents=True)
+            for i in range(each):
+                (folder / f"{i}.jpg").write_bytes(jpeg(np.full((32, 32, 3), label * 20 + i, np.uint8)))
+    for command in ("fit", "test"):
+        weights = ["--model.pretrained", "true", "--model.name", "x_vgg16_2"] if command == "test" else []
+        asked = ["--data.root", str(tmp_path / "jpegs"), "--out", str(tmp_path / "run"), *weights]
+        assert main([command, "--config", "cifar10/x_vgg16_2", *asked]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("xzoo: error: ") and err.count("\n") == 1 and ".jpg is a JPEG file, and CIFAR10" in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("size", "interpolation"), [(12, None), (36, "bilinear"), (6, "box")])

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.layers import freeze_batch_norm_2d
 from timm.models import load_checkpoint, save_for_hf
@@ -60,9 +61,14 @@ EVEN = {
     **{f"x_mobilenet050_c{c}": ("mobilenetv1_050", c) for c in (2, 4, 8, 16)},
     "x_mobilenet100_c4": ("mobilenetv1_100", 4),
 }
-NAMES = (*DEGREES, *EVEN)
+# Widths of the stages, convolutions of each, weights, millions of multiply-accumulates.
+AIR = {
+    "x_air94": ((128, 512, 512), 2, 1_986_848, 131.4),
+    "x_air96": ((128, 384, 512), 3, 2_502_944, 133.1),
+}
+NAMES = (*DEGREES, *EVEN, *AIR)
 # One of each class; all the others are slow. (AlexNet has VGG's class, and takes seconds to build.)
-SMALL = ("x_vgg16_c16", "x_resnet18", "x_densenetbc_40_24", "x_mobilenet050_c16")
+SMALL = ("x_air96", "x_vgg16_c16", "x_resnet18", "x_densenetbc_40_24", "x_mobilenet050_c16")
 # The dense networks that timm has.
 TIMM = {
     **{f"x_resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)},
@@ -169,7 +175,7 @@ def test_list_takes_a_pattern():
     assert sorted(xzoo.list_models("x_vgg*", pretrained=True)) == sorted(trained)
 
 
-@pytest.mark.parametrize("family", ["vgg", "alexnet", "resnet", "densenet", "mobilenet"])
+@pytest.mark.parametrize("family", ["air", "vgg", "alexnet", "resnet", "densenet", "mobilenet"])
 def test_families_are_filed_apart_from_those_of_timm(family):
     ours = timm.list_models(module=f"x_{family}")
     assert ours == [name for name in xzoo.list_models() if name.startswith(f"x_{family}")]
@@ -221,6 +227,40 @@ def test_dense_twin_of_a_table_of_degrees_has_the_independent_counts(name):
             row["params"] + norms,
             row["macs"],
         )
+
+
+def air_counts(widths, convs, compression, side):
+    """Weights, parameters and multiply-accumulates for 10 classes, layer by layer."""
+    side -= 1
+    weights, params, macs = 24 * 3 * 2 * 2, 24, 24 * 3 * 2 * 2 * side**2
+    n_in = 24
+    for width in widths:
+        for number in range(convs):
+            degree = n_in if n_in == 24 else n_in // compression
+            weights += width * degree * 9
+            macs += width * degree * 9 * side**2
+            params += 2 * width
+            n_in = width
+            if number == 0:
+                side //= 2
+    head = widths[-1] * 10
+    return weights + head, params + weights + head, macs + head
+
+
+@pytest.mark.parametrize("compression", [1, 4, 16])
+@pytest.mark.parametrize("side", [20, 32])
+@pytest.mark.parametrize("name", AIR)
+def test_air_has_the_counts_of_its_layers(name, side, compression):
+    widths, convs, *_ = AIR[name]
+    found = xzoo.profile(on_meta(name, compression=compression), (3, side, side))
+    assert (found.weights, found.params, found.macs) == air_counts(widths, convs, compression, side)
+
+
+@pytest.mark.parametrize("name", AIR)
+def test_air_has_the_counts_that_it_was_made_for(name):
+    *_, weights, millions = AIR[name]
+    found = xzoo.profile(on_meta(name))
+    assert (found.weights, round(found.macs / 1e6, 1)) == (weights, millions)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +456,60 @@ def test_initialising_anew_leaves_the_graphs_alone(name, initialise):
     before = copy.deepcopy(model)
     initialise(model)
     assert_same_graphs(before, model)
+
+
+# Networks for small images.
+
+
+@pytest.mark.parametrize("name", AIR)
+def test_air_computes_what_its_source_does(name):
+    """Written down with torch's functions, and dense weights."""
+    model = timm.create_model(name, num_classes=10)
+    dense = xzoo.to_dense(copy.deepcopy(model)).train()
+    x = images(name, batch=4)
+    state = {key: value.clone() for key, value in dense.state_dict().items()}
+
+    def conv(x, key):
+        return F.conv2d(x, state[f"{key}.weight"], padding=1)
+
+    def norm(x, key):
+        return F.batch_norm(x, None, None, state[f"{key}.weight"], state[f"{key}.bias"], training=True)
+
+    y = F.gelu(F.conv2d(x, state["features.0.weight"], state["features.0.bias"]))
+    for stage in ("features.2", "features.3", "features.4"):
+        y = F.gelu(norm(F.max_pool2d(conv(y, f"{stage}.enter.0"), 2), f"{stage}.enter.2"))
+        first = y
+        y = norm(conv(y, f"{stage}.branch.0"), f"{stage}.branch.1")
+        if name == "x_air96":
+            y = norm(conv(F.gelu(y), f"{stage}.branch.3"), f"{stage}.branch.4") + first
+        y = F.gelu(y)
+    expected = y.amax(dim=(2, 3)) @ state["fc.weight"].T / 9
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.train()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [20, 24, 28, 32, 40])
+@pytest.mark.parametrize("name", ["x_vgg16_c16", *AIR])
+def test_small_networks_take_images_of_growing_sizes(name, side):
+    model = timm.create_model(name, num_classes=10, compression=16).train()
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    model(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.fc.weight.grad.any()
+    sizes = [feature.shape[2] for feature in model.eval().forward_intermediates(x, intermediates_only=True)]
+    reductions = [info["reduction"] for info in model.feature_info]
+    assert all(size <= math.ceil(side / reduction) for size, reduction in zip(sizes, reductions, strict=True))
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_rounding_up_changes_nothing_at_multiples_of_32_pixels(side):
+    model = timm.create_model("x_vgg16_c16", num_classes=10).eval()
+    other = copy.deepcopy(model)
+    for layer in other.modules():
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = False
+    assert_same_output(model, other, torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)))
 
 
 # timm's contract: shapes and names.

@@ -7,9 +7,7 @@ import functools
 import io
 import itertools
 import math
-import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -25,13 +23,13 @@ from PIL import Image
 
 import xzoo
 from xzoo.errors import XzooError
-from xzoo.profile import Profile
-from xzoo.train import recipes
+from xzoo.train import queue, recipes
 from xzoo.train.augment import Augment
 from xzoo.train.callbacks import EMA
 from xzoo.train.imagenet import Contents, Stored
 from xzoo.train.memory import InMemory
 from xzoo.train.parse import RecipeCLI
+from xzoo.train.queue import counts, size_of
 from xzoo.train.results import read
 from xzoo.train.run import quiet
 from xzoo.train.sources import Item
@@ -76,23 +74,9 @@ def own(name: str) -> dict[str, Any]:
     return yaml.safe_load(recipes.find(name).read_text(encoding="utf-8"))
 
 
-def counts(cli: RecipeCLI, folder: str) -> tuple[Profile, int]:
-    """Counts of a recipe's network, and the size of its images."""
-    model, data = cli.config.model, cli.config.data.init_args
-    size = data.img_size or 32
-    asked = {name: model[name] for name in ("compression", "graph", "share", "spatial_share")}
-    given = tuple(item for item in asked.items() if item[1] is not None)
-    return _counted(model.name, SIZES[folder][0], size, given), size
-
-
-@functools.cache
-def _counted(model: str, num_classes: int, size: int, given: tuple[tuple[str, Any], ...]) -> Profile:
-    net = xzoo.create_model(model, device="meta", num_classes=num_classes, **dict(given))
-    return xzoo.profile(net, (3, size, size))
-
-
 def counted_line(name: str) -> str:
-    found, size = counts(parsed(name), name.partition("/")[0])
+    size = size_of(parsed(name))
+    found = counts(parsed(name), size)
     return f"# Model: {found.weights:,} weights, {found.macs:,} MACs at {size} px"
 
 
@@ -105,7 +89,7 @@ def test_a_recipe_opens_with_what_it_is(name):
     head = [line for line in lines if line.startswith("#")]
     assert head == lines[: len(head)] and max(map(len, lines)) <= 120
     title, folder = recipes.title(recipes.find(name)), name.partition("/")[0]
-    assert f", {TITLES[folder]}, " in title and f" {counts(parsed(name), folder)[1]} px" in title
+    assert f", {TITLES[folder]}, " in title and f" {size_of(parsed(name))} px" in title
     assert ("by the authors' settings" in title) == name.endswith("_paper")
     for label in ("Source: ", "Differs from ", "Results: recipes/results.csv"):
         assert sum(line.startswith(f"# {label}") for line in head) == 1
@@ -147,7 +131,7 @@ def test_a_recipe_is_read_as_what_it_says(name):
 def test_the_average_looks_back_over_a_part_of_the_run(name):
     config, images = parsed(name).config, SIZES[name.partition("/")[0]][1]
     if config.ema is None:
-        assert name.endswith("_paper")
+        assert name.endswith("_paper") or config.model.lookahead
         return
     steps = images // config.data.init_args.batch_size * config.trainer.max_epochs
     # More in a run of few steps, whose average is noisy otherwise.
@@ -168,13 +152,15 @@ def test_a_rival_differs_in_one_thing(name):
     assert mine == {"base": f"{of}{form}.yaml", "model": RIVALS[kind]}
     assert "base" in own(f"{folder}/{of}{form}")
     if kind != "dense":
-        rival, x = (counts(parsed(n), folder)[0] for n in (name, f"{folder}/{of}{form}"))
+        rival, x = (counts(parsed(n), size_of(parsed(n))) for n in (name, f"{folder}/{of}{form}"))
         assert (rival.weights, rival.macs) == (x.weights, x.macs)
 
 
 def test_every_architecture_has_its_recipes():
     lacking = []
-    for model in set(xzoo.list_models("x_*")) - {"x_timm"}:
+    lacking += [f"cifar10/{model}" for model in xzoo.list_models("x_air*") if f"cifar10/{model}" not in NAMES]
+    # X-Air is made for small images.
+    for model in set(xzoo.list_models("x_*")) - {"x_timm", *xzoo.list_models("x_air*")}:
         if "vgg16" in model:
             homes = {"cifar10"}
         elif "densenetbc" in model:
@@ -307,35 +293,22 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"^(COST|\d[^\n]*MACs)\n```bash\n(.*?)```", QUEUE.read_text(encoding="utf-8"), re.DOTALL | re.M)
 
 
-def commands(block: str) -> list[list[str]]:
+def commands(block: str) -> list[tuple[str, ...]]:
     """The arguments of every `xzoo fit` that the block starts."""
-    told = 'xzoo() { printf "%q " "$@"; echo; }\nset -eu\n' + block
-    places = {name: f"/data/{name}" for name in ("CIFAR10", "CIFAR100", "TINY", "IMAGENET")}
-    done = subprocess.run(["bash", "-c", told], env=os.environ | places, capture_output=True, text=True, check=True)
-    found = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert found and all(line[0] == "fit" for line in found)
-    return [line[1:] for line in found]
+    return queue.expand(block, {name: f"/data/{name}" for name in ("CIFAR10", "CIFAR100", "TINY", "IMAGENET")})
 
 
 def cost(block: str) -> str:
     asked = commands(block)
-    # A seed changes no cost; parsing each would take a while.
-    seedless = [" ".join(re.sub(r"(seed\w*) \d+", r"\1 0", " ".join(line)).split()) for line in asked]
-    each = {line: _macs(re.sub(r"--out \S+", "", line)) for line in set(seedless)}
-    total = sum(each[line] for line in seedless)
+    total = sum(queue.train_macs(arguments)[0] for arguments in asked)
     return f"{len(asked)} runs, {total:.1e} MACs"
 
 
-@functools.cache
-def _macs(command: str) -> float:
-    cli = parse(*command.split())
-    folder, data = cli.name.partition("/")[0], cli.config.data.init_args
-    images = SIZES[folder][1] - data.holdout
-    return 3 * counts(cli, folder)[0].macs * images * cli.config.trainer.max_epochs
-
-
 def test_the_queue_can_be_run_as_it_stands():
-    assert len(blocks()) == QUEUE.read_text(encoding="utf-8").count("\n## ") >= 5
+    text = QUEUE.read_text(encoding="utf-8")
+    assert len(blocks()) == text.count("\n## ") >= 5
+    assert [shell for _, shell in queue.blocks(text)] == [shell for _, shell in blocks()]
+    assert [number for number, _ in queue.blocks(text)] == re.findall(r"^## (\d+)", text, re.M)
     for line, block in blocks():
         asked = commands(block)
         outs = [arguments[arguments.index("--out") + 1] for arguments in asked]
@@ -371,7 +344,7 @@ def with_random_images(cli: RecipeCLI, data: pl.LightningDataModule) -> pl.Light
 
 def train_two_steps(name: str) -> None:
     # Batches of two at 224 px and four below: what is learnt does not matter here.
-    few = "2" if counts(parsed(name), name.partition("/")[0])[1] == 224 else "4"
+    few = "2" if size_of(parsed(name)) == 224 else "4"
     more = ["--data.workers", "0"] if name.startswith("imagenet/") else []
     cli = parse("--config", name, "--data.batch_size", few, "--data.eval_batch_size", few, *more)
     average = [EMA(cli.config.ema)] if cli.config.ema else []

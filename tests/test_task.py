@@ -242,13 +242,14 @@ def test_a_teacher_is_learnt_from_and_stays_outside(module, teacher, tmp_path):
     task.trainer.save_checkpoint(tmp_path / "t.ckpt")
     names = set(torch.load(tmp_path / "t.ckpt", weights_only=True)["state_dict"])
     assert names == set(Classifier(**TINY).state_dict())
-    assert task._teacher == () and copies._average_model.module._teacher == ()
+    assert task._teacher is None and copies._average_model.module._teacher is None
 
 
-def test_a_teacher_that_cannot_teach_is_refused(module, teacher):
+def test_a_teacher_that_cannot_teach_is_refused(module, teacher, tmp_path):
     name, _ = teacher
-    with pytest.raises(ModelError, match="knows 2 classes, the data have 3; use one that was trained on them"):
-        trainer().fit(Classifier("x_mobilenet050_c4", 3, teacher=name), module)
+    model_folder.save(Classifier(**TINY | {"num_classes": 3}).net, tmp_path / "other", ["ant", "fly", "wasp"], CONFIG)
+    with pytest.raises(ModelError, match="knows 3 classes, the data have 2, and 'bee' is none of the teacher's names"):
+        trainer().fit(Classifier(**TINY, teacher=f"local-dir:{tmp_path / 'other'}"), module)
     with pytest.raises(ModelError, match="x_mobilenet050_c4 has no trained weights"):
         trainer().fit(Classifier(**TINY, teacher="x_mobilenet050_c4"), module)
     with pytest.raises(ModelError, match="local-dir:/no/such: Config file not found"):

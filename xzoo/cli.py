@@ -32,6 +32,7 @@ COMMANDS = {
     "validate": ("judge a run's weights on its validation images", "xzoo validate --config RECIPE --out runs/vgg"),
     "test": ("judge a run's weights on the data set's test part", "xzoo test --config RECIPE --ckpt_path FILE"),
     "predict": ("write the predicted class of each test image", "xzoo predict --config RECIPE --out runs/vgg"),
+    "queue": ("start what is open of a list of runs, or tell how far it is", "xzoo queue recipes/QUEUE.md --list"),
     "recipes": ("list the recipes, or copy one to change it", "xzoo recipes copy cifar10/x_vgg16_2 mine"),
     "export": ("write a run's model as a folder to publish", "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75"),
     "card": ("write the cards of exported folders anew", "xzoo card hub_cards/x_vgg16_2.cifar10_q75"),
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = "; the same command resumes" if command in ("finetune", "fit") else ""
+        resumes = "; the same command resumes" if command in ("finetune", "fit", "queue") else ""
         print(f"xzoo: interrupted{resumes}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output had enough, as `head` does
@@ -289,6 +290,33 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
                 print(shown(f"{len(predictions)} images in {args.csv}"))
         if all(prediction.error is not None for prediction in predictions):
             raise XzooError(f"none of the {len(predictions)} images can be read")
+
+    return run
+
+
+def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
+    parser.add_argument("file", nargs="?", default=None, help="Markdown with blocks of shell; by default QUEUE.md")
+    parser.add_argument("--list", action="store_true", help="tell what is done and guess what is left; start nothing")
+    parser.add_argument("--jobs", type=int | None, default=None, help="runs side by side; by default 2, on one core 1")
+    parser.add_argument("--blocks", type=str | None, default=None, help="only those of these numbers, such as 0,3")
+
+    def run(args: Namespace) -> None:
+        from .train import queue, recipes
+
+        file = args.file or recipes.folder() / queue.QUEUE
+        runs = queue.read_queue(file, args.blocks.split(",") if args.blocks is not None else ())
+        if not args.list:
+            queue.run_queue(runs, args.jobs)
+            return
+        console, table = _console(), _table("block", "run", "state", "core-hours left")
+        rows = queue.listed(runs)
+        for entry, state, hours in rows:
+            table.add_row(entry.block, shown(entry.out), state, f"{hours:,.1f}")
+        for column in table.columns[1:3]:
+            column.justify = "left"
+        console.print(table)
+        finished, total = sum(entry.is_finished for entry in runs), sum(hours for _, _, hours in rows)
+        console.print(f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left")
 
     return run
 

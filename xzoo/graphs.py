@@ -143,6 +143,29 @@ def ramanujan_bound(n_in: int, blocks: int, degree: int) -> float:
     return math.sqrt(max(blocks * degree / n_in - 1, 0)) + math.sqrt(degree - 1)
 
 
+def matching(neighbours: Neighbours, n_in: int, share: int = 1) -> NDArray[np.int64]:
+    """For each output of a layer the input that it is matched with, -1 for none: [n_out], no input twice.
+
+    The matching has as many pairs as any, of outputs with inputs that they read; the `share` outputs of a block
+    get different inputs. Where every input is read equally often, it saturates the smaller side: every input is
+    matched if n_in <= n_out, every output if n_out <= n_in (a biregular graph splits into matchings: Koenig 1916;
+    by Hall's condition). With share 1 equally often within one is enough, so every `biregular` and `ramanujan`
+    graph will do. Otherwise (`random`, or a share where blocks * degree is no multiple of n_in) some may be left.
+
+    Equal arguments give equal matchings, but another version of scipy may choose other pairs.
+    Source: Hopcroft and Karp, "An n^{5/2} algorithm for maximum matchings in bipartite graphs", 1973.
+    """
+    from scipy.sparse import csr_array  # like scipy.sparse.linalg above: slow to import, and seldom needed
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
+    blocks, degree = neighbours.shape
+    n_out = blocks * share
+    columns = np.repeat(neighbours, share, axis=0).ravel()
+    rows = np.arange(0, n_out * degree + 1, degree)
+    graph = csr_array((np.ones(n_out * degree, dtype=bool), columns, rows), shape=(n_out, n_in))
+    return np.asarray(maximum_bipartite_matching(graph, perm_type="column"), dtype=np.int64)
+
+
 class _Words:
     """Raw words of PCG64 and the few choices that graphs need, made from them by argsort alone."""
 

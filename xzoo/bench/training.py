@@ -246,7 +246,8 @@ def drawn(kind: type[InMemory], root: Path, batch_size: int, count: int) -> InMe
         return Image.fromarray(draw.integers(0, 256, shape, np.uint8))
 
     draw_folder(root, count, kind.classes, kind.classes, noise, "png")
-    data = kind(str(root), batch_size=batch_size)
+    own: type[InMemory] = type(f"Drawn{kind.__name__}", (kind,), {"key": "drawn"})  # of any number of images
+    data = own(str(root), batch_size=batch_size)
     data.setup()
     return data
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import files, network, weights
 from ..errors import ModelError, XzooError
-from . import x_alexnet, x_densenet, x_mobilenet, x_resnet, x_timm, x_vgg  # noqa: F401  # into the registry
+from . import x_air, x_alexnet, x_densenet, x_mobilenet, x_resnet, x_timm, x_vgg  # noqa: F401  # into the registry
 
 __all__ = ["create_model", "list_models"]
 

@@ -18,13 +18,14 @@ class PlainNet(nn.Module):
     Shape: x [B, in_chans, H, W] -> forward_features [B, num_features, h, w] -> logits [B, num_classes].
 
     Args:
-        features: convolutions, norms, activations and poolings in a row.
+        features: convolutions, norms, activations and poolings in a row, or modules made of them.
         taps: for each level of features: index in `features`, channels, reduction (input pixels a pixel).
         pooled: height and width that the last map is pooled to.
         hidden: takes [B, num_features * pooled^2] to [B, head_hidden_size]. Its layers are the last of the
             network that are expanded.
         global_pool: "avg", "max" or "avgmax" over what falls into one of the pooled pixels; "" leaves out
             pooling and hidden layers, for num_classes = 0 only.
+        head_bias: whether the classifier has one.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PlainNet(nn.Module):
         drop_rate: float,
         device: Any,
         dtype: torch.dtype | None,
+        head_bias: bool = True,
     ):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
@@ -52,7 +54,7 @@ class PlainNet(nn.Module):
         ]
         self.num_features = taps[-1][1]
         self.head_hidden_size = hidden_size
-        self._pooled, self._hidden_size = pooled, hidden_size
+        self._pooled, self._hidden_size, self._head_bias = pooled, hidden_size, head_bias
         self.hidden = hidden
         self.head_drop = nn.Dropout(drop_rate)
         self._set_head(global_pool, {"device": device, "dtype": dtype})
@@ -145,7 +147,9 @@ class PlainNet(nn.Module):
         self.head_hidden_size = self._hidden_size if pool else self.num_features
         self.fc: nn.Module = nn.Identity()
         if self.num_classes:
-            self.fc = nn.Linear(self._hidden_size, self.num_classes, **factory)
-            nn.init.normal_(self.fc.weight, std=0.01)
-            nn.init.zeros_(self.fc.bias)
+            fc = nn.Linear(self._hidden_size, self.num_classes, self._head_bias, **factory)
+            nn.init.normal_(fc.weight, std=0.01)
+            if self._head_bias:
+                nn.init.zeros_(fc.bias)
+            self.fc = fc
         self.fc.train(self.training)

@@ -26,7 +26,10 @@ _EXPANDED = (*(f"features.{i}" for i in (3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 3
 
 
 class VGG(PlainNet):
-    """VGG-16 with BatchNorm. Shape: [B, in_chans, 32, 32] -> [B, num_classes]; larger inputs are average-pooled."""
+    """VGG-16 with BatchNorm. Shape: [B, in_chans, 32, 32] -> [B, num_classes]; larger inputs are average-pooled.
+
+    Smaller ones pass too, down to 1 px: poolings round odd sizes up. At multiples of 32 px no size is odd.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class VGG(PlainNet):
                 layers += [conv, nn.BatchNorm2d(width, **factory), nn.ReLU(inplace=True)]
                 channels = width
             taps.append((len(layers) - 1, channels, 2**level))
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         taps.append((len(layers) - 1, channels, 32))
         hidden = nn.Sequential(nn.Linear(512, 512, **factory), nn.ReLU(inplace=True))
         features = nn.Sequential(*layers)

@@ -66,6 +66,7 @@ def network(model: str) -> str:
 
 _NETWORKS = (
     (r"x_vgg(\d+)(_[12]|_c\d+)?", r"VGG-\1"),
+    (r"x_air(\d+)", r"Air-\1"),
     (r"x_alexnet_[12]", "AlexNet"),
     (r"x_resnet(\d+)(_c\d+)?", r"ResNet-\1"),
     (r"x_densenet(\d+)", r"DenseNet-\1"),

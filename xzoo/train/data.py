@@ -193,6 +193,8 @@ class ImageModule(pl.LightningDataModule):
         super().__init__()
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self._input_size: tuple[int, int, int] = data_config["input_size"]
+        self.mean, self.std = tuple(data_config["mean"]), tuple(data_config["std"])
+        self.class_names = data.classes
         self.train_transform: Transform = create_transform(
             **data_config,
             is_training=True,
@@ -269,7 +271,7 @@ class ImageFolder(ImageModule):
         _tell(root, data)
         super().__init__(data, config, batch_size, seed, crop, mirror, workers)
         self.grey_range = dict(data.ranges)
-        self.class_names, self.num_classes = data.classes, len(data.classes)
+        self.num_classes = len(data.classes)
         self.n_val = self.n_test = len(data.val)
 
     def test_dataloader(self) -> Loader:

@@ -52,7 +52,7 @@ from .run import (
     steps_of,
 )
 from .run import fit as run_fit
-from .task import Classifier
+from .task import Classifier, sides
 
 
 def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -108,8 +108,9 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     )
     data.prepare_data()
     data.setup("fit")  # missing data are told before anything is written
+    task.check(trainer, data)
     if cli.config.results and not (data.dataset and _commit()):
-        lacks = "this data set is none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
+        lacks = "its images are none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
         raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
     if cli.config.results:
         _row(facts(cli, task, data, trainer))  # what it cannot take is told now
@@ -126,7 +127,8 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
             write_text(run / CONFIG, head + to_yaml(config))
         going_on = f", going on after {done} steps" if resumes else ""
-        say(console, f"{cli.name}: {cli.config.model.name}, {steps} steps an epoch; everything goes to {run}{going_on}")
+        what = f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an epoch"
+        say(console, f"{cli.name}: {what}; everything goes to {run}{going_on}")
     run_fit(trainer, task, data, last if resumes else None)
     if not trainer.is_global_zero:
         return None
@@ -205,13 +207,20 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        "train_macs": 3 * counts.macs * data.batch_size * steps,  # forwards, and twice that backwards
+        "train_macs": round(_macs_seen(net, task, data) * 3 * data.batch_size * steps),  # 1 forwards, 2 backwards
         "device": f"{trainer.world_size} x " * (trainer.world_size > 1) + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "xzoo": version("xzoo"),
         "commit": _commit(),
     }
+
+
+def _macs_seen(net: nn.Module, task: Classifier, data: Any) -> float:
+    """Multiply-adds of one image forwards, as the mean over a training in which images may grow."""
+    channels, _, full = data.input_size
+    first, until = task.hparams["grow_sizes"], task.hparams["grow_until"]
+    return sum(share * profile(net, (channels, side, side)).macs for side, share in sides(full, first, until))
 
 
 # ---- what a run stands in
@@ -259,15 +268,23 @@ def _data_config(net: nn.Module, data: Any) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel."""
+    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel.
+
+    Rows that other runs have added to the table of results change nothing of what is computed.
+    """
     home = Path(__file__).parents[2]
     if not (home / ".git").exists():
         return None
-    asked = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git
-        return None
+    others = ("--untracked-files=no", "--", ".", ":(exclude)recipes/results.csv")
+    told = []
+    for asked in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", *others)):
+        try:
+            done = subprocess.run(["git", "-C", str(home), *asked], capture_output=True, text=True, check=False)
+        except OSError:  # no git
+            return None
+        told.append(done.stdout.strip() if done.returncode == 0 else None)
+    commit, changed = told
+    return commit and commit + "-dirty" * (changed != "")
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import pytorch_lightning as pl
@@ -360,6 +360,8 @@ class ImageNet(pl.LightningDataModule):
         training, if an image cannot be read.
     """
 
+    key: ClassVar[str] = "imagenet"  # of results.DATASETS, where it is that whole
+
     def __init__(
         self,
         root: str = HUB,
@@ -429,8 +431,8 @@ class ImageNet(pl.LightningDataModule):
     @property
     def dataset(self) -> str | None:
         """Its key in the table of results: ImageNet-1k whole, or None."""
-        whole = self.num_classes == 1000 and self.n_test == DATASETS["imagenet"].n
-        return "imagenet" if whole else None
+        whole = self.num_classes == 1000 and self.n_test == DATASETS[self.key].n
+        return self.key if whole else None
 
     @property
     def n_val(self) -> int:

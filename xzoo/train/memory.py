@@ -31,6 +31,7 @@ from .results import DATASETS
 from .sources import Item, Listing, list_images
 
 CHUNK = 256  # images that a thread decodes at a time
+SAMPLE = 0.1  # the largest share of a data set's images that is a sample of it, and no damaged copy
 
 
 class Places(NamedTuple):
@@ -89,7 +90,8 @@ class InMemory(pl.LightningDataModule):
         mean: of the colours, in 0 to 1; None for that of the data set.
         std: likewise.
         channels_last: memory format of the images.
-    Raises: DataError if the data are missing, broken or of another shape, or an argument does not go with them.
+    Raises: DataError if the data are missing, broken or of another shape, lack images that the data set has, or an
+        argument does not go with them. A sample, up to a tenth of the images, is read; its `dataset` is None.
     """
 
     key: ClassVar[str]  # of results.DATASETS
@@ -97,6 +99,7 @@ class InMemory(pl.LightningDataModule):
     classes: ClassVar[int]
     sides: ClassVar[tuple[int, ...]]
     colours: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # mean and std, in 0 to 1
+    lossless: ClassVar[bool] = True  # whether its files are; JPEG has other pixels, and is another data set
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class InMemory(pl.LightningDataModule):
         }
         Augment(min(self.sides[0], self.img_size), self.img_size, **self._knobs)  # mistakes now, not in the fit
         self._names: list[str] = []
-        self._lossy, self._side = False, 0  # of the files
+        self._whole, self._side = False, 0  # of the files
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._moved: dict[tuple[str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -148,10 +151,10 @@ class InMemory(pl.LightningDataModule):
         return self._names
 
     @property
-    def dataset(self) -> str:
-        """Its key in the table of results; CIFAR-10 in lossy files is a data set of its own."""
+    def dataset(self) -> str | None:
+        """Its key in the table of results; None where this is a sample of it."""
         self.setup()
-        return f"{self.key}_q75" if self._lossy and f"{self.key}_q75" in DATASETS else self.key
+        return self.key if self._whole else None
 
     @property
     def n_val(self) -> int:
@@ -184,7 +187,7 @@ class InMemory(pl.LightningDataModule):
             return
         listing = self._list()
         self._names = listing.classes
-        self._lossy, self._side = _is_jpeg(listing.train[0]), _pixels(listing.train[0]).shape[0]
+        self._whole, self._side = self._is_whole(listing), _pixels(listing.train[0]).shape[0]
         images, labels = self._decoded(listing.train)
         held, kept = held_out(labels, self.holdout)
         test = self._decoded(listing.val or [])
@@ -209,7 +212,26 @@ class InMemory(pl.LightningDataModule):
             raise DataError(
                 f"{self.root} has {len(listing.classes)} classes, {name} has {self.classes}: another data set?"
             )
+        if self.lossless and (lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)):
+            raise DataError(
+                f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; give them "
+                f"({self.hub} on the Hub has them), or read these by --data ImageFolder"
+            )
         return listing
+
+    def _is_whole(self, listing: Listing) -> bool:
+        """Whether these are all images of the data set; DataError where some are missing, and it is no sample."""
+        part, found = DATASETS.get(self.key), (len(listing.train), len(listing.val or []))
+        if part is None:
+            return False
+        if found == (part.train, part.n):
+            return True
+        if sum(found) > SAMPLE * (part.train + part.n):
+            raise DataError(
+                f"{self.root}: {found[0]:,} training and {found[1]:,} test images, {part.title} has {part.train:,} "
+                f"and {part.n:,}; fetch the data anew, or read these by --data ImageFolder"
+            )
+        return False
 
     def _where(self) -> str:
         return (
@@ -298,6 +320,13 @@ class InMemory(pl.LightningDataModule):
             x = x.contiguous(memory_format=torch.channels_last)
         return x, labels[places.numbers]
 
+    def sample(self, count: int) -> Tensor:
+        """About `count` training images, evenly over their order, as validation would show them: float32 on the CPU."""
+        self.setup()
+        images, _, colours = self._on("train", torch.device("cpu"))
+        chosen = images[:: max(1, len(images) // count)][:count]
+        return upscaled(normalised(chosen, colours), self.img_size)
+
     def _on(self, part: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and colours on a device, moved there once."""
         if (part, device) not in self._moved:
@@ -308,7 +337,10 @@ class InMemory(pl.LightningDataModule):
 
 
 class CIFAR10(InMemory):
-    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 10 classes."""
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 10 classes.
+
+    In files without loss, such as PNG; copies of JPEG are refused, because their pixels are others.
+    """
 
     key, hub, classes, sides = "cifar10", "uoft-cs/cifar10", 10, (32,)
     # The X-Nets authors' own.
@@ -316,7 +348,10 @@ class CIFAR10(InMemory):
 
 
 class CIFAR100(InMemory):
-    """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 100 (fine) classes."""
+    """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 100 (fine) classes.
+
+    In files without loss, as CIFAR-10.
+    """
 
     key, hub, classes, sides = "cifar100", "uoft-cs/cifar100", 100, (32,)
     colours = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)
@@ -328,7 +363,7 @@ class TinyImageNet(InMemory):
     Its copies at 32 x 32 pixels are read too; img_size=32 shows them as they are.
     """
 
-    key, hub, classes, sides = "tiny_imagenet", "zh-plus/tiny-imagenet", 200, (64, 32)
+    key, hub, classes, sides, lossless = "tiny_imagenet", "zh-plus/tiny-imagenet", 200, (64, 32), False
     colours = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 

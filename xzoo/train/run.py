@@ -30,6 +30,7 @@ from ..files import atomic
 
 LOCK, CONFIG, RESULT, METRICS = ".lock", "config.yaml", "result.json", "metrics.csv"
 LAST = Path("checkpoints") / "last.ckpt"
+AT_WORK = "another process is at work in"
 
 
 @contextmanager
@@ -66,9 +67,21 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise XzooError(f"another process is at work in {folder}; wait for it, or choose another with --out") from None
+        raise XzooError(f"{AT_WORK} {folder}; wait for it, or choose another with --out") from None
     except OSError:  # a file system without locks
         return
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a process is at work in the folder; looking leaves no trace, and makes no folder."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as lock:
+            _lock(lock.fileno(), folder)
+    except XzooError:
+        return True
+    except OSError:  # no folder yet
+        return False
+    return False
 
 
 def refuse_other(
@@ -109,8 +122,20 @@ def _differences(here: Any, there: Any, free: Collection[str], place: str = "") 
 
 def steps_of(checkpoint: Path) -> int:
     """Optimizer steps that a checkpoint has behind it; XzooError if it cannot be read."""
+    return _of_checkpoint(checkpoint, "global_step")
+
+
+def epochs_of(checkpoint: Path) -> int:
+    """Whole epochs that it has behind it; XzooError if it cannot be read."""
+    return _of_checkpoint(checkpoint, "loops", "fit_loop", "epoch_progress", "total", "processed")
+
+
+def _of_checkpoint(checkpoint: Path, *keys: str) -> int:
     try:
-        return int(torch.load(checkpoint, map_location="meta", weights_only=True)["global_step"])
+        content = torch.load(checkpoint, map_location="meta", weights_only=True)
+        for key in keys:
+            content = content[key]
+        return int(content)
     except Exception as error:  # torch.load raises a dozen of classes for a broken file
         raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
 

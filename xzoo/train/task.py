@@ -12,17 +12,23 @@ from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.distributed import distribute_bn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ..errors import ModelError, XzooError
+from ..errors import ModelError, XzooError, first_line
+from ..layers import ExpanderConv2d, ExpanderLinear
 from ..models import create_model
+from . import start
 from .augment import mixed
 from .callbacks import Clock, refuse_unsafe_averaging, refuse_unsafe_synchronising
+from .distill import Teacher, distilled
 from .order import STEP, key, steps_of_epoch
+from .steps import Lookahead, ham_
 
 
 def rate(
@@ -33,18 +39,20 @@ def rate(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
     floor: float = 0.0,
+    start: float = 0.0,
 ) -> float:
     """Share of the peak rate at `progress` of the run: nothing, a linear rise, then down by the schedule.
 
     Args:
         progress, warmup, wait: shares of the run, 0 to 1: where it is, how long it rises, how long it waits.
+        start: where the rise begins, as a share of the peak.
         schedule: "cosine" or "linear", to zero at the end; "step", times gamma at each of the milestones
             (shares of the run), and never below floor (a share of the peak).
     """
     if progress < wait:
         return 0.0
     if progress < wait + warmup:
-        return (progress - wait) / warmup
+        return start + (1 - start) * (progress - wait) / warmup
     if schedule == "step":
         # A hair of tolerance: a milestone is a step, and steps / steps is not always the decimal that was meant.
         return max(floor, gamma ** sum(progress >= milestone - 1e-9 for milestone in milestones))
@@ -52,23 +60,14 @@ def rate(
     return 1 - fallen if schedule == "linear" else 0.5 + 0.5 * cos(pi * fallen)
 
 
-def distilled(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """How far the student's logits are from the teacher's, both [B, classes] (Hinton et al. 2015).
+def sides(full: int, first: Sequence[int] | None, until: float) -> list[tuple[int, float]]:
+    """Sides of the images that training shows one after the other, in pixels, each with its share of the run.
 
-    Returns: mean over images of T^2 * KL(teacher / T, student / T); the factor keeps gradients of one size over T.
+    Args: full: of the data; first, until: a Classifier's grow_sizes and grow_until.
     """
-    student, teacher = ((x.float() / temperature).log_softmax(1) for x in (logits, wanted))
-    return temperature**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _teacher(name: str, num_classes: int) -> nn.Module:
-    teacher = create_model(name, pretrained=True)
-    if cast(Any, teacher).num_classes != num_classes:
-        found = cast(Any, teacher).num_classes
-        raise ModelError(
-            f"teacher={name} knows {found} classes, the data have {num_classes}; use one that was trained on them"
-        )
-    return teacher.eval().requires_grad_(False)
+    first = first or ()
+    smaller = [(side, until / len(first)) for side in first]
+    return [*smaller, (full, 1 - until if first else 1.0)]
 
 
 class Classifier(pl.LightningModule):
@@ -81,17 +80,32 @@ class Classifier(pl.LightningModule):
             the checkpoint, which has to load with weights_only=True).
         compression, share, spatial_share, graph, graph_seed: of an X-Net, where they are not those of its name:
             compression=1 is the dense twin, graph="group" a rival.
-        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain one); lr is its
-            peak rate.
+        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain one) but muon, which
+            takes the columns of a compact weight for inputs; lr is its peak rate.
+        lr_base: the peak rate for a batch of 256 images, in place of lr (timm's word): the rate is in proportion to
+            the batch, and with it what SGD's weight decay takes from a weight in an epoch.
+        momentum: of the optimizers that have one.
         decay_all: decay norms and biases too, as the authors did; else, as timm does, weights alone.
         schedule, milestones, gamma, floor: how the rate falls; see `rate`.
         warmup: share of the run in which the rate rises.
+        warmup_start: share of the peak rate at which that begins.
         body_lr: rate of everything but the head, as a multiple of lr.
         head_first: share of the run in which only the head moves.
         layer_decay: factor on the rate from each layer to the one before it (timm's grouping of layers).
+        whiten: initial values of the first convolution from 5,000 training images (see `start.whiten`): "start" to
+            train on from there, "fixed" to keep its weight as it is.
+        identity_start: initial values that pass channels on (see `start.identity_start`).
+        fix_norm_scale: batch norm's scales stay what they are, 1 in a new network; its biases learn.
+        norm_bias_lr: rate of batch norm's biases, as a multiple of lr. (Of all three: Jordan, "94% on CIFAR-10 in
+            3.29 seconds on a single GPU", arXiv 2404.00498.)
+        norm_momentum: batch norm's own; None for what the network has. Short runs want more than torch's 0.1.
+        lookahead: average the weights every so many steps and go on from there, 0 for never; see `Lookahead`.
+        ham: strength of sign-aware shrinking after each step, 0 for none; see `ham_`.
+        grow_sizes: sides of the images that training shows first, in pixels, in equal parts of the run up to
+            grow_until (a share of it); then those of the data. (Howard 2018, fast.ai's progressive resizing.)
         mixup, cutmix: alpha of each, 0 for none; see `augment.mixed`.
-        teacher: a trained model of the same classes, by timm's name (local-dir:FOLDER and hf-hub:NAME too), whose
-            logits are learnt from as well. It sees what the student sees, normalised alike.
+        teacher: a trained model that knows the same classes, by timm's name (local-dir:FOLDER and hf-hub:NAME too),
+            whose logits are learnt from as well; see `distill.Teacher`.
         teacher_weight: share of that in the loss.
         temperature: by which both logits are divided for it.
         compile: torch.compile the network for the fit, in place, so that no name changes.
@@ -114,9 +128,20 @@ class Classifier(pl.LightningModule):
         graph_seed: int | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
+        lr_base: float | None = None,
+        momentum: float = 0.9,
         weight_decay: float = 0.05,
         decay_all: bool = False,
         label_smoothing: float = 0.1,
+        whiten: Literal["start", "fixed"] | None = None,
+        identity_start: bool = False,
+        fix_norm_scale: bool = False,
+        norm_bias_lr: float = 1.0,
+        norm_momentum: float | None = None,
+        lookahead: int = 0,
+        ham: float = 0.0,
+        grow_sizes: list[int] | None = None,
+        grow_until: float = 0.5,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         teacher: str | None = None,
@@ -127,6 +152,7 @@ class Classifier(pl.LightningModule):
         gamma: float = 0.1,
         floor: float = 0.0,
         warmup: float = 0.1,
+        warmup_start: float = 0.0,
         body_lr: float = 1.0,
         head_first: float = 0.0,
         layer_decay: float | None = None,
@@ -141,6 +167,14 @@ class Classifier(pl.LightningModule):
         if not 0 <= teacher_weight <= 1 or temperature <= 0:
             raise ModelError(
                 f"teacher_weight={teacher_weight:g}, temperature={temperature:g}: a share of the loss, and above 0"
+            )
+        if lookahead < 0 or ham < 0:
+            raise ModelError(f"lookahead={lookahead}, ham={ham:g}: 0 for none, or a number of steps and a strength")
+        if not 0 < grow_until <= 1:
+            raise ModelError(f"grow_until={grow_until:g}: a share of the run, over 0 and up to 1")
+        if pretrained and (whiten or identity_start):
+            raise ModelError(
+                "whiten and identity_start would overwrite trained weights: leave them out, or use pretrained=False"
             )
         # The weights are a function of the seed too, and of nothing drawn before.
         drawn: dict[str, Any] = {
@@ -157,12 +191,29 @@ class Classifier(pl.LightningModule):
         self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(f"{name} has no single classifier layer to train; choose another model")
+        sparse = any(isinstance(part, ExpanderConv2d | ExpanderLinear) for part in self.net.modules())
+        if sparse and "muon" in optimizer:
+            raise ModelError(
+                f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but its columns are "
+                "other inputs in each row, so its steps would depend on their order; use sgd or a dense network"
+            )
+        if identity_start:
+            start.identity_start(self.net)
+        if whiten:
+            start.first_convolution(self.net, cast(Any, self.net).in_chans).weight.requires_grad_(whiten == "start")
+        for part in self.net.modules():
+            if isinstance(part, _BatchNorm):
+                part.momentum = part.momentum if norm_momentum is None else norm_momentum
+                if fix_norm_scale and part.affine:
+                    part.weight.requires_grad_(False)
         if freeze:
             self.net.requires_grad_(False)
             self.head.requires_grad_(True)
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
-        self._teacher: tuple[nn.Module, ...] = ()  # a tuple, so that it is no part of this module
+        self._teacher: Teacher | None = None
+        self._lookahead: Lookahead | None = None
+        self._average: dict[str, Tensor] = {}  # of a checkpoint, until the fit begins
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         # torchmetrics' default average, "macro", is not top-1 accuracy.
         accuracy = partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
@@ -185,7 +236,7 @@ class Classifier(pl.LightningModule):
             self.head.train(mode)
         if self.hparams["freeze_norm"]:
             for module in self.net.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
@@ -206,10 +257,23 @@ class Classifier(pl.LightningModule):
         steps = trainer.max_epochs * -(-steps_of_epoch(trainer, data) // trainer.accumulate_grad_batches)
         return min(1.0, max(step / steps, by_clock))
 
+    @property
+    def peak(self) -> float:
+        """The peak rate."""
+        if self.hparams["lr_base"] is None:
+            return self.hparams["lr"]
+        trainer: Any = self.trainer
+        return self.hparams["lr_base"] * trainer.datamodule.batch_size * trainer.accumulate_grad_batches / 256
+
     def configure_optimizers(self) -> Any:
         hp = self.hparams
         optimizer = create_optimizer_v2(
-            self.net, hp["optimizer"], lr=hp["lr"], weight_decay=hp["weight_decay"], param_group_fn=self._groups
+            self.net,
+            hp["optimizer"],
+            lr=self.peak,
+            momentum=hp["momentum"],
+            weight_decay=hp["weight_decay"],
+            param_group_fn=self._groups,
         )
         rates = [self._rate_of(group["wait"]) for group in optimizer.param_groups]
         # LambdaLR over pure functions: it stores nothing that could be stale after a resume.
@@ -219,7 +283,8 @@ class Classifier(pl.LightningModule):
     def _rate_of(self, wait: float) -> Callable[[int], float]:
         hp = self.hparams
         fall: dict[str, Any] = {"schedule": hp["schedule"], "milestones": hp["milestones"] or (), "gamma": hp["gamma"]}
-        return lambda step: rate(self.progress(step), hp["warmup"], wait, floor=hp["floor"], **fall)
+        fall |= {"floor": hp["floor"], "start": hp["warmup_start"]}
+        return lambda step: rate(self.progress(step), hp["warmup"], wait, **fall)
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """timm's groups (no decay for vectors), each with its own rate, and the head apart from the body."""
@@ -233,14 +298,21 @@ class Classifier(pl.LightningModule):
         else:
             groups = param_groups_layer_decay(model, weight_decay, spared, layer_decay=hp["layer_decay"])
         head = {id(p) for p in self.head.parameters()}
+        norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
+        norm_biases = {id(part.bias) for part in norms if hp["norm_bias_lr"] != 1}
         split = []
         for group in groups:
-            for in_head in (False, True):
-                params = [p for p in group["params"] if (id(p) in head) == in_head]
+            for in_head, of_norm in ((False, False), (True, False), (False, True)):
+                params = [p for p in group["params"] if (id(p) in head, id(p) in norm_biases) == (in_head, of_norm)]
+                if not params:
+                    continue
                 scale = group.get("lr_scale", 1.0) * (1.0 if in_head else hp["body_lr"])
-                wait = 0.0 if in_head else hp["head_first"]
-                if params:
-                    split.append(group | {"params": params, "lr": hp["lr"] * scale, "wait": wait})
+                own = group | {"params": params, "wait": 0.0 if in_head else hp["head_first"]}
+                if of_norm:
+                    scale *= hp["norm_bias_lr"]
+                    # A step takes rate * decay of a parameter: as much of these as of the others.
+                    own["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
+                split.append(own | {"lr": self.peak * scale})
         return split
 
     # ---- steps
@@ -249,17 +321,74 @@ class Classifier(pl.LightningModule):
         if stage == "fit":
             refuse_unsafe_averaging(self.trainer, self)
             refuse_unsafe_synchronising(self.trainer, self)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.check(self.trainer, data)
+            if self.hparams["whiten"] and self.trainer.ckpt_path is None:
+                start.whiten(self.net, data.sample(5000))
+
+    def check(self, trainer: pl.Trainer, data: Any) -> None:
+        """Raise ModelError where options do not go with the trainer's callbacks or the data module."""
+        hp = self.hparams
+        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if averages and hp["lookahead"]:
+            raise ModelError(
+                f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of the same weights; "
+                "leave out one of them (ema: null, or lookahead: 0)"
+            )
+        if hp["whiten"] and not hasattr(data, "sample"):
+            raise ModelError(
+                f"whiten looks at training images, which {type(data).__name__} does not keep in memory; use CIFAR10, "
+                "CIFAR100 or TinyImageNet, or leave it out"
+            )
+        for side in hp["grow_sizes"] or ():
+            self._check_size(side, data.img_size)
+
+    def _check_size(self, side: int, full: int) -> None:
+        if not 0 < side < full:
+            raise ModelError(f"grow_sizes: {side} pixels; use sides below those of the data, {full}")
+        before = self.net.training
+        try:
+            with torch.no_grad():
+                self.net.eval()(torch.zeros(1, 3, side, side, device=self.device))
+        except Exception as error:
+            raise ModelError(
+                f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels ({first_line(error)}); "
+                "use larger ones"
+            ) from error
+        finally:
+            self.net.train(before)
 
     def on_fit_start(self) -> None:
         self._check_graphs()
+        hp = self.hparams
         # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and compiled code.
-        if self.hparams["teacher"] and self.hparams["teacher_weight"]:
-            self._teacher = (_teacher(self.hparams["teacher"], self.hparams["num_classes"]).to(self.device),)
-        if self.hparams["compile"]:
+        if hp["teacher"] and hp["teacher_weight"]:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._teacher = Teacher(hp["teacher"], data.class_names, data.mean, data.std).to(self.device)
+        if hp["lookahead"]:
+            self._lookahead = Lookahead(self.net, hp["lookahead"])
+            self._lookahead.load(self._average)
+        if hp["compile"]:
             self.net.compile()
 
     def on_fit_end(self) -> None:
-        self._teacher = ()
+        self._teacher, self._lookahead, self._average = None, None, {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._lookahead:
+            checkpoint["lookahead"] = self._lookahead.average
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._average = checkpoint.get("lookahead", {})
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        # Here and not in a hook of the batch's end, where checkpoints are written first.
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.hparams["ham"]:
+            ham_(optimizer, self.hparams["ham"])
+        if self._lookahead:
+            step = self.global_step + 1
+            self._lookahead.step(step, self.progress(step))
 
     def _check_graphs(self) -> None:
         """All ranks compute on one graph, or their gradients belong to different layers."""
@@ -301,24 +430,35 @@ class Classifier(pl.LightningModule):
         if not isfinite(mean):
             raise XzooError(
                 f"the loss is {mean} at step {self.global_step}: training has diverged; "
-                f"use a lower rate than lr={self.hparams['lr']:g} (and another --out)"
+                f"use a lower rate than lr={self.peak:g} (and another --out)"
             )
         self.log("train/loss", mean, batch_size=size)
-        self.log("lr", self.hparams["lr"] * self._rate_of(0.0)(self.global_step), batch_size=size)
+        self.log("lr", self.peak * self._rate_of(0.0)(self.global_step), batch_size=size)
 
     def _loss(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         hp = self.hparams
         place = hp["seed"], self.current_epoch, batch_idx
         images, partners, share = mixed(images, labels, hp["mixup"], hp["cutmix"], *place)
-        logits = self(images)
+        logits = self(self._shrunk(images))
         loss = self.loss(logits, labels)
         if share < 1:
             loss = share * loss + (1 - share) * self.loss(logits, partners)
-        for teacher in self._teacher:
-            with torch.no_grad():
-                wanted = teacher(images)
-            loss = loss.lerp(distilled(logits, wanted, hp["temperature"]), hp["teacher_weight"])
+        if self._teacher:
+            loss = loss.lerp(distilled(logits, self._teacher(images), hp["temperature"]), hp["teacher_weight"])
         return loss
+
+    def _shrunk(self, images: Tensor) -> Tensor:
+        """The images in the size of this part of the run."""
+        if not self.hparams["grow_sizes"]:
+            return images
+        progress, full = self.progress(self.global_step), images.shape[-1]
+        for side, share in sides(full, self.hparams["grow_sizes"], self.hparams["grow_until"]):
+            progress -= share
+            if progress < 0 and side < full:
+                return nn.functional.interpolate(
+                    images, (side, side), mode="bilinear", antialias=True, align_corners=False
+                )
+        return images
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._judge(batch, "val")

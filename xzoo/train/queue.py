@@ -1,0 +1,320 @@
+"""`xzoo queue`: the runs that a file of shell asks for; which of them are done; and the others, a few side by side.
+
+A queue is Markdown (recipes/QUEUE.md): headings such as "## 3. Title", and below them ```bash blocks in which every
+command is `xzoo fit ... --out RUN`. Nothing is kept beside the run folders: what is finished, how far a run is and
+whether a process is at work in it are read there, so a queue that was killed goes on when it is started again.
+"""
+
+import functools
+import json
+import math
+import os
+import pydoc
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import XzooError
+from ..files import check_folder
+from ..machine import cores
+from ..models import create_model
+from ..names import say
+from ..options import nearest
+from ..profile import Profile, profile
+from . import recipes
+from .parse import RecipeCLI
+from .results import DATASETS, read
+from .run import AT_WORK, LAST, RESULT, epochs_of, is_claimed, quiet
+from .task import sides
+
+QUEUE = "QUEUE.md"
+LOOK_EVERY = 0.5  # seconds
+_BLOCK = re.compile(r"^## (?:(\d+)\. )?([^\n]*)$|^```bash\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
+# Standard output is not the commands' alone; and no other program is found, since only `xzoo fit` may be asked for.
+_TELLS = 'exec 3>&1 1>&2; PATH=; xzoo() { printf "%s\\0" "$#" "$@" >&3; }; set -eu\n'
+# Options that change no cost, each with its value.
+_FREE = re.compile(r"--(?:\S*seed\S*|out|results)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command of a queue: its block's number, and the arguments of `xzoo fit`."""
+
+    block: str
+    arguments: tuple[str, ...]
+
+    @property
+    def out(self) -> Path:
+        return Path(_option(self.arguments, "out") or "").expanduser()
+
+    @property
+    def log(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.log")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.out / RESULT).exists()
+
+
+# ---- what is asked for
+
+
+def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[Run]:
+    """All runs of a queue file, in its order; of `numbers`, those of the blocks below headings of these numbers.
+
+    Raises: XzooError for a file without blocks, an unknown number, a block that is no list of `xzoo fit --out` or needs
+        a variable that is not set, and two runs in one folder.
+    """
+    found = blocks(Path(path).read_text(encoding="utf-8"))
+    if not found:
+        raise XzooError(f"{path} is no queue: it has no ```bash block")
+    for number in numbers:
+        known = [block for block, _ in found]
+        if number not in known:
+            raise XzooError(f"{path} has no block {number}; {nearest(number, known)}")
+    runs: dict[Path, Run] = {}
+    for block, shell in found:
+        if numbers and block not in numbers:
+            continue
+        try:
+            for arguments in expand(shell, os.environ):
+                run = Run(block, arguments)
+                if runs.setdefault(run.out, run) != run:
+                    raise XzooError(f"two runs have one folder, {run.out}; give each its own --out")
+        except XzooError as error:
+            raise XzooError(f"{path}, block {block}: {error}") from None
+    return list(runs.values())
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Of each ```bash block the number of the heading above it (or its words, where it has none), and the shell."""
+    found, block = [], ""
+    for match in _BLOCK.finditer(text):
+        number, title, shell = match.groups()
+        if shell is None:
+            block = number or title
+        else:
+            found.append((block, shell))
+    return found
+
+
+def expand(shell: str, environment: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The arguments of every `xzoo fit` in a block, found by bash with a function in the place of `xzoo`.
+
+    Raises: XzooError for a variable that is not set, other commands, and a command without --out.
+    """
+    bash = ["bash", "-p", "-c", _TELLS + shell]  # -p: without what the user's bash reads at its start
+    told = subprocess.run(
+        bash, env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    if complaint := os.fsdecode(told.stderr).strip():
+        first = re.sub(r"^bash: (line \d+: )?", "", complaint.splitlines()[0])
+        if unset := re.fullmatch(r"(\w+): unbound variable", first):
+            raise XzooError(f"the variable {unset[1]} is not set; set it in the environment")
+        raise XzooError(f"{first}; a block has `xzoo fit` alone, and what the shell itself can do")
+    if told.returncode:
+        raise XzooError(f"bash ends with {told.returncode}; a block has `xzoo fit` alone")
+    fields = iter(os.fsdecode(told.stdout).split("\0")[:-1])
+    commands = [tuple(islice(fields, int(count))) for count in fields]
+    for command in commands:
+        if command[:1] != ("fit",) or not _option(command, "out"):
+            raise XzooError(f"`xzoo {shlex.join(command)}` is no `xzoo fit` with an --out")
+    return [command[1:] for command in commands]
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """The value that counts: the last one."""
+    value = None
+    for place, argument in enumerate(arguments):
+        key, equals, text = argument.partition("=")
+        if key == f"--{name}":
+            value = text if equals else next(iter(arguments[place + 1 :]), None)
+    return value
+
+
+# ---- what it costs
+
+
+def train_macs(arguments: Sequence[str]) -> tuple[float, int]:
+    """Multiply-accumulates of the whole training that a command asks for, and its epochs.
+
+    Three times those of a forward pass, times images, times epochs. NaN where the number of images is not known.
+    """
+    costly, rest = [], list(arguments)
+    while rest:
+        flag, equals, _ = (argument := rest.pop(0)).partition("=")
+        if not _FREE.fullmatch(flag):
+            costly.append(argument)
+        elif not equals:
+            rest = rest[1:]
+    return _train_macs(tuple(costly))
+
+
+@functools.cache
+def _train_macs(arguments: tuple[str, ...]) -> tuple[float, int]:
+    with quiet():
+        cli = RecipeCLI(arguments)
+    kind: Any = pydoc.locate(cli.config.data.class_path)
+    part, epochs = DATASETS.get(getattr(kind, "key", "")), cli.config.trainer.max_epochs
+    if part is None:
+        return math.nan, epochs
+    images = part.train - cli.config.data.init_args.holdout
+    model, macs = cli.config.model, 0.0
+    for side, share in sides(size_of(cli), model.grow_sizes, model.grow_until):
+        macs += share * counts(cli, side).macs
+    return 3 * macs * images * epochs, epochs
+
+
+def size_of(cli: RecipeCLI) -> int:
+    """Side of a recipe's images, in pixels, on one of the known data sets."""
+    kind: Any = pydoc.locate(cli.config.data.class_path)
+    return cli.config.data.init_args.img_size or kind.sides[0]
+
+
+def counts(cli: RecipeCLI, size: int) -> Profile:
+    """Counts of a recipe's network, on one of the known data sets, for images of this size."""
+    model, data = cli.config.model, cli.config.data.init_args
+    kind: Any = pydoc.locate(cli.config.data.class_path)
+    asked = {name: model[name] for name in ("compression", "graph", "share", "spatial_share")}
+    given = (model.model_kwargs or {}) | {name: value for name, value in asked.items() if value is not None}
+    classes = getattr(kind, "classes", None) or data.num_classes
+    return _counted(model.name, size, json.dumps({"num_classes": classes} | given))
+
+
+@functools.cache
+def _counted(model: str, size: int, given: str) -> Profile:
+    return profile(create_model(model, device="meta", **json.loads(given)), (3, size, size))
+
+
+def speed(runs: Sequence[Run]) -> float:
+    """Training MACs in a second on one core: of the finished runs, or else of the rows of recipes/results.csv on CPUs.
+
+    NaN where there are none.
+    """
+    own = [json.loads((run.out / RESULT).read_text(encoding="utf-8")) for run in runs if run.is_finished]
+    table = recipes.folder() / "results.csv"
+    others = [vars(row) for row in read(table)] if table.exists() else []
+    for results in (own, others):
+        macs = seconds = 0.0
+        for result in results:
+            threads = re.fullmatch(r"(?:(\d+) x )?.*, (\d+) threads?", result["device"])
+            if threads and result["train_macs"]:
+                macs += result["train_macs"]
+                seconds += result["wall_s"] * int(threads[1] or 1) * int(threads[2])
+        if seconds:
+            return macs / seconds
+    return math.nan
+
+
+def listed(runs: Sequence[Run]) -> list[tuple[Run, str, float]]:
+    """Each run, its state in words, and the core-hours that are left of it.
+
+    The hours are an estimate: MACs by the speed at which others went, and networks of few channels, depthwise layers or
+    much memory traffic go at a fraction of it. Epochs count when they are through.
+    """
+    rows, measured = [], speed(runs)
+    for run in runs:
+        if run.is_finished:
+            rows.append((run, "finished", 0.0))
+            continue
+        macs, epochs = train_macs(run.arguments)
+        done = epochs_of(run.out / LAST) if (run.out / LAST).exists() else None
+        state = "open" if done is None else f"{done} of {epochs} epochs"
+        if is_claimed(run.out):
+            state = "running" if done is None else f"running, {state}"
+        rows.append((run, state, macs * (1 - (done or 0) / epochs) / measured / 3600))
+    return rows
+
+
+# ---- running it
+
+
+def run_queue(runs: Sequence[Run], jobs: int | None = None) -> None:
+    """Start what is open, in its order, `jobs` at a time (by default two), and wait for all of it.
+
+    Each run is a process at the lowest priority with its share of the cores as threads, and writes to RUN.log. Runs in
+    which another process is at work count among the jobs, and are waited for. On Ctrl-C the processes are interrupted,
+    as `xzoo fit` is by it, and waited for.
+
+    Raises: XzooError that names the runs that failed, after all others; KeyboardInterrupt.
+    """
+    most = cores()
+    jobs = min(2, most) if jobs is None else jobs
+    if not 1 <= jobs <= most:
+        raise XzooError(f"jobs={jobs}: from 1 to {most}, the cores here")
+    for folder in {run.log.parent for run in runs}:
+        check_folder(folder)
+    console, threads = Console(stderr=True), max(1, most // jobs)
+    working: dict[Run, subprocess.Popen[bytes]] = {}
+    begun: dict[Run, float] = {}
+    failed: list[Run] = []
+    others: set[Run] = set()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        while True:
+            for run in [run for run, process in working.items() if process.poll() is not None]:
+                code, last = working.pop(run).returncode, _last_line(run.log)
+                if run.is_finished:
+                    taken = timedelta(seconds=round(time.monotonic() - begun[run]))
+                    say(console, f"{run.out}: finished after {taken}")
+                elif AT_WORK not in last:  # started by another queue at the same moment
+                    failed.append(run)
+                    say(console, f"{run.out}: failed with {code}: {last}")
+            left = [run for run in runs if run not in failed and not run.is_finished]
+            if not left and not working:
+                break
+            claimed = {run for run in left if run not in working and is_claimed(run.out)}
+            for run in claimed - others:
+                say(console, f"{AT_WORK} {run.out}")
+            others |= claimed
+            startable = [run for run in left if run not in working and run not in claimed]
+            for run in startable[: max(0, jobs - len(working) - len(claimed))]:
+                working[run], begun[run] = _started(run, threads), time.monotonic()
+                say(console, f"{run.out}: started, {threads} threads; see {run.log}")
+            time.sleep(LOOK_EVERY)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in working.values():
+            process.send_signal(signal.SIGINT)
+        for process in working.values():
+            process.wait()
+    if failed:
+        names = ", ".join(str(run.out) for run in failed)
+        raise XzooError(f"{len(failed)} of {len(runs)} runs failed: {names}; their logs say why")
+
+
+def _started(run: Run, threads: int) -> "subprocess.Popen[bytes]":
+    """In a session of its own, so that the terminal's Ctrl-C comes once, from us."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(run.log, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "xzoo", "fit", *run.arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_behind_others,
+        )
+
+
+def _behind_others() -> None:
+    os.nice(19)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored in what a script starts in the background
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it told nothing")
