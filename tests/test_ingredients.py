@@ -1,17 +1,30 @@
 """What makes short runs good: each option by itself against a plain computation, and all of them in one run."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
-from test_fit import arguments, data, free_port, resumed_are_the_same, saved_by_step, torchrun  # noqa: F401
+from test_fit import (
+    arguments,
+    data,  # noqa: F401
+    free_port,
+    resumed_are_the_same,
+    same_bits,
+    saved_by_step,  # noqa: F401
+    steps_saved,
+    torchrun,
+    wait,
+)
 from test_task import CONFIG, Rates, trainer
 from torch import nn
 
 from xzoo import ExpanderConv2d, profile
 from xzoo.cli import main
-from xzoo.errors import ModelError
+from xzoo.errors import ModelError, XzooError
 from xzoo.hub import folder as model_folder
 from xzoo.train import CIFAR10, EMA
 from xzoo.train.distill import Teacher
@@ -125,6 +138,17 @@ def test_ham_is_its_formula():
     assert torch.equal(vector, unchanged)
 
 
+def test_fixed_scales_of_residual_networks_are_not_the_zeros_that_they_begin_with():
+    net = Classifier("x_resnet18", 10, fix_norm_scale=True).net
+    assert all((m.weight == 1).all() for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_ham_is_refused_where_gradients_may_be_infinite():
+    fp16 = SimpleNamespace(precision="16-mixed", callbacks=[])
+    with pytest.raises(ModelError, match="ham=200 with precision=16-mixed"):
+        Classifier(**NET, ham=200.0).check(fp16, None)
+
+
 # ---- what training sees
 
 
@@ -166,7 +190,9 @@ def test_a_teacher_sees_its_own_size_and_colors(tmp_path):
         teacher = Teacher(name, names, mean.tolist(), std.tolist())
         wanted = logits[:, [["ant", "bee", "fly"].index(label) for label in names]]
         torch.testing.assert_close(teacher(images), wanted, rtol=1e-4, atol=1e-5)
-    # As many classes with other names: taken for the same ones.
+    with pytest.raises(ModelError, match="'wasp' is none of the teacher's names"):
+        Teacher(name, ["bee", "ant", "wasp"], mean.tolist(), std.tolist())
+    # As many classes, all of other names: taken for the same ones.
     teacher = Teacher(name, ["Ameise", "Biene", "Fliege"], mean.tolist(), std.tolist())
     torch.testing.assert_close(teacher(images), logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="knows 3 classes, the data have 2, and 'wasp' is none of the teacher's names"):
@@ -176,17 +202,44 @@ def test_a_teacher_sees_its_own_size_and_colors(tmp_path):
 # ---- all together
 
 
-def test_all_together_resumed_ends_with_the_same_bits(recipe, data, tmp_path, saved_by_step):  # noqa: F811
-    asked = arguments(recipe, data, tmp_path / "run", trainer__max_epochs=2)
-    resumed_are_the_same(asked, tmp_path / "run", saved_by_step, lambda n: [1, n // 2, n - 3])
+@pytest.fixture
+def everything(recipe, tmp_path):
+    """The recipe, with a teacher too."""
+    own = {"input_size": (3, 24, 24), "mean": (0.4,) * 3}
+    name = saved(Classifier(**NET, seed=3).net, tmp_path / "teacher", [f"c{i}" for i in range(10)], **own)
+    path = tmp_path / "everything.yaml"
+    path.write_text(ALL_ON.replace("  ham: 0.01\n", f"  ham: 0.01\n  teacher: '{name}'\n"))
+    return str(path)
+
+
+def test_all_together_resumed_ends_with_the_same_bits(everything, data, tmp_path, saved_by_step):  # noqa: F811
+    asked = arguments(everything, data, tmp_path / "run", trainer__max_epochs=2)
+    resumed_are_the_same(asked, tmp_path / "run", saved_by_step, lambda n: [1, n - 3])
 
 
 @pytest.mark.slow
-def test_all_together_in_two_processes_is_one(recipe, data, tmp_path):  # noqa: F811
+def test_all_together_in_two_processes_killed_and_resumed_ends_with_the_same_bits(everything, data, tmp_path):  # noqa: F811
+    """Batch statistics and their average among them."""
+    how = "--nproc_per_node=2", f"--master_port={free_port()}"
+    for run in ("whole", "cut"):
+        child = torchrun(arguments(everything, data, tmp_path / run), *how)
+        if run == "cut":
+            wait(child, lambda: steps_saved(tmp_path / "cut") >= 5)
+            child.kill()
+            child.communicate()
+            time.sleep(3)  # the workers notice
+            child = torchrun(arguments(everything, data, tmp_path / run), *how)
+        told = child.communicate()[1]
+        assert child.returncode == 0, told
+    same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_all_together_in_two_processes_is_one(everything, data, tmp_path):  # noqa: F811
     """With frozen batch statistics, as without the ingredients."""
     frozen = {"model__freeze_norm": True, "model__lr_base": 0.1}
-    fit(arguments(recipe, data, tmp_path / "one", **frozen))
-    asked = arguments(recipe, data, tmp_path / "two", **frozen)
+    fit(arguments(everything, data, tmp_path / "one", **frozen))
+    asked = arguments(everything, data, tmp_path / "two", **frozen)
     child = torchrun(asked, "--nproc_per_node=2", f"--master_port={free_port()}")
     told = child.communicate()[1]
     assert child.returncode == 0, told
@@ -203,9 +256,15 @@ def test_all_together_in_two_processes_is_one(recipe, data, tmp_path):  # noqa: 
     [
         ("--model.optimizer muon", "optimizer=muon: it takes a compact weight [out, degree] for a matrix"),
         ("--model.lookahead 5 --ema 0.9", "lookahead=5 beside EMA: two averages of the same weights"),
-        ("--model.lookahead -1", "lookahead=-1, ham=0.01: 0 for none"),
+        ("--model.lookahead -1", "lookahead=-1: use a number of steps, 0 for never"),
+        ("--model.optimizer Muon", "optimizer=Muon: it takes a compact weight"),
+        ("--model.norm_bias_lr 0", "norm_bias_lr=0.0: use a multiple of lr, over 0"),
+        ("--model.norm_momentum 7", "norm_momentum=7.0: use over 0 and up to 1"),
+        ("--model.lr_base -1", "lr_base=-1.0: use a rate over 0"),
+        ("--model.teacher local-dir:/no/such", "Config file not found"),
+        ("--model.name crossvit_9_240", "2 first convolutions"),
         ("--model.grow_sizes [40]", "grow_sizes: 40 pixels; use sides below those of the data, 32"),
-        ("--model.grow_until 0", "grow_until=0: a share of the run"),
+        ("--model.grow_until 0", "grow_until=0.0: use a share of the run"),
         ("--model.name x_vgg16_c16 --model.grow_sizes [0]", "grow_sizes: 0 pixels; use sides below"),
         ("--model.name densenetblur121d --model.grow_sizes [8]", "cannot take images of 8 pixels"),
         ("--model.name mixer_s16_224.no_such --model.pretrained true", "whiten and identity_start would overwrite"),
@@ -229,15 +288,37 @@ def test_whitening_needs_images_in_memory(make_folder):
         trainer().fit(Classifier(**NET | {"num_classes": 2}, whiten="start"), photos)
 
 
+def test_an_average_begins_with_the_whitened_weights(module):
+    """EMA copies the module before it is whitened; its average is the first step's weights all the same."""
+    task, copies = Classifier(**NET, whiten="fixed", optimizer="sgd", lr=0.1), EMA()
+    trainer(max_epochs=1, callbacks=[copies]).fit(task, module)
+    plain = Classifier(**NET, whiten="fixed", optimizer="sgd", lr=0.1)
+    trainer(max_epochs=1).fit(plain, module)
+    assert torch.equal(task.net.conv_stem.weight, plain.net.conv_stem.weight)
+
+
 def test_a_fixed_first_convolution_stays(module):
     task = Classifier(**NET, whiten="fixed", optimizer="sgd", lr=0.1)
     weights = []
 
-    class Watch(EMA):
+    class Watch(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            super().on_train_start(trainer, pl_module)
             weights.append(task.net.conv_stem.weight.clone())
 
     trainer(callbacks=[Watch()]).fit(task, module)
     assert torch.equal(task.net.conv_stem.weight, weights[0])
     assert not torch.equal(weights[0], Classifier(**NET).net.conv_stem.weight)
+
+
+def test_a_run_from_before_an_option_goes_on(recipe, data, tmp_path, capsys):  # noqa: F811
+    """Its folder does not say what the option was: the default."""
+    run = tmp_path / "run"
+    asked = arguments(recipe, data, run, trainer__max_epochs=1)
+    result = fit(asked)
+    text = (run / "config.yaml").read_text()
+    assert "  lr: 0.001\n" in text
+    (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", ""))
+    assert fit(asked) == result
+    (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", "  lr: 0.002\n"))
+    with pytest.raises(XzooError, match="model.lr is 0.002 there and 0.001 here"):
+        fit(asked)

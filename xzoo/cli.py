@@ -6,6 +6,7 @@ Lightning.
 """
 
 import io
+import math
 import os
 import re
 import sys
@@ -311,11 +312,12 @@ def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
         console, table = _console(), _table("block", "run", "state", "core-hours left")
         rows = queue.listed(runs)
         for entry, state, hours in rows:
-            table.add_row(entry.block, shown(entry.out), state, f"{hours:,.1f}")
+            table.add_row(entry.block, shown(entry.out), state, "?" if math.isnan(hours) else f"{hours:,.1f}")
         for column in table.columns[1:3]:
             column.justify = "left"
         console.print(table)
-        finished, total = sum(entry.is_finished for entry in runs), sum(hours for _, _, hours in rows)
+        finished = sum(entry.is_finished for entry in runs)
+        total = sum(hours for _, _, hours in rows if not math.isnan(hours))
         console.print(f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left")
 
     return run

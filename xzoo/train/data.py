@@ -192,7 +192,7 @@ class ImageModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.data, self.batch_size, self.seed = data, batch_size, seed
-        self._input_size: tuple[int, int, int] = data_config["input_size"]
+        self.input_size: tuple[int, int, int] = data_config["input_size"]
         self.mean, self.std = tuple(data_config["mean"]), tuple(data_config["std"])
         self.class_names = data.classes
         self.train_transform: Transform = create_transform(
@@ -222,7 +222,7 @@ class ImageModule(pl.LightningDataModule):
         return self._loader(Views(self.data.val, self.eval_transform, None), order)
 
     def _loader(self, views: Views, order: TrainOrder | EvalOrder) -> Loader:
-        size = batch_bytes(self.batch_size, self._input_size)
+        size = batch_bytes(self.batch_size, self.input_size)
         return Loader(views, order, self.workers, batch_bytes=size)
 
 

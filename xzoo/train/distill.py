@@ -26,12 +26,14 @@ class Teacher:
 
     Not a module, so that it is no part of the student's.
 
+    Its logits are taken by the names of the classes; where it has as many classes as the student and none of the same
+    name, as they are.
+
     Args:
         name: of a trained model (local-dir:FOLDER and hf-hub:NAME too).
         class_names: of the student, in the order of its logits.
         mean, std: by which the student's images are normalized, in 0 to 1.
-    Raises: ModelError where it does not know the student's classes: as many as the student has are taken to be
-        the same ones, unless both have names; of more, those with the student's names are taken.
+    Raises: ModelError where it does not know all of the student's classes.
     """
 
     def __init__(self, name: str, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -68,11 +70,13 @@ def _classes(name: str, net: Any, wanted: Sequence[str]) -> Tensor | None:
     subset = infer_imagenet_subset(net)
     if known is None and subset is not None:
         known = ImageNetInfo(subset).label_names()
+    if known is not None and list(known) == list(wanted):  # names may occur twice
+        return None
     place = {label: number for number, label in enumerate(known or ())}
     lacking = [label for label in wanted if label not in place]
     if not lacking:
         return torch.tensor([place[label] for label in wanted])
-    if net.num_classes == len(wanted):
+    if net.num_classes == len(wanted) == len(lacking):
         return None
     raise ModelError(
         f"teacher={name} knows {net.num_classes} classes, the data have {len(wanted)}, and {lacking[0]!r} is none of "

@@ -13,6 +13,7 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
             return None
         run, config = cli.run_folder, cli.plain()
         if is_first():
-            refuse_other(run, config, "xzoo fit", free=PLACES)
+            trust = ["--trust"] if cli.config.trust else []
+            refuse_other(run, config, "xzoo fit", None, PLACES, lambda path: _plain(path, trust))
             if cli.config.results:  # a table that cannot take the result is told before the training
                 check_file(cli.config.results, "--results")
                 if Path(cli.config.results).exists():
@@ -86,6 +88,11 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
             return result
         with claimed(run) if is_first() else nullcontext():
             return _train(cli, run, config, console)
+
+
+def _plain(config: Path, more: Sequence[str]) -> dict[str, Any]:
+    """A run folder's configuration as `xzoo fit` reads it now."""
+    return RecipeCLI(["--config", str(config), *more]).plain()
 
 
 def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) -> dict[str, Any] | None:
@@ -109,6 +116,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     data.prepare_data()
     data.setup("fit")  # missing data are told before anything is written
     task.check(trainer, data)
+    task.make_teacher(data)
     if cli.config.results and not (data.dataset and _commit()):
         lacks = "its images are none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
         raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
@@ -207,7 +215,7 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        "train_macs": round(_macs_seen(net, task, data) * 3 * data.batch_size * steps),  # 1 forwards, 2 backwards
+        "train_macs": round(_macs_seen(net, task, data) * 3 * data.batch_size * steps),  # one forwards, two backwards
         "device": f"{trainer.world_size} x " * (trainer.world_size > 1) + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
@@ -216,11 +224,12 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
     }
 
 
-def _macs_seen(net: nn.Module, task: Classifier, data: Any) -> float:
+def _macs_seen(net: nn.Module, task: Classifier, data: Any) -> Fraction:
     """Multiply-adds of one image forwards, as the mean over a training in which images may grow."""
     channels, _, full = data.input_size
     first, until = task.hparams["grow_sizes"], task.hparams["grow_until"]
-    return sum(share * profile(net, (channels, side, side)).macs for side, share in sides(full, first, until))
+    shown = sides(full, first, until)
+    return sum((Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown), Fraction(0))
 
 
 # ---- what a run stands in

@@ -11,7 +11,7 @@ import csv
 import logging
 import signal
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,12 @@ def is_claimed(folder: Path) -> bool:
 
 
 def refuse_other(
-    run: Path, asked: Mapping[str, Any], of: str, section: str | None = None, free: Collection[str] = ()
+    run: Path,
+    asked: Mapping[str, Any],
+    of: str,
+    section: str | None = None,
+    free: Collection[str] = (),
+    parse: Callable[[Path], Any] | None = None,
 ) -> None:
     """Refuse to go on in a folder whose run was asked for something else.
 
@@ -93,12 +98,15 @@ def refuse_other(
         asked: what has to be in its config.yaml, under `section` where there is one.
         of: the command, to tell whose folder was expected.
         free: dotted keys that may differ.
+        parse: reads config.yaml with defaults for what it does not say, options that are newer than the run.
     Raises: XzooError that names each difference.
     """
     if not (run / CONFIG).is_file():
         return
     try:
         there = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        if parse is not None and set(asked) & set(there):
+            there = parse(run / CONFIG)
         there = there[section] if section else there
         strange = not set(asked) & set(there)
         differing = list(_differences(dict(asked), {key: there.get(key) for key in asked}, free))

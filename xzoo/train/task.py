@@ -80,8 +80,9 @@ class Classifier(pl.LightningModule):
             the checkpoint, which has to load with weights_only=True).
         compression, share, spatial_share, graph, graph_seed: of an X-Net, where they are not those of its name:
             compression=1 is the dense twin, graph="group" a rival.
-        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain one) but muon, which
-            takes the columns of a compact weight for inputs; lr is its peak rate.
+        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain one); lr is its peak
+            rate. muon is refused for X-layers: it takes the columns of a compact weight for inputs. adafactor and kron
+            do so too, in what they remember of gradients.
         lr_base: the peak rate for a batch of 256 images, in place of lr (timm's word): the rate is in proportion to
             the batch, and with it what SGD's weight decay takes from a weight in an epoch.
         momentum: of the optimizers that have one.
@@ -95,7 +96,7 @@ class Classifier(pl.LightningModule):
         whiten: initial values of the first convolution from 5,000 training images (see `start.whiten`): "start" to
             train on from there, "fixed" to keep its weight as it is.
         identity_start: initial values that pass channels on (see `start.identity_start`).
-        fix_norm_scale: batch norm's scales stay what they are, 1 in a new network; its biases learn.
+        fix_norm_scale: batch norm's scales stay 1, or what they are in a pretrained network; its biases learn.
         norm_bias_lr: rate of batch norm's biases, as a multiple of lr. (Of all three: Jordan, "94% on CIFAR-10 in
             3.29 seconds on a single GPU", arXiv 2404.00498.)
         norm_momentum: batch norm's own; None for what the network has. Short runs want more than torch's 0.1.
@@ -168,10 +169,18 @@ class Classifier(pl.LightningModule):
             raise ModelError(
                 f"teacher_weight={teacher_weight:g}, temperature={temperature:g}: a share of the loss, and above 0"
             )
-        if lookahead < 0 or ham < 0:
-            raise ModelError(f"lookahead={lookahead}, ham={ham:g}: 0 for none, or a number of steps and a strength")
-        if not 0 < grow_until <= 1:
-            raise ModelError(f"grow_until={grow_until:g}: a share of the run, over 0 and up to 1")
+        for option, value, right, allowed in (
+            ("lr_base", lr_base, lr_base is None or lr_base > 0, "a rate over 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "from 0 on and below 1"),
+            ("warmup_start", warmup_start, 0 <= warmup_start <= 1, "a share of the peak, 0 to 1"),
+            ("norm_bias_lr", norm_bias_lr, norm_bias_lr > 0, "a multiple of lr, over 0"),
+            ("norm_momentum", norm_momentum, norm_momentum is None or 0 < norm_momentum <= 1, "over 0 and up to 1"),
+            ("lookahead", lookahead, lookahead >= 0, "a number of steps, 0 for never"),
+            ("ham", ham, ham >= 0, "a strength, 0 for none"),
+            ("grow_until", grow_until, 0 < grow_until <= 1, "a share of the run, over 0 and up to 1"),
+        ):
+            if not right:
+                raise ModelError(f"{option}={value}: use {allowed}")
         if pretrained and (whiten or identity_start):
             raise ModelError(
                 "whiten and identity_start would overwrite trained weights: leave them out, or use pretrained=False"
@@ -192,7 +201,7 @@ class Classifier(pl.LightningModule):
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(f"{name} has no single classifier layer to train; choose another model")
         sparse = any(isinstance(part, ExpanderConv2d | ExpanderLinear) for part in self.net.modules())
-        if sparse and "muon" in optimizer:
+        if sparse and "muon" in optimizer.lower():
             raise ModelError(
                 f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but its columns are "
                 "other inputs in each row, so its steps would depend on their order; use sgd or a dense network"
@@ -205,6 +214,8 @@ class Classifier(pl.LightningModule):
             if isinstance(part, _BatchNorm):
                 part.momentum = part.momentum if norm_momentum is None else norm_momentum
                 if fix_norm_scale and part.affine:
+                    if not pretrained:
+                        nn.init.ones_(part.weight)  # timm's residual networks begin with zeros, for good then
                     part.weight.requires_grad_(False)
         if freeze:
             self.net.requires_grad_(False)
@@ -335,21 +346,33 @@ class Classifier(pl.LightningModule):
                 f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of the same weights; "
                 "leave out one of them (ema: null, or lookahead: 0)"
             )
+        if hp["ham"] and str(trainer.precision) == "16-mixed":
+            raise ModelError(
+                f"ham={hp['ham']:g} with precision=16-mixed: gradients may be infinite there; use bf16-mixed"
+            )
         if hp["whiten"] and not hasattr(data, "sample"):
             raise ModelError(
                 f"whiten looks at training images, which {type(data).__name__} does not keep in memory; use CIFAR10, "
                 "CIFAR100 or TinyImageNet, or leave it out"
             )
         for side in hp["grow_sizes"] or ():
-            self._check_size(side, data.img_size)
+            self._check_size(side, data.input_size)
 
-    def _check_size(self, side: int, full: int) -> None:
+    def make_teacher(self, data: Any) -> Teacher | None:
+        """The teacher that the options name, for the student's images; ModelError where it cannot teach."""
+        hp = self.hparams
+        if not (hp["teacher"] and hp["teacher_weight"]):
+            return None
+        return Teacher(hp["teacher"], data.class_names, data.mean, data.std)
+
+    def _check_size(self, side: int, size: tuple[int, int, int]) -> None:
+        channels, _, full = size
         if not 0 < side < full:
             raise ModelError(f"grow_sizes: {side} pixels; use sides below those of the data, {full}")
         before = self.net.training
         try:
             with torch.no_grad():
-                self.net.eval()(torch.zeros(1, 3, side, side, device=self.device))
+                self.net.eval()(torch.zeros(1, channels, side, side, device=self.device))
         except Exception as error:
             raise ModelError(
                 f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels ({first_line(error)}); "
@@ -362,17 +385,17 @@ class Classifier(pl.LightningModule):
         self._check_graphs()
         hp = self.hparams
         # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and compiled code.
-        if hp["teacher"] and hp["teacher_weight"]:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._teacher = Teacher(hp["teacher"], data.class_names, data.mean, data.std).to(self.device)
+        if teacher := self.make_teacher(self.trainer.datamodule):  # type: ignore[attr-defined]
+            self._teacher = teacher.to(self.device)
         if hp["lookahead"]:
             self._lookahead = Lookahead(self.net, hp["lookahead"])
             self._lookahead.load(self._average)
+            self._average = {}
         if hp["compile"]:
             self.net.compile()
 
     def on_fit_end(self) -> None:
-        self._teacher, self._lookahead, self._average = None, None, {}
+        self._teacher, self._lookahead = None, None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._lookahead:
