@@ -97,8 +97,8 @@ class Classifier(pl.LightningModule):
             train on from there, "fixed" to keep its weight as it is.
         identity_start: initial values that pass channels on (see `start.identity_start`).
         fix_norm_scale: batch norm's scales stay 1, or what they are in a pretrained network; its biases learn.
-        norm_bias_lr: rate of batch norm's biases, as a multiple of lr. (Of all three: Jordan, "94% on CIFAR-10 in
-            3.29 seconds on a single GPU", arXiv 2404.00498.)
+        norm_bias_lr: rate of batch norm's biases, as a multiple of what it would be without this. (Of all three:
+            Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.)
         norm_momentum: batch norm's own; None for what the network has. Short runs want more than torch's 0.1.
         lookahead: average the weights every so many steps and go on from there, 0 for never; see `Lookahead`.
         ham: strength of sign-aware shrinking after each step, 0 for none; see `ham_`.
