@@ -655,9 +655,8 @@ def test_two_nodes_are_one(recipe, data, tmp_path):
     same_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.slow
-def test_two_processes_killed_and_resumed_end_with_the_same_bits(recipe, data, tmp_path):
-    """Running batch statistics and the average among them."""
+def two_processes_killed_and_resumed(recipe: str, data: str, tmp_path: Path) -> None:
+    """A run of two processes that nobody touched, and one that was killed and begun again: the same bits."""
     how = "--nproc_per_node=2", f"--master_port={free_port()}"
     for run in ("whole", "cut"):
         child = torchrun(arguments(recipe, data, tmp_path / run), *how)
@@ -670,3 +669,9 @@ def test_two_processes_killed_and_resumed_end_with_the_same_bits(recipe, data, t
         told = child.communicate()[1]
         assert child.returncode == 0, told
     same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_end_with_the_same_bits(recipe, data, tmp_path):
+    """Running batch statistics and the average among them."""
+    two_processes_killed_and_resumed(recipe, data, tmp_path)

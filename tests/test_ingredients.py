@@ -1,7 +1,6 @@
 """What makes short runs good: each option by itself against a plain computation, and all of them in one run."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +12,9 @@ from test_fit import (
     data,  # noqa: F401
     free_port,
     resumed_are_the_same,
-    same_bits,
     saved_by_step,  # noqa: F401
-    steps_saved,
     torchrun,
-    wait,
+    two_processes_killed_and_resumed,
 )
 from test_task import CONFIG, Rates, trainer
 from torch import nn
@@ -220,18 +217,7 @@ def test_all_together_resumed_ends_with_the_same_bits(everything, data, tmp_path
 @pytest.mark.slow
 def test_all_together_in_two_processes_killed_and_resumed_ends_with_the_same_bits(everything, data, tmp_path):  # noqa: F811
     """Batch statistics and their average among them."""
-    how = "--nproc_per_node=2", f"--master_port={free_port()}"
-    for run in ("whole", "cut"):
-        child = torchrun(arguments(everything, data, tmp_path / run), *how)
-        if run == "cut":
-            wait(child, lambda: steps_saved(tmp_path / "cut") >= 5)
-            child.kill()
-            child.communicate()
-            time.sleep(3)  # the workers notice
-            child = torchrun(arguments(everything, data, tmp_path / run), *how)
-        told = child.communicate()[1]
-        assert child.returncode == 0, told
-    same_bits(tmp_path / "whole", tmp_path / "cut")
+    two_processes_killed_and_resumed(everything, data, tmp_path)
 
 
 @pytest.mark.slow

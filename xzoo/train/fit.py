@@ -116,7 +116,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     data.prepare_data()
     data.setup("fit")  # missing data are told before anything is written
     task.check(trainer, data)
-    task.make_teacher(data)
+    task.make_teacher(data)  # what cannot teach is told now; the fit makes its own, since EMA would copy this one
     if cli.config.results and not (data.dataset and _commit()):
         lacks = "its images are none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
         raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
