@@ -311,6 +311,23 @@ def test_subclasses_of_tensors(compiled):
         torch.testing.assert_close(run(wrapped).as_subclass(torch.Tensor), layer(x))
 
 
+def test_subclasses_of_tensors_where_compiling_gave_up():
+    """torch then compiles inner functions by themselves, in which nobody has taken the subclass off."""
+    from torchvision import tv_tensors
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for channels in (8, 16, 24):
+            layer = ExpanderConv2d(channels, 8, 3, degree=4)
+            gradient = torch.func.grad(lambda t, layer=layer: layer(t).sum())
+            torch.compile(gradient, backend="aot_eager")(torch.randn(2, channels, 6, 6))
+            with torch.no_grad():
+                x = torch.randn(2, channels, 6, 6)
+                compiled = torch.compile(layer, backend="aot_eager")(tv_tensors.Image(x))
+                torch.testing.assert_close(compiled.as_subclass(torch.Tensor), layer(x))
+    torch._dynamo.reset()
+
+
 def test_neighbours_of_numpys_default_integers():
     x, weight = torch.randn(20, 64), torch.randn(32, 8)
     rows = torch.from_numpy(ROWS.numpy().astype(np.int64))

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
@@ -154,6 +154,7 @@ def activate(y: Tensor, activation: str) -> Tensor:
 # derivative of one of them is another one in which one tensor is exchanged, for every order.
 
 _PARTS = ("", "_input_grad", "_weight_grad")  # of a name, by slot
+_PLACES = {name + part: (name, slot) for name in ("conv2d", "linear") for slot, part in enumerate(_PARTS)}
 
 
 def _product(name: str, *arguments: Any) -> Tensor:
@@ -190,26 +191,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        name, *arguments = inputs
-        ctx.operation, _, part = name.partition("_")
-        ctx.slot = _PARTS.index(f"_{part}" if part else "")
-        if ctx.slot:
-            grad, x, weight, neighbours, *ctx.rest = arguments
-        else:
-            grad, (x, weight, neighbours, _, *ctx.rest) = None, arguments
-        ctx.shape = None if output is None else output.shape
-        ctx.save_for_backward(grad, x, weight, neighbours)
-        ctx.save_for_forward(grad, x, weight, neighbours)
+        ctx.save_for_forward(*_remember(ctx, *inputs))
+        ctx.shape = output.shape
 
     @staticmethod
     def backward(ctx, grad):
         *tensors, neighbours = ctx.saved_tensors
         tensors[ctx.slot] = grad
+        needed = ctx.needs_input_grad
+        # One that holds several: of autograd's is_grads_batched, whose vmap is another one than torch.func's.
+        call = _registered if any(map(_is_batched, tensors)) else _product
+        if call is _product and _is_scattered(grad):
+            tensors[ctx.slot] = native.laid_out(grad)  # once for both gradients
         grads: list[Tensor | None] = [None] * 4
         for slot, place in _INPUTS[ctx.slot]:
-            if ctx.needs_input_grad[1 + place]:
-                grads[place] = _derivative(ctx, slot, tensors, neighbours)
-        if not ctx.slot and ctx.needs_input_grad[4]:  # the bias
+            if needed[1 + place]:
+                grads[place] = _derivative(ctx, slot, tensors, neighbours, call)
+        if not ctx.slot and needed[4]:  # the bias
             grads[3] = grad.sum([0, *range(2, grad.dim())])
         return None, *grads, *[None] * len(ctx.rest)
 
@@ -220,7 +218,7 @@ class _Product(torch.autograd.Function):
         for slot, place in _INPUTS[ctx.slot]:
             if tangents[place] is not None:
                 moved = [tangents[place] if i == slot else t for i, t in enumerate(tensors)]
-                parts.append(_derivative(ctx, ctx.slot, moved, neighbours))
+                parts.append(_derivative(ctx, ctx.slot, moved, neighbours, _product))
         if not ctx.slot and tangents[3] is not None:  # the bias
             ones = [1] * (len(ctx.shape) - 2)
             parts.append(tangents[3].reshape(-1, *ones).expand(ctx.shape))
@@ -237,25 +235,47 @@ class _Backward(_Product):
 
     @staticmethod
     def forward(ctx, name, *arguments):  # type: ignore[override]
-        _Product.setup_context(ctx, (name, *arguments), None)
+        _remember(ctx, name, *arguments)
         return _do(name, *arguments)
 
     setup_context = torch.autograd.Function.setup_context
+
+
+def _remember(ctx: Any, name: str, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """Save what the derivatives of an operation need: its place in the form, and its tensors, which are returned."""
+    ctx.operation, ctx.slot = _PLACES[name]
+    if ctx.slot:
+        tensors, ctx.rest = arguments[:4], arguments[4:]
+    else:
+        tensors, ctx.rest = (None, *arguments[:3]), arguments[4:]  # without the bias
+    ctx.save_for_backward(*tensors)
+    return tensors
 
 
 # The slots that an operation has derivatives by, and their places among its arguments, by its own slot.
 _INPUTS = (((1, 0), (2, 1)), ((0, 0), (2, 2)), ((0, 0), (1, 1)))
 
 
-def _derivative(ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbours: Tensor) -> Tensor:
-    """The form's derivative by one slot, where grad, x and weight are `tensors`."""
-    name = ctx.operation + _PARTS[slot]
-    arguments = (*tensors, neighbours, *ctx.rest) if slot else (*tensors[1:], neighbours, None, *ctx.rest)
-    for tensor in tensors:
-        # One that holds several: of autograd's is_grads_batched, whose vmap is another one than torch.func's.
-        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
-            return getattr(torch.ops.xzoo, name)(*arguments)
-    return _product(name, *arguments)
+def _derivative(ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbours: Tensor, call: Callable) -> Tensor:
+    """The form's derivative by one slot, where grad, x and weight are `tensors`; `call` computes an operation."""
+    if slot:
+        return call(ctx.operation + _PARTS[slot], *tensors, neighbours, *ctx.rest)
+    return call(ctx.operation, *tensors[1:], neighbours, None, *ctx.rest)
+
+
+def _registered(name: str, *arguments: Any) -> Tensor:
+    return getattr(torch.ops.xzoo, name)(*arguments)
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _is_scattered(grad: Tensor) -> bool:
+    """Whether a kernel would copy a gradient first: an expanded one, such as that of a sum."""
+    if grad.layout is not torch.strided or grad.is_contiguous() or not grad.is_cpu:
+        return False
+    return type(grad) is Tensor and not (torch.is_grad_enabled() or _watched() or torch.compiler.is_compiling())
 
 
 def _batched(
@@ -293,9 +313,10 @@ def _do(name: str, *arguments: Any) -> Tensor:
     torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold: a quarter of a
     small network's time at batch 1 (x_vgg16_c8, Zen 4).
     """
-    plain = type(arguments[0]) is Tensor and type(arguments[1]) in (Tensor, Parameter)
+    first, second, *rest = arguments
+    plain = type(first) is Tensor and type(second) in (Tensor, Parameter)
     if torch.compiler.is_compiling() or not plain or _watched():
-        return getattr(torch.ops.xzoo, name)(*arguments)
+        return getattr(torch.ops.xzoo, name)(_unwrapped(first), _unwrapped(second), *rest)
     return _FUNCTIONS[name](*arguments)
 
 
@@ -450,10 +471,10 @@ def _native(operation: str, x: Tensor, weight: Tensor, *geometry: list[int]) -> 
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    """A compiled graph's operations take plain tensors, no subclass that only carries a name (torchvision's Image)."""
-    if has_torch_function((x,)) and not is_traceable_wrapper_subclass(x):
-        return x.as_subclass(Tensor)
-    return x
+    """Without a subclass that only carries a name (torchvision's Image): registered operations take none."""
+    if type(x) in (Tensor, Parameter) or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    return x.as_subclass(Tensor)
 
 
 def _exports() -> bool:

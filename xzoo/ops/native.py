@@ -10,7 +10,6 @@ Not here: anything but float32, other kernels, paddings and strides (`supports`)
 
 import contextlib
 import ctypes
-import functools
 import logging
 import os
 import platform
@@ -51,15 +50,12 @@ def supports(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
     """Whether the kernels do such a layer: `geometry` is a convolution's stride, padding and dilation."""
     if not x.is_cpu or x.dtype != torch.float32 or x.layout != torch.strided or weight.layout != torch.strided:
         return False
-    return operation == "linear" or _geometry(*weight.shape[2:], *map(tuple, geometry))
-
-
-@functools.lru_cache(maxsize=256)
-def _geometry(height: int, width: int, stride: Any, padding: Any, dilation: Any) -> bool:
-    if (height, width) == (1, 1):
-        return bool(padding == (0, 0))
-    kinds = {((1, 1), (1, 1), (1, 1)), ((2, 2), (1, 1), (1, 1))}
-    return (height, width) == (3, 3) and (stride, padding, dilation) in kinds
+    if operation == "linear":
+        return True
+    kernel, (stride, padding, dilation) = tuple(weight.shape[2:]), map(tuple, geometry)
+    if kernel == (1, 1):
+        return padding == (0, 0)
+    return kernel == (3, 3) and stride in ((1, 1), (2, 2)) and padding == dilation == (1, 1)
 
 
 def conv2d(x, weight, neighbours, bias, stride, padding, dilation, activation=""):
@@ -73,7 +69,7 @@ def conv2d(x, weight, neighbours, bias, stride, padding, dilation, activation=""
 
 
 def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
-    grad, point = _laid_out(grad), weight.shape[2] == 1
+    grad, point = laid_out(grad), weight.shape[2] == 1
     dx = _empty(x[:, :, :: stride[0], :: stride[1]].shape if point else x.shape, x)
     name = "xzoo_point_input_grad" if point else "xzoo_conv3_input_grad"
     _call(name, dx, dx, grad, weight, neighbours, _step(weight, stride), grad, weight, neighbours)
@@ -85,25 +81,25 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
 
 
 def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
-    x, grad = _seen(x, weight, stride), _laid_out(grad)
+    x, grad = _seen(x, weight, stride), laid_out(grad)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     name = "xzoo_point_weight_grad" if weight.shape[2] == 1 else "xzoo_conv3_weight_grad"
     return _call(name, dw, x, grad, weight, neighbours, _step(weight, stride), grad, x, neighbours)
 
 
 def linear(x, weight, neighbours, bias, activation=""):
-    x, y = _laid_out(x), x.new_empty(x.shape[0], weight.shape[0])
+    x, y = laid_out(x), x.new_empty(x.shape[0], weight.shape[0])
     return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias, activation=activation)
 
 
 def linear_input_grad(grad, x, weight, neighbours):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad = _laid_out(grad)
+    grad = laid_out(grad)
     return _call("xzoo_point_input_grad", dx, dx, grad, weight, neighbours, 1, grad, weight, neighbours)
 
 
 def linear_weight_grad(grad, x, weight, neighbours):
-    x, grad, dw = _laid_out(x), _laid_out(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    x, grad, dw = laid_out(x), laid_out(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
     return _call("xzoo_point_weight_grad", dw, x, grad, weight, neighbours, 1, grad, x, neighbours)
 
 
@@ -148,11 +144,12 @@ def readable(t: Tensor) -> Tensor:
     """
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype)
-    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-    end = t.storage_offset() + last + 1 if t.numel() else 0
-    if t.untyped_storage().nbytes() < t.element_size() * end:
+    end = t.storage_offset() + 1
+    for size, step in zip(t.shape, t.stride()):  # noqa: B905 (a microsecond of a small layer's 10)
+        end += (size - 1) * step
+    if t.untyped_storage().nbytes() < t.element_size() * end and t.numel():
         raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
-    return t.resolve_neg()
+    return t.resolve_neg() if t.is_neg() else t
 
 
 def _refusal(answer: int, x: list[int], weight: list[int], share: int) -> Exception:
@@ -175,10 +172,10 @@ def _seen(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     if weight.shape[2] == 1 and tuple(stride) != (1, 1):
         form = torch.channels_last if _last(x) else torch.contiguous_format
         return readable(x)[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=form)
-    return _laid_out(x)
+    return laid_out(x)
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def laid_out(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or _last(x) else readable(x).contiguous()
 
 
