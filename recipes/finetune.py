@@ -18,9 +18,9 @@ import torch
 from jsonargparse import auto_cli
 from timm.models import get_pretrained_cfg
 
+from xzoo.data.sources import list_images
 from xzoo.profile import hardware
 from xzoo.train.finetune import finetune
-from xzoo.train.sources import list_images
 
 COLUMNS = (
     "model",

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from xzoo.data import augment
+from xzoo.data.augment import Augment, colours_of, mixed
+from xzoo.data.order import AUGMENT, HELD_OUT, ORDER, STEP, keys
 from xzoo.errors import DataError
-from xzoo.train import augment
-from xzoo.train.augment import Augment, colours_of, mixed
-from xzoo.train.order import AUGMENT, HELD_OUT, ORDER, STEP, keys
 
 PLAIN = colours_of((0, 0, 0), (1, 1, 1))
 SEEDS = st.integers(0, 2**31)

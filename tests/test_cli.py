@@ -15,7 +15,7 @@ from xzoo.cli import COMMANDS, _one_line, main
 from xzoo.errors import XzooError
 from xzoo.hub import save
 from xzoo.models import create_model
-from xzoo.train.results import COLUMNS
+from xzoo.results.runs import COLUMNS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -176,7 +176,7 @@ def test_outputs_are_refused_before_the_work(capsys, monkeypatch, folder, tmp_pa
     monkeypatch.setattr(module, "load_any", work)
     monkeypatch.setattr(module, "classify", work)
     monkeypatch.setattr("xzoo.models.create_model", work)
-    for name in ("xzoo.bench.layers", "xzoo.bench.models", "xzoo.drawing.draw_model", "xzoo.train.compare.draw"):
+    for name in ("xzoo.bench.layers", "xzoo.bench.models", "xzoo.drawing.draw_model", "xzoo.results.compare.draw"):
         monkeypatch.setattr(name, work)
     (tmp_path / "results.csv").write_text(",".join(COLUMNS) + "\n")
     ending = written if place == "a folder" else written.with_suffix(".pt2")

@@ -9,9 +9,9 @@ from test_results import DENSE, a_row
 
 from xzoo.errors import XzooError
 from xzoo.models import list_models
-from xzoo.train import figures, labels, results, table
-from xzoo.train.compare import _of_published, _points, compare, markdown, network
-from xzoo.train.results import aggregate
+from xzoo.results import figures, labels, runs, table
+from xzoo.results.compare import _of_published, _points, compare, markdown, network
+from xzoo.results.runs import aggregate
 
 ALWAYS = ["accuracy_cifar10", "accuracy_cifar100", "accuracy_tiny_imagenet", "accuracy_imagenet"]
 ALWAYS += ["rivals_imagenet", "wider_deeper"]
@@ -33,14 +33,14 @@ def some_rows():
 
 def write(folder, rows):
     path = folder / "results.csv"
-    path.write_text(table.header(results.Row))
+    path.write_text(table.header(runs.Row))
     for row in rows:
-        results.append(path, row)
+        runs.append(path, row)
     return path
 
 
 def points_of(rows):
-    return [*_points(aggregate(rows)), *map(_of_published, results.published())]
+    return [*_points(aggregate(rows)), *map(_of_published, runs.published())]
 
 
 def texts(figure):
@@ -97,7 +97,7 @@ def test_an_empty_table_shows_the_published_figures_and_says_so(tmp_path, monkey
             seen.append(figure)
             yield name, figure
 
-    monkeypatch.setattr("xzoo.train.compare.draw", draw)
+    monkeypatch.setattr("xzoo.results.compare.draw", draw)
     files = compare(write(tmp_path, []), tmp_path / "out")
     assert sorted(path.stem for path in files) == sorted([*ALWAYS, "results"])
     assert "There is no run of ours yet." in files[-1].read_text()
@@ -209,7 +209,7 @@ def test_wider_and_deeper_are_drawn_with_both_counts():
 
 
 def test_networks_of_the_zoo_are_called_as_published_ones():
-    published = {f.model: f.network for f in results.published() if f.model}
+    published = {f.model: f.network for f in runs.published() if f.model}
     assert {model: network(model) for model in published} == published
     named = {model: network(model) for model in list_models() if model != "x_timm"}
     assert not any(name.startswith("x_") for name in named.values())

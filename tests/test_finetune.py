@@ -18,13 +18,13 @@ import yaml
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from xzoo.data.sources import read
 from xzoo.errors import DataError, ModelError, XzooError
 from xzoo.hub import folder as model_folder
 from xzoo.train.classify import classify
 from xzoo.train.finetune import finetune
 from xzoo.train.plan import Options, plan, start
 from xzoo.train.run import read_metrics
-from xzoo.train.sources import read
 
 # timm's smallest ResNet, expanded: it learns the drawn images in some 40 steps.
 TINY = {

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from xzoo.cli import main
 from xzoo.errors import XzooError
 from xzoo.hub import check
+from xzoo.results.runs import DataSet, read, recipe_sha
 from xzoo.train.evaluate import evaluate, predict
 from xzoo.train.fit import _commit, fit
 from xzoo.train.parse import RecipeCLI
-from xzoo.train.results import DataSet, read, recipe_sha
 from xzoo.train.run import AtomicCheckpointIO, read_metrics
 
 RECIPE = """
@@ -141,8 +141,8 @@ def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
         fit(asked)
     assert not table.exists() and not (tmp_path / "run" / "checkpoints").exists()
     tiny = {"cifar10": DataSet("tiny", "test", 31, 80)}
-    for module in ("results", "fit", "memory"):
-        monkeypatch.setattr(f"xzoo.train.{module}.DATASETS", tiny)
+    for module in ("results.runs", "train.fit", "data.memory"):
+        monkeypatch.setattr(f"xzoo.{module}.DATASETS", tiny)
     result = fit(asked)
     row = read(table)[0]
     assert row.top1 == result["top1"] and row.recipe_sha == RecipeCLI(asked).sha and row.ema

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xzoo.data.folders import part_of, read_folder
+from xzoo.data.sources import read
 from xzoo.errors import DataError
-from xzoo.train.folders import part_of, read_folder
-from xzoo.train.sources import read
 
 
 def draw(*files: Path) -> None:

@@ -22,9 +22,9 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
+from xzoo.data import imagenet
+from xzoo.data.imagenet import ImageNet
 from xzoo.errors import DataError
-from xzoo.train import imagenet
-from xzoo.train.imagenet import ImageNet
 
 CLASSES = ("n01440764", "n01443537", "n10000000", "n02")  # text order differs from this one
 SORTED = sorted(CLASSES)

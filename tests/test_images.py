@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xzoo.data.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from xzoo.errors import DataError
-from xzoo.train.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

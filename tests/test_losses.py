@@ -10,11 +10,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from xzoo.data.order import keys
+from xzoo.data.sources import Item, Listing
 from xzoo.train.callbacks import EMA
-from xzoo.train.order import keys
 from xzoo.train.parse import RecipeCLI
 from xzoo.train.run import quiet
-from xzoo.train.sources import Item, Listing
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 RECIPES = {"cifar10/x_vgg16_c8": 32, "cifar100/x_densenetbc_40_24": 32, "tiny_imagenet/x_resnet18": 64}

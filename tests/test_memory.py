@@ -18,12 +18,12 @@ from timm.data import create_transform
 from torch import nn
 
 from xzoo.cli import main
+from xzoo.data.images import load_rgb
+from xzoo.data.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
+from xzoo.data.order import held_out
+from xzoo.data.sources import list_images
 from xzoo.errors import DataError
-from xzoo.train.images import load_rgb
-from xzoo.train.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
-from xzoo.train.order import held_out
-from xzoo.train.results import DATASETS, DataSet
-from xzoo.train.sources import list_images
+from xzoo.results.runs import DATASETS, DataSet
 from xzoo.train.task import Classifier
 
 Write = Callable[..., Path]

@@ -18,18 +18,19 @@ from PIL import Image
 from rich.console import Console
 
 from xzoo import cli, drawing, theory
+from xzoo.data.photos import ImageFolder
+from xzoo.data.sources import ImageData, Images, Item, hold_out, read
 from xzoo.doctor import doctor
 from xzoo.errors import DataError, XzooError
 from xzoo.hub import check, export, save
 from xzoo.models import create_model
 from xzoo.names import code, encoded, escaped, markdown, say, shown, to_yaml
-from xzoo.train import figures, pictures
+from xzoo.results import figures
+from xzoo.results.compare import compare
+from xzoo.results.runs import COLUMNS
+from xzoo.train import pictures
 from xzoo.train.classify import Prediction, write_csv
-from xzoo.train.compare import compare
-from xzoo.train.data import ImageFolder
 from xzoo.train.finetune import _run_name, finetune
-from xzoo.train.results import COLUMNS
-from xzoo.train.sources import ImageData, Images, Item, hold_out, read
 
 # No font has these two (private use), on any machine.
 UNKNOWN = ("\U0010fff0", "\U0010fff1")
@@ -92,7 +93,7 @@ def test_bytes_that_are_no_utf8_survive():
 @pytest.mark.slow
 def test_a_locale_of_ascii_reads_the_same_names(tmp_path, make_folder):
     root = make_folder(("\u732b", "caf\u00e9"), each=3)
-    ask = "import sys; from xzoo.train.sources import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
+    ask = "import sys; from xzoo.data.sources import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
     bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", ask, os.fsencode(root)]
     told = subprocess.run(command, env=bare | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)

@@ -20,7 +20,9 @@ STAIR = (
     {"cli"},
     {"bench", "doctor"},
     {"train"},
+    {"data"},
     {"hub"},
+    {"results"},
     {"models"},
     {"convert", "theory", "drawing", "lettering", "profile", "deploy", "weights"},
     {"layers"},
@@ -141,5 +143,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         "torchmetrics",
     }
     assert not roots & (heavy | {"jsonargparse", "rich", "transformers", "onnx", "pandas"})
-    assert not [name for name in new if name.startswith(("xzoo.train", "xzoo.cli", "xzoo.hub"))]
+    assert not [
+        name for name in new if name.startswith(("xzoo.train", "xzoo.data", "xzoo.results", "xzoo.cli", "xzoo.hub"))
+    ]
     assert len([name for name in new if not name.startswith("xzoo")]) < 100

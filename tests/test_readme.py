@@ -14,7 +14,7 @@ import pytest
 
 import xzoo
 from xzoo import weights
-from xzoo.train.results import DATASETS, aggregate, read
+from xzoo.results.runs import DATASETS, aggregate, read
 from xzoo.train.run import quiet
 
 README = Path(__file__).parent.parent / "README.md"

@@ -22,17 +22,17 @@ import yaml
 from PIL import Image
 
 import xzoo
+from xzoo.data.augment import Augment
+from xzoo.data.imagenet import Contents, Stored
+from xzoo.data.memory import InMemory
+from xzoo.data.sources import Item
 from xzoo.errors import XzooError
+from xzoo.results.runs import read
 from xzoo.train import queue, recipes
-from xzoo.train.augment import Augment
 from xzoo.train.callbacks import EMA
-from xzoo.train.imagenet import Contents, Stored
-from xzoo.train.memory import InMemory
 from xzoo.train.parse import RecipeCLI
 from xzoo.train.queue import counts, size_of
-from xzoo.train.results import read
 from xzoo.train.run import quiet
-from xzoo.train.sources import Item
 from xzoo.train.task import rate
 
 ROOT = Path(xzoo.__file__).parents[1]

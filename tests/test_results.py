@@ -13,8 +13,8 @@ from scipy import stats
 from xzoo.errors import XzooError
 from xzoo.models import create_model, x_densenet
 from xzoo.profile import profile
-from xzoo.train import results, table
-from xzoo.train.results import COLUMNS, DATASETS, Row, aggregate, append, read, recipe_sha
+from xzoo.results import runs, table
+from xzoo.results.runs import COLUMNS, DATASETS, Row, aggregate, append, read, recipe_sha
 
 
 def a_row(**changes):
@@ -345,7 +345,7 @@ def identity(figure):
     return (figure.model, figure.dataset, figure.graph, figure.compression)
 
 
-FIGURES = results.published()
+FIGURES = runs.published()
 OF_THE_ZOO = {identity(f): f for f in FIGURES if f.model}
 
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from xzoo.data.sources import Item, _from_rows, hold_out, identical, read
 from xzoo.errors import DataError
-from xzoo.train.sources import Item, _from_rows, hold_out, identical, read
 
 
 def names(part) -> list[str]:

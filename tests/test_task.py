@@ -8,13 +8,13 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 from xzoo import ExpanderConv2d
+from xzoo.data.augment import mixed
+from xzoo.data.photos import ImageModule
+from xzoo.data.sources import read
 from xzoo.errors import ModelError, XzooError
 from xzoo.hub import folder as model_folder
-from xzoo.train.augment import mixed
 from xzoo.train.callbacks import EMA, Clock, Report, SyncBatchNorm, refuse_unsafe_synchronising
-from xzoo.train.data import ImageModule
 from xzoo.train.run import AtomicCheckpointIO
-from xzoo.train.sources import read
 from xzoo.train.task import Classifier, rate
 
 CONFIG = {

@@ -430,7 +430,7 @@ def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("--datasets", type=list[str], default=[], help="only these data sets")
 
     def run(args: Namespace) -> None:
-        from .train.compare import compare
+        from .results.compare import compare
 
         for path in compare(args.results, args.out, args.datasets):
             print(shown(path))

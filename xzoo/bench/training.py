@@ -20,12 +20,12 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from ..data.imagenet import ImageNet
+from ..data.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
+from ..data.order import TrainOrder
 from ..errors import XzooError
 from ..models import create_model
 from ..train.callbacks import Clock, Report, checkpoints
-from ..train.imagenet import ImageNet
-from ..train.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
-from ..train.order import TrainOrder
 from ..train.run import AtomicCheckpointIO, MetricsFile, quiet
 from ..train.run import fit as run_fit
 from ..train.task import Classifier, rate

@@ -1,11 +1,12 @@
-"""Training: the classifier, its data, and the recipe that fine-tunes on a folder of images."""
+"""Training: the classifier, the callbacks that it needs, and the recipe that fine-tunes on a folder of images.
 
+The data modules are those of `xzoo.data`, named here too.
+"""
+
+from ..data import CIFAR10, CIFAR100, ImageFolder, ImageModule, ImageNet, TinyImageNet
 from .callbacks import EMA, Clock, SyncBatchNorm
 from .classify import classify
-from .data import ImageFolder, ImageModule
 from .finetune import finetune
-from .imagenet import ImageNet
-from .memory import CIFAR10, CIFAR100, TinyImageNet
 from .task import Classifier
 
 __all__ = [

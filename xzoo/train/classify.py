@@ -15,14 +15,14 @@ from rich.console import Console
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
+from ..data.folders import image_files
+from ..data.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from ..errors import DataError, ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
 from ..machine import cores, own_threads
 from ..models import create_model
 from ..names import say
-from .folders import image_files
-from .images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 
 
 @dataclass(frozen=True)

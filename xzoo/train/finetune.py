@@ -25,6 +25,9 @@ from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from ..data.folders import refuse_within
+from ..data.photos import ImageModule
+from ..data.sources import ImageData, check_name, read
 from ..errors import ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
@@ -34,9 +37,7 @@ from ..names import encoded, escaped, say, shown, to_yaml
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .classify import device_named
-from .data import ImageModule
 from .evaluate import judged, top
-from .folders import refuse_within
 from .plan import Options, Plan, plan, start, use_weights
 from .run import (
     CONFIG,
@@ -52,7 +53,6 @@ from .run import (
     refuse_other,
     steps_of,
 )
-from .sources import ImageData, check_name, read
 from .task import Classifier
 
 DEFAULT_MODEL = "x_resnet18"

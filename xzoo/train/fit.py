@@ -26,6 +26,7 @@ from rich.text import Text
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from ..data.order import steps_of_epoch
 from ..errors import XzooError
 from ..files import check_file, write_text
 from ..hub import folder as model_folder
@@ -33,12 +34,11 @@ from ..lettering import spared
 from ..machine import own_threads
 from ..names import say, shown, to_yaml
 from ..profile import hardware, profile
+from ..results.runs import DATASETS, DENSE, Row, append, read
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .evaluate import judged, top
-from .order import steps_of_epoch
 from .parse import PLACES, RecipeCLI, is_first, launched
-from .results import DATASETS, DENSE, Row, append, read
 from .run import (
     CONFIG,
     LAST,

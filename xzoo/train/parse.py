@@ -18,9 +18,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ..errors import XzooError
 from ..options import explain
+from ..results.runs import recipe_sha
 from . import recipes
 from .callbacks import SyncBatchNorm
-from .results import recipe_sha
 from .task import Classifier
 
 # Where a run happens; it may change from one start to the next.
@@ -151,7 +151,10 @@ class RecipeCLI(LightningCLI):
     @property
     def sha(self) -> str:
         """Of what is computed: the recipe with its bases and overrides, wherever and however it runs."""
-        return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
+        said = _without(self.plain(changes_only=True), PLACES | MEANS)
+        # By the name of the data module under which the first rows of results were hashed.
+        said["data"]["class_path"] = said["data"]["class_path"].replace("xzoo.data.", "xzoo.train.", 1)
+        return recipe_sha(said)
 
 
 def _without(config: Any, keys: set[str], place: str = "") -> Any:

@@ -15,9 +15,9 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from .. import weights as weights_table
+from ..data.sources import ImageData
 from ..errors import ModelError, XzooError
 from ..models import create_model
-from .sources import ImageData
 
 # 500 steps are BiT's for small sets. From scratch x_resnet18 has 98 % on the digits after 300 of 64 images.
 STEPS = 500

@@ -32,9 +32,9 @@ from ..models import create_model
 from ..names import say
 from ..options import nearest
 from ..profile import Profile, profile
+from ..results.runs import DATASETS, read
 from . import recipes
 from .parse import RecipeCLI
-from .results import DATASETS, read
 from .run import AT_WORK, LAST, RESULT, epochs_of, is_claimed, quiet
 from .task import sides
 

@@ -20,14 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..data.augment import mixed
+from ..data.order import STEP, key, steps_of_epoch
 from ..errors import ModelError, XzooError, first_line
 from ..layers import ExpanderConv2d, ExpanderLinear
 from ..models import create_model
 from . import start
-from .augment import mixed
 from .callbacks import Clock, refuse_unsafe_averaging, refuse_unsafe_synchronising
 from .distill import Teacher, distilled
-from .order import STEP, key, steps_of_epoch
 from .steps import Lookahead, ham_
 
 

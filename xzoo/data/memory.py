@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from ..machine import cores
+from ..results.runs import DATASETS
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
-from .results import DATASETS
 from .sources import Item, Listing, list_images
 
 CHUNK = 256  # images that a thread decodes at a time

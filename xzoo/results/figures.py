@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..drawing import COLOUR, INK, LABEL, MARKER
 from .labels import Label, place
-from .results import DATASETS, DENSE
+from .runs import DATASETS, DENSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -37,12 +37,12 @@ from ..errors import DataError, XzooError, first_line
 from ..files import atomic
 from ..home import home
 from ..machine import cores
+from ..results.runs import DATASETS
 from .augment import colours_of, normalised
-from .data import Loader, Views, batch_bytes
 from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
 from .images import load_rgb
 from .order import EvalOrder, TrainOrder, held_out, standing
-from .results import DATASETS
+from .photos import Loader, Views, batch_bytes
 from .sources import Images, Item, list_images, split_of
 
 HUB = "ILSVRC/imagenet-1k"
