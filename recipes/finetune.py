@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from timm.models import get_pretrained_cfg
 
 from xzoo.data.sources import list_images
-from xzoo.profile import hardware
+from xzoo.machine import hardware
 from xzoo.train.finetune import finetune
 
 COLUMNS = (

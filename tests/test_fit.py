@@ -1,6 +1,7 @@
 """`xzoo fit`: a recipe from the command line to a finished run folder, interrupted, divided, refused."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -20,9 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from xzoo.cli import main
+from xzoo.datasets import DATASETS
 from xzoo.errors import XzooError
 from xzoo.hub import check
-from xzoo.results.runs import DataSet, read, recipe_sha
+from xzoo.results.runs import read, recipe_sha
 from xzoo.train.evaluate import evaluate, predict
 from xzoo.train.fit import _commit, fit
 from xzoo.train.parse import RecipeCLI
@@ -140,7 +142,7 @@ def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
     with pytest.raises(XzooError, match="table cannot take this run .*none of cifar10"):  # told before any training
         fit(asked)
     assert not table.exists() and not (tmp_path / "run" / "checkpoints").exists()
-    tiny = {"cifar10": DataSet("tiny", "test", 31, 80)}
+    tiny = {"cifar10": dataclasses.replace(DATASETS["cifar10"], n=31, train=80)}
     for module in ("results.runs", "train.fit", "data.memory"):
         monkeypatch.setattr(f"xzoo.{module}.DATASETS", tiny)
     result = fit(asked)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,8 @@ from xzoo.data.images import load_rgb
 from xzoo.data.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
 from xzoo.data.order import held_out
 from xzoo.data.sources import list_images
+from xzoo.datasets import DATASETS, DataSet
 from xzoo.errors import DataError
-from xzoo.results.runs import DATASETS, DataSet
 from xzoo.train.task import Classifier
 
 Write = Callable[..., Path]
@@ -32,8 +32,20 @@ Write = Callable[..., Path]
 class Small(InMemory):
     """Four classes of 12-pixel images."""
 
-    key, hub, classes, sides = "small", "nobody/small", 4, (12,)
-    colours: ClassVar = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    key = "small"
+    facts = DataSet(
+        title="Small-4",
+        hub="nobody/small",
+        classes=4,
+        sides=(12,),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        split="test",
+        n=20,
+        train=40,
+        license="is drawn by a test",
+        lossless=True,
+    )
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -351,7 +363,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 @pytest.fixture
 def copied(write: Write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., InMemory]:
     """A copy of a data set of 40 training and 20 test images, whole or not."""
-    monkeypatch.setitem(DATASETS, Small.key, DataSet("Small-4", "test", 20, 40))
+    monkeypatch.setitem(DATASETS, Small.key, Small.facts)
     return lambda **made: Small(str(write(**{"train": 40, "test": 20} | made)))
 
 
@@ -381,10 +393,11 @@ def test_a_damaged_copy_is_refused_in_one_line(copied: Callable[..., InMemory], 
 
 @pytest.mark.parametrize(("kind", "refused"), [(CIFAR10, True), (CIFAR100, True), (TinyImageNet, False)])
 def test_only_tiny_imagenet_is_jpeg_by_itself(write: Write, kind: type[InMemory], refused: bool) -> None:
-    first = jpeg(np.zeros((kind.sides[0],) * 2 + (3,), np.uint8))
-    root = write(train=kind.classes, test=kind.classes, classes=kind.classes, side=kind.sides[0], train0=first)
+    first = jpeg(np.zeros((kind.facts.sides[0],) * 2 + (3,), np.uint8))
+    classes = kind.facts.classes
+    root = write(train=classes, test=classes, classes=classes, side=kind.facts.sides[0], train0=first)
     if not refused:
-        assert kind(str(root)).n_val == kind.classes
+        assert kind(str(root)).n_val == kind.facts.classes
         return
     with pytest.raises(DataError, match=f"train-0.parquet:0 is a JPEG file, and {kind.__name__} means the exact pix"):
         kind(str(root)).setup()

@@ -27,7 +27,7 @@ STAIR = (
     {"convert", "theory", "drawing", "lettering", "profile", "deploy", "weights"},
     {"layers"},
     {"ops", "graphs"},
-    {"errors", "options", "home", "names", "network", "files", "machine"},
+    {"machine", "files", "home", "network", "names", "options", "errors", "datasets"},
 )
 # Of the modules of one step, which may import which.
 BESIDE = {
@@ -38,6 +38,7 @@ BESIDE = {
     ("deploy", "convert"),
     ("deploy", "profile"),
     ("drawing", "profile"),
+    ("machine", "errors"),
     ("files", "errors"),
     ("files", "names"),
 }

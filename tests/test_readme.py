@@ -14,7 +14,8 @@ import pytest
 
 import xzoo
 from xzoo import weights
-from xzoo.results.runs import DATASETS, aggregate, read
+from xzoo.datasets import DATASETS
+from xzoo.results.runs import aggregate, read
 from xzoo.train.run import quiet
 
 README = Path(__file__).parent.parent / "README.md"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
+from xzoo.datasets import DATASETS
 from xzoo.errors import XzooError
 from xzoo.models import create_model, x_densenet
 from xzoo.profile import profile
 from xzoo.results import runs, table
-from xzoo.results.runs import COLUMNS, DATASETS, Row, aggregate, append, read, recipe_sha
+from xzoo.results.runs import COLUMNS, Row, aggregate, append, read, recipe_sha
 
 
 def a_row(**changes):

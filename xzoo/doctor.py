@@ -10,8 +10,8 @@ import torch
 
 from . import ops
 from .home import home
+from .machine import hardware
 from .ops import native
-from .profile import hardware
 
 VECTORS = {16: "AVX-512, 16 floats at a time", 8: "AVX2, 8 floats at a time", 4: "4 floats at a time"}
 LEVELS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}

@@ -1,10 +1,12 @@
-"""CPUs and threads that this process may use: its share of the machine, and how long threads wait awake.
+"""What computes here: CPUs and threads that this process may use, how long threads wait awake, devices by name.
 
-Imported before torch by the package itself, since OpenMP's library reads its environment when it is loaded.
+Imported before torch by the package itself, since OpenMP's library reads its environment when it is loaded; so torch
+is imported within functions.
 """
 
 import ctypes
 import os
+import platform
 import re
 import sys
 import time
@@ -13,6 +15,12 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from math import ceil
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from .errors import XzooError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 # With them a caller says how many threads there shall be.
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -176,3 +184,42 @@ def _chosen(threads: int) -> bool:
         library = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
         return not ctypes.CDLL(str(library)).mkl_serv_get_dynamic()
     return threads not in (_affinity(), os.cpu_count())
+
+
+# ---- devices
+
+
+def device_named(name: str) -> "torch.device":
+    """A device by name, "auto" being the first there is of cuda, mps and cpu. Raises: XzooError if there is none."""
+    import torch
+
+    if name == "auto":
+        name = _best_device()
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise XzooError(f"device={name}: give auto, cpu, cuda or mps")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise XzooError(f"device={name}: {first_line(error)}; try --device cpu") from error
+    return torch.device(name)
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def hardware(device: "torch.device") -> str:
+    """What computes: the GPU's name, or the CPU's with the number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

@@ -1,11 +1,8 @@
 """Counting the weights and multiply-accumulates that a model really has; and the name of what computes them."""
 
 import copy
-import platform
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
     except Exception as error:  # of whatever class the model's code raises
         raise ModelError(
             f"profile() cannot run {type(model).__name__} on torch's meta device with an image of {list(input_size)}: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"{first_line(error)}"
         ) from error
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
@@ -103,17 +100,6 @@ _PRODUCTS = (
 )
 
 
-def hardware(device: torch.device) -> str:
-    """What computes: the GPU's name, or the CPU's with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
 def refuse_unsized(model: nn.Module) -> None:
     """Raise ModelError for a lazy layer that has not yet seen an input."""
     for name, layer in model.named_modules():
@@ -142,7 +128,7 @@ def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # of whatever class an attribute of the model raises
-        raise ModelError(f"{type(model).__name__} cannot be copied: {str(error).partition(chr(10))[0]}") from error
+        raise ModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
 
 
 def _layer(name: str, module: nn.Module, macs: int) -> Layer:

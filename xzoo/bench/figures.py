@@ -21,8 +21,8 @@ import torch
 from .. import files
 from ..errors import XzooError
 from ..files import atomic
+from ..machine import hardware
 from ..ops.tune import Times
-from ..profile import hardware
 
 Case = TypeVar("Case")
 MACS = 30e9  # in a second, of one thread: a first guess at how long something takes

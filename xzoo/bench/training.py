@@ -131,7 +131,7 @@ class Turns(Callback):
 def lightning_loop(model: str, batch_size: int, pairs: int) -> Figure:
     """Time of a step of the Trainer, as `xzoo fit` sets it up, over that of a bare loop."""
     ours, theirs = (
-        Classifier(name=model, num_classes=CIFAR10.classes, label_smoothing=SMOOTHING, **OPTIMIZER, **SCHEDULE)
+        Classifier(name=model, num_classes=CIFAR10.facts.classes, label_smoothing=SMOOTHING, **OPTIMIZER, **SCHEDULE)
         for _ in range(2)
     )
     turns = alternated(ours, theirs, batch_size, pairs)
@@ -174,7 +174,7 @@ def alternated(ours: Classifier, theirs: Classifier, batch_size: int, pairs: int
 
 def augmentation(kind: type[InMemory], batch_size: int, repetitions: int) -> Figure:
     """Images that one core augments in a second of its time."""
-    side, values = kind.sides[0], []
+    side, values = kind.facts.sides[0], []
     with TemporaryDirectory() as folder, threads(1):
         data = drawn(kind, Path(folder), batch_size, max(batch_size, IMAGES[side]))
         loader: Any = data.train_dataloader()
@@ -240,12 +240,12 @@ def _timm_loader(folder: str, data: ImageNet) -> Any:
 
 def drawn(kind: type[InMemory], root: Path, batch_size: int, count: int) -> InMemory:
     """A data set of `kind` with random pixels: `count` training images, and one a class to validate on."""
-    shape = (kind.sides[0], kind.sides[0], 3)
+    shape = (kind.facts.sides[0], kind.facts.sides[0], 3)
 
     def noise(draw: np.random.Generator) -> Image.Image:
         return Image.fromarray(draw.integers(0, 256, shape, np.uint8))
 
-    draw_folder(root, count, kind.classes, kind.classes, noise, "png")
+    draw_folder(root, count, kind.facts.classes, kind.facts.classes, noise, "png")
     own: type[InMemory] = type(f"Drawn{kind.__name__}", (kind,), {"key": "drawn"})  # of any number of images
     data = own(str(root), batch_size=batch_size)
     data.setup()

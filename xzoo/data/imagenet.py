@@ -29,15 +29,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from timm.data import create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from ..datasets import DATASETS
 from ..errors import DataError, XzooError, first_line
 from ..files import atomic
 from ..home import home
 from ..machine import cores
-from ..results.runs import DATASETS
 from .augment import colours_of, normalised
 from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
 from .images import load_rgb
@@ -45,7 +44,7 @@ from .order import EvalOrder, TrainOrder, held_out, standing
 from .photos import Loader, Views, batch_bytes
 from .sources import Images, Item, list_images, split_of
 
-HUB = "ILSVRC/imagenet-1k"
+FACTS = DATASETS["imagenet"]
 MEMORY = 4 << 30  # bytes of parquet files up to which their images are kept, encoded
 
 
@@ -149,7 +148,7 @@ def contents(root: str, num_classes: int) -> Contents:
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", root):
         raise DataError(
             f"{root} is no folder; give one with train/ and val/, of tar shards or of parquet files, or a data set "
-            f"of the Hub, where ImageNet-1k is {HUB} (its licence has to be accepted there)"
+            f"of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has to be accepted there)"
         )
     else:
         found = _hub(root)
@@ -360,12 +359,12 @@ class ImageNet(pl.LightningDataModule):
         training, if an image cannot be read.
     """
 
-    key: ClassVar[str] = "imagenet"  # of results.DATASETS, where it is that whole
+    key: ClassVar[str] = "imagenet"  # of xzoo.datasets, where it is that whole
 
     def __init__(
         self,
-        root: str = HUB,
-        num_classes: int = 1000,
+        root: str = FACTS.hub,
+        num_classes: int = FACTS.classes,
         batch_size: int = 256,
         eval_batch_size: int = 256,
         seed: int = 0,
@@ -381,8 +380,8 @@ class ImageNet(pl.LightningDataModule):
         re_count: int = 1,
         crop_pct: float = 0.875,
         interpolation: str = "bicubic",
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        mean: tuple[float, float, float] = FACTS.mean,
+        std: tuple[float, float, float] = FACTS.std,
         workers: int | None = None,
         channels_last: bool = False,
     ) -> None:
@@ -431,7 +430,7 @@ class ImageNet(pl.LightningDataModule):
     @property
     def dataset(self) -> str | None:
         """Its key in the table of results: ImageNet-1k whole, or None."""
-        whole = self.num_classes == 1000 and self.n_test == DATASETS[self.key].n
+        whole = (self.num_classes, self.n_test) == (FACTS.classes, FACTS.n)
         return self.key if whole else None
 
     @property

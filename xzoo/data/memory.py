@@ -18,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..datasets import DATASETS, DataSet
 from ..errors import DataError
 from ..machine import cores
-from ..results.runs import DATASETS
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
@@ -94,12 +93,8 @@ class InMemory(pl.LightningDataModule):
         argument does not go with them. A sample, up to a tenth of the images, is read; its `dataset` is None.
     """
 
-    key: ClassVar[str]  # of results.DATASETS
-    hub: ClassVar[str]
-    classes: ClassVar[int]
-    sides: ClassVar[tuple[int, ...]]
-    colours: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # mean and std, in 0 to 1
-    lossless: ClassVar[bool] = True  # whether its files are; JPEG has other pixels, and is another data set
+    key: ClassVar[str]  # of xzoo.datasets
+    facts: ClassVar[DataSet]
 
     def __init__(
         self,
@@ -120,10 +115,11 @@ class InMemory(pl.LightningDataModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.root, self.batch_size, self.eval_batch_size = root or self.hub, batch_size, eval_batch_size
+        self.sides = self.facts.sides
+        self.root, self.batch_size, self.eval_batch_size = root or self.facts.hub, batch_size, eval_batch_size
         self.seed, self.holdout, self.channels_last = seed, holdout, channels_last
-        self.num_classes, self.img_size = self.classes, img_size or self.sides[0]
-        self.mean, self.std = tuple(mean or self.colours[0]), tuple(std or self.colours[1])
+        self.num_classes, self.img_size = self.facts.classes, img_size or self.sides[0]
+        self.mean, self.std = tuple(mean or self.facts.mean), tuple(std or self.facts.std)
         if eval_batch_size < 1:
             raise DataError(f"eval_batch_size={eval_batch_size}: one image or more")
         self._knobs: dict[str, Any] = {
@@ -208,14 +204,14 @@ class InMemory(pl.LightningDataModule):
         name = type(self).__name__
         if not listing.train or not listing.val:
             raise DataError(f"{self.root}: no test part with images beside a train part; {name} needs both")
-        if len(listing.classes) != self.classes:
+        if len(listing.classes) != self.facts.classes:
             raise DataError(
-                f"{self.root} has {len(listing.classes)} classes, {name} has {self.classes}: another data set?"
+                f"{self.root} has {len(listing.classes)} classes, {name} has {self.facts.classes}: another data set?"
             )
-        if self.lossless and (lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)):
+        if self.facts.lossless and (lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)):
             raise DataError(
                 f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; give them "
-                f"({self.hub} on the Hub has them), or read these by --data ImageFolder"
+                f"({self.facts.hub} on the Hub has them), or read these by --data ImageFolder"
             )
         return listing
 
@@ -235,7 +231,7 @@ class InMemory(pl.LightningDataModule):
 
     def _where(self) -> str:
         return (
-            f"{type(self).__name__} is {self.hub} on the Hub: give the folder of its parquet files as root, "
+            f"{type(self).__name__} is {self.facts.hub} on the Hub: give the folder of its parquet files as root, "
             "or leave root out to download it. Not every mirror has every set, and CIFAR-100 is the rarest"
         )
 
@@ -342,9 +338,7 @@ class CIFAR10(InMemory):
     In files without loss, such as PNG; copies of JPEG are refused, because their pixels are others.
     """
 
-    key, hub, classes, sides = "cifar10", "uoft-cs/cifar10", 10, (32,)
-    # The X-Nets authors' own.
-    colours = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
+    key, facts = "cifar10", DATASETS["cifar10"]
 
 
 class CIFAR100(InMemory):
@@ -353,8 +347,7 @@ class CIFAR100(InMemory):
     In files without loss, as CIFAR-10.
     """
 
-    key, hub, classes, sides = "cifar100", "uoft-cs/cifar100", 100, (32,)
-    colours = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)
+    key, facts = "cifar100", DATASETS["cifar100"]
 
 
 class TinyImageNet(InMemory):
@@ -363,8 +356,7 @@ class TinyImageNet(InMemory):
     Its copies at 32 x 32 pixels are read too; img_size=32 shows them as they are.
     """
 
-    key, hub, classes, sides, lossless = "tiny_imagenet", "zh-plus/tiny-imagenet", 200, (64, 32), False
-    colours = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    key, facts = "tiny_imagenet", DATASETS["tiny_imagenet"]
 
 
 def _pixels(item: Item) -> NDArray[np.uint8]:

@@ -19,28 +19,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from .. import files, weights
+from ..datasets import DATASETS, DataSet
 from ..deploy import deploy
 from ..errors import XzooError
 from ..files import write_text
+from ..machine import hardware
 from ..models import create_model
 from ..names import code, encoded, escaped, markdown, shown
 from ..ops.tune import alternate
-from ..profile import hardware, profile
+from ..profile import profile
 
 CARD, METRICS = "README.md", "metrics.json"
 ORG = "xzoo"  # whose repositories hold the zoo
 LICENSE = "other"
-
-_NO_LICENCE = "was published without a licence, so none can be given for weights that were trained on it"
-_IMAGENET = "has images of ImageNet, whose terms are for research and teaching without commercial use"
-# Of each data set: its title, its name on the Hub, and why weights trained on it have the licence "other".
-DATA: dict[str, tuple[str | None, str | None, str | None]] = {
-    "cifar10": ("CIFAR-10", "uoft-cs/cifar10", _NO_LICENCE),
-    "cifar10_q75": ("CIFAR-10 as JPEG of quality 75", "uoft-cs/cifar10", _NO_LICENCE),
-    "cifar100": ("CIFAR-100", "uoft-cs/cifar100", _NO_LICENCE),
-    "tiny_imagenet": ("Tiny-ImageNet", "zh-plus/tiny-imagenet", _IMAGENET),
-    "imagenet": ("ImageNet-1k", "ILSVRC/imagenet-1k", _IMAGENET),
-}
 
 _BODY = """# Model card for {name}
 
@@ -260,12 +251,16 @@ def _latency(net: Any, dense: nn.Module | None, pairs: int = 25) -> dict[str, An
 def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, pictures: list[str]) -> str:
     name, size = place.name, config["pretrained_cfg"]["input_size"]
     registered = place.parent in [home.resolve() for home in weights.homes()]
-    title, hub_data, reason = DATA.get(measured.get("dataset") or "", (None, None, None))
+    facts = DATASETS.get(measured.get("dataset") or "")
+    title = facts.title if facts else None
     judged = f"{measured['n_val']:,} {measured['split']} images of {title or 'its own data set'}"
     model = name if registered else f"hf-hub:{repo}"
     literal = escaped(model).replace('"', '\\"')  # between double quotes, in Python
     snippets = {"top": min(5, config["num_classes"]), "model": literal, "size": ", ".join(map(str, size))}
     curves = "![loss and accuracy during training](curves.png)\n"
+    licence = "Weights: as the publisher of the training images allows."
+    if facts:
+        licence = f"{facts.title} {facts.license}."
     body = _BODY.format(
         **{"name": markdown(name), "judged": judged, "classes": config["num_classes"]},
         command=code(f"xzoo finetune photos --model {shlex.quote(shown(model))}"),
@@ -285,19 +280,19 @@ def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: s
         features=_FEATURES.format(**snippets),
         finetune=_FINETUNE.format(**snippets),
         verified=_verified(registered, repo),
-        licence=f"{title} {reason}." if title else "Weights: as the publisher of the training images allows.",
+        licence=licence,
     )
-    card = ModelCard(f"---\n{_head(measured, name, repo, title, hub_data).to_yaml()}\n---\n\n{body}")
+    card = ModelCard(f"---\n{_head(measured, name, repo, facts).to_yaml()}\n---\n\n{body}")
     return str(card)
 
 
-def _head(measured: dict[str, Any], name: str, repo: str, title: str | None, hub_data: str | None) -> ModelCardData:
+def _head(measured: dict[str, Any], name: str, repo: str, facts: DataSet | None) -> ModelCardData:
     result: dict[str, Any] = {"task_type": "image-classification", "metric_type": "accuracy"}
-    result |= {"dataset_name": title or "own images", "dataset_type": hub_data or "images"}
+    result |= {"dataset_name": facts.title if facts else "own images", "dataset_type": facts.hub if facts else "images"}
     result |= {"dataset_split": measured["split"]}
     figures = [("top-1", measured["top1"]), ("top-5", measured.get("top5"))]
     rows = [EvalResult(**result, metric_name=k, metric_value=round(v, 4)) for k, v in figures if v is not None]
-    kept: dict[str, Any] = {"datasets": [hub_data]} if hub_data else {}
+    kept: dict[str, Any] = {"datasets": [facts.hub]} if facts else {}
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",

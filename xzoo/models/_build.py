@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from ..convert import check_compression, degree_for, fits, swap
+from ..datasets import DATASETS
 from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
 from ..weights import find, timm_rows
@@ -120,9 +121,9 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def cfg_cifar(**kwargs: Any) -> dict[str, Any]:
-    """A row of default_cfgs for 32 px, with the authors' mean and standard deviation of CIFAR-10."""
-    mean, std = (tuple(v / 255 for v in values) for values in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
-    small = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
+    """A row of default_cfgs for 32 px, with the mean and standard deviation of CIFAR-10."""
+    facts = DATASETS["cifar10"]
+    small = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": facts.mean, "std": facts.std}
     return cfg() | small | kwargs
 
 

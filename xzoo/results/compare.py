@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..datasets import DATASETS
 from ..errors import XzooError
 from ..files import atomic, check_folder, reason, write_text
 from ..lettering import spared
@@ -22,7 +23,7 @@ from ..names import code
 from ..names import markdown as plain
 from . import runs as tables
 from .figures import AUTHORS, US, Point, count, draw, exact
-from .runs import DATASETS, DENSE, Published, Summary
+from .runs import DENSE, Published, Summary
 
 
 def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) -> list[Path]:
@@ -31,7 +32,7 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     Args:
         results: the table of runs, such as recipes/results.csv.
         out: folder for the pictures and results.md; made if absent, files of these names are replaced.
-        datasets: only these, keys of xzoo.results.runs.DATASETS; all of them by default.
+        datasets: only these, keys of xzoo.datasets.DATASETS; all of them by default.
     Returns: the files.
     Raises: XzooError for an unknown data set, a malformed table, or a folder that cannot be written.
     """

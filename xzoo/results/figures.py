@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..datasets import DATASETS
 from ..drawing import COLOUR, INK, LABEL, MARKER
 from .labels import Label, place
-from .runs import DATASETS, DENSE
+from .runs import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,34 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets import DATASETS
 from ..errors import XzooError
 from ..graphs import KINDS
 from . import table
 from .table import check_known, check_types, refuse
 
 DENSE = "dense"  # what stands for the kind of graph where there is none
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """How a data set is called in pictures, and its parts: the name and images of the one that is reported, and how
-    many there are to learn from.
-    """
-
-    title: str
-    split: str
-    n: int
-    train: int
-
-
-DATASETS = {
-    "cifar10": DataSet("CIFAR-10", "test", 10_000, 50_000),
-    # Of rows and weights that are there already; no run makes one any more.
-    "cifar10_q75": DataSet("CIFAR-10 as JPEG of quality 75", "test", 10_000, 50_000),
-    "cifar100": DataSet("CIFAR-100", "test", 10_000, 50_000),
-    "tiny_imagenet": DataSet("Tiny-ImageNet", "val", 10_000, 100_000),
-    "imagenet": DataSet("ImageNet-1k", "val", 50_000, 1_281_167),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from ..data.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from ..errors import DataError, ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
-from ..machine import cores, own_threads
+from ..machine import cores, device_named, own_threads
 from ..models import create_model
 from ..names import say
 
@@ -167,16 +167,3 @@ def _files(images: Sequence[str | Path]) -> list[Path]:
     if not files:
         raise DataError("no images given; give images, or folders of images")
     return files
-
-
-def device_named(name: str) -> torch.device:
-    """A device by name, "auto" being the first there is of cuda, mps and cpu. Raises: XzooError if there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
-        raise XzooError(f"device={name}: give auto, cpu, cuda or mps")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise XzooError(f"device={name}: {first_line(error)}; try --device cpu") from error
-    return torch.device(name)

@@ -32,11 +32,10 @@ from ..errors import ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
 from ..lettering import spared
-from ..machine import own_threads
+from ..machine import device_named, own_threads
 from ..names import encoded, escaped, say, shown, to_yaml
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
-from .classify import device_named
 from .evaluate import judged, top
 from .plan import Options, Plan, plan, start, use_weights
 from .run import (

@@ -27,14 +27,15 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..data.order import steps_of_epoch
+from ..datasets import DATASETS
 from ..errors import XzooError
 from ..files import check_file, write_text
 from ..hub import folder as model_folder
 from ..lettering import spared
-from ..machine import own_threads
+from ..machine import hardware, own_threads
 from ..names import say, shown, to_yaml
-from ..profile import hardware, profile
-from ..results.runs import DATASETS, DENSE, Row, append, read
+from ..profile import profile
+from ..results.runs import DENSE, Row, append, read
 from . import pictures
 from .callbacks import EMA, Clock, Report, checkpoints
 from .evaluate import judged, top

@@ -25,6 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..datasets import DATASETS
 from ..errors import XzooError
 from ..files import check_folder
 from ..machine import cores
@@ -32,7 +33,7 @@ from ..models import create_model
 from ..names import say
 from ..options import nearest
 from ..profile import Profile, profile
-from ..results.runs import DATASETS, read
+from ..results.runs import read
 from . import recipes
 from .parse import RecipeCLI
 from .run import AT_WORK, LAST, RESULT, epochs_of, is_claimed, quiet
@@ -179,7 +180,7 @@ def _train_macs(arguments: tuple[str, ...]) -> tuple[float, int]:
 def size_of(cli: RecipeCLI) -> int:
     """Side of a recipe's images, in pixels, on one of the known data sets."""
     kind: Any = pydoc.locate(cli.config.data.class_path)
-    return cli.config.data.init_args.img_size or kind.sides[0]
+    return cli.config.data.init_args.img_size or kind.facts.sides[0]
 
 
 def counts(cli: RecipeCLI, size: int) -> Profile:
@@ -188,7 +189,7 @@ def counts(cli: RecipeCLI, size: int) -> Profile:
     kind: Any = pydoc.locate(cli.config.data.class_path)
     asked = {name: model[name] for name in ("compression", "graph", "share", "spatial_share")}
     given = (model.model_kwargs or {}) | {name: value for name, value in asked.items() if value is not None}
-    classes = getattr(kind, "classes", None) or data.num_classes
+    classes = data.num_classes if "num_classes" in data else kind.facts.classes
     return _counted(model.name, size, json.dumps({"num_classes": classes} | given))
 
 
