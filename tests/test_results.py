@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_what_was_there(path):
         # The limit cuts a write in two as a full disk does.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, resource.RLIM_INFINITY))
-        with pytest.raises(XzooError, match=r"cannot write .*only a part.*; the rows that it had are kept"):
+        with pytest.raises(XzooError, match=r"cannot write .*ulimit -f.*; what it held before is kept"):
             append(path, a_row(seed=1))
 
     assert in_processes(write) == [0]
@@ -135,18 +135,32 @@ def test_a_full_disk_leaves_what_was_there(path):
 
 def test_a_writer_takes_the_file_that_is_there_when_its_turn_comes(path, monkeypatch):
     append(path, a_row())
-    lock = table._lock
 
-    def replaced_meanwhile(descriptor, alone):
-        monkeypatch.setattr(table, "_lock", lock)
-        new = path.with_name("new")
-        new.write_bytes(path.read_bytes())
-        new.replace(path)
-        lock(descriptor, alone)
+    class ReplacedMeanwhile(table.FileLock):
+        def acquire(self, *args, **kwargs):
+            new = path.with_name("new")
+            new.write_text(table.header(runs.Row))
+            append_there(new, a_row(seed=2))
+            new.replace(path)
+            return super().acquire(*args, **kwargs)
 
-    monkeypatch.setattr(table, "_lock", replaced_meanwhile)
+    def append_there(place, row):
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "FileLock", lock)
+            append(place, row)
+
+    lock = table.FileLock
+    monkeypatch.setattr(table, "FileLock", ReplacedMeanwhile)
     append(path, a_row(seed=1))
-    assert len(read(path)) == 2
+    assert [row.seed for row in read(path)] == [2, 1]
+
+
+def test_a_table_behind_a_link_is_written_where_it_is(path):
+    append(path, a_row())
+    link = path.with_name("link.csv")
+    link.symlink_to(path)
+    append(link, a_row(seed=1))
+    assert link.is_symlink() and len(read(path)) == 2
 
 
 # ---- refusals
@@ -222,7 +236,7 @@ def test_what_keeps_a_row_out_is_told_in_words_and_nothing_is_lost(path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(held), hard))
     try:
-        with pytest.raises(XzooError, match=r"cannot write .*ulimit -f.*; the rows that it had are kept"):
+        with pytest.raises(XzooError, match=r"cannot write .*ulimit -f.*; what it held before is kept"):
             append(path, a_row(seed=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

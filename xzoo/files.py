@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,15 +58,19 @@ def why(error: BaseException, draft: Path) -> str | None:
     return f"the disk took only a part of it ({first})" if re.search(_TORN, first) else None
 
 
+def _draft_of(path: Path) -> Path:
+    """Beside it and of this process alone: a move from another file system is a copy that a kill can cut in two."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
 
-    Beside it and synced, because a move from another file system is a copy that a kill can cut in two.
     Raises: XzooError when it cannot be written (full disk, permissions); what was there before stays.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = _draft_of(path)
     try:
         try:
             yield draft
@@ -84,6 +89,43 @@ def atomic(path: Path | str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """A temporary folder, empty, that takes the place of the folder `path` when the block ends well.
+
+    Raises: XzooError when it cannot be written, as `atomic`; what was there before stays.
+    """
+    path = Path(path)
+    draft = _draft_of(path)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        _replace_folder(draft, path)
+    except (OSError, SafetensorError) as error:
+        cause = why(error, draft / "probe")
+        if cause is None:
+            raise
+        kept = "what it held before is kept" if path.exists() else "no file was written"
+        raise XzooError(f"cannot write {path}: {cause}; {kept}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Folders cannot be exchanged in one step on every system."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        with suppress(OSError):
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,7 +176,7 @@ def _problem(path: Path, folder: Path) -> str | None:
             return "it is not a regular file"
         if not folder.is_dir():
             return f"there is no folder {folder}"
-        draft = folder / f".{path.name}.{os.getpid()}.part"
+        draft = _draft_of(folder / path.name)
         try:
             draft.write_bytes(b"x")
         finally:

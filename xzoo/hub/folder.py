@@ -13,10 +13,8 @@ block "xzoo" beside timm's own keys, which timm passes over.
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,23 +72,12 @@ def save(
     config = {"label_names": list(label_names), "xzoo": drawn | dict(block or {})}
     # safetensors refuses what is not contiguous, as everything is in a channels_last model.
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
+    with files.atomic_folder(folder) as draft:
         save_for_hf(plain, str(draft), model_config=config, safe_serialization=True, data_config=_plain(data_config))
         written = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
         # transformers' wrapper passes num_classes itself, and Python refuses it twice; timm reads the top level.
         written.get("model_args", {}).pop("num_classes", None)
         (draft / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        _replace(draft, folder)
-    except (OSError, SafetensorError) as error:
-        reason = files.why(error, draft / "probe")
-        if reason is None:
-            raise
-        kept = "what it held before is kept" if folder.exists() else "no file was written"
-        raise XzooError(f"cannot write {folder}: {reason}; {kept}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def load(folder: Path | str) -> nn.Module:
@@ -159,9 +146,7 @@ def export(
         result["top1"] = result["top1"] if "top1" in result else 100 * result["accuracy"]
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise XzooError(f"{run} is no run that can be read: {first_line(error)}") from error
-    draft = to.with_name(f".{to.name}.{os.getpid()}.part")
-    try:
-        draft.mkdir(parents=True)
+    with files.atomic_folder(to) as draft:
         state = {key: _narrow(key, value, half is not None) for key, value in model.state_dict().items()}
         (draft / WEIGHTS).write_bytes(to_bytes(state))
         if half is not None:
@@ -193,11 +178,6 @@ def export(
         _write(draft / METRICS, json.dumps(metrics, indent=2) + "\n")
         (draft / GOLDEN).write_bytes(to_bytes({"logits": golden_logits(model)}))
         _write(draft / card.CARD, card.text(draft, repo, to))
-        _replace(draft, to)
-    except OSError as error:
-        raise XzooError(f"cannot write {to}: {files.reason(error)}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return to
 
 
@@ -278,20 +258,6 @@ def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) 
         model.load_state_dict(weights)
     except RuntimeError as error:  # a graph that is none, found by the layers
         raise ModelError(f"{what}: {' '.join(str(error).split())}") from error
-
-
-def _replace(new: Path, place: Path) -> None:
-    """Move a folder to where another may be; folders cannot be exchanged in one step on every system."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    if place.exists():
-        place.rename(old)
-    try:
-        new.rename(place)
-    except OSError:
-        with suppress(OSError):
-            old.rename(place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:

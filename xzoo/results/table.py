@@ -11,13 +11,15 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
+
 from ..errors import XzooError
-from ..files import reason
+from ..files import atomic, reason
 
 T = TypeVar("T")
 
@@ -73,24 +75,24 @@ def read(path: Path, table: type[T], key: Callable[[T], Any] = id) -> list[T]:
     Raises: XzooError for a file that cannot be read or is no such table, naming line and column.
     """
     try:
-        with _locked(path, "rb") as file:
-            return _parse(file.read() or b"", path, table, key)
+        return _parse(path.read_bytes(), path, table, key)
     except OSError as error:
         raise XzooError(f"cannot read {path}: {reason(error)}") from error
 
 
 def append(path: Path, row: T, key: Callable[[T], Any] = id) -> bool:
-    """Write the row after all others, in one go; make the table if there is none.
+    """Write the row after all others; make the table if there is none.
 
-    What the file held is not touched: a write that fails half-way is taken back.
+    One process at a time, which writes the file anew and puts it in the place of the old one: nobody sees half a row,
+    and a write that fails changes nothing. Beside the table stays the file that is locked.
     Returns: False if the table has this very row already.
     Raises: XzooError if another row has the same key, or the table is malformed or cannot be written.
     """
+    path = Path(os.path.realpath(path))  # of a link, the file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path, "a+b") as file:
-            file.seek(0)
-            held = file.read() or b""
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            held = path.read_bytes() if path.exists() else b""
             for number, old in enumerate(_parse(held, path, type(row), key) if held else [], 2):
                 if old == row:
                     return False
@@ -100,7 +102,8 @@ def append(path: Path, row: T, key: Callable[[T], Any] = id) -> bool:
                         "replaced: commit what changed since, or run another seed"
                     )
             head = "" if held else header(type(row))
-            _write(file, head + _line(_texts(row)), len(held))
+            with atomic(path) as draft:
+                draft.write_bytes(held + (head + _line(_texts(row))).encode())
     except OSError as error:
         raise XzooError(f"cannot write {path}: {reason(error)}; the rows that it had are kept") from error
     return True
@@ -181,41 +184,3 @@ def _line(texts: Sequence[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(texts)
     return line.getvalue()
-
-
-def _write(file: io.FileIO, text: str, size: int) -> None:
-    """All of it or nothing: a file of `size` bytes keeps them."""
-    content = text.encode()
-    try:
-        if file.write(content) != len(content):
-            raise OSError(None, "only a part could be written")
-        os.fsync(file.fileno())
-    except OSError:
-        with suppress(OSError):
-            file.truncate(size)
-        raise
-
-
-@contextmanager
-def _locked(path: Path, mode: str) -> Iterator[io.FileIO]:
-    """The file, unbuffered, against all that come through here: readers together, a writer alone."""
-    while True:
-        with io.FileIO(path, mode) as file:
-            _lock(file.fileno(), alone="a" in mode)
-            try:
-                here = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except FileNotFoundError:
-                here = False
-            # While it waited, git or an editor may have put another file in its place: that one, then.
-            if here:
-                yield file
-                return
-
-
-def _lock(descriptor: int, alone: bool) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)

@@ -19,6 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -38,50 +39,40 @@ def claimed(folder: Path) -> Iterator[None]:
     """Hold the folder for this process alone; make it first, and unmake it if it is still empty at the end.
 
     Raises: XzooError if it cannot be made or written to, or another process is at work in it. The lock is
-    the operating system's (flock, where there is one), so that a killed process leaves none behind.
+    the operating system's, so that a killed process leaves none behind.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  (closed below, after the folder's checks)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise XzooError(f"{AT_WORK} {folder}; wait for it, or choose another with --out") from None
     except OSError as error:
         reason = f"cannot write to the run folder {folder}: {files.reason(error)}"
         raise XzooError(f"{reason}; choose another with --out") from None
-    with lock:
-        _lock(lock.fileno(), folder)
-        try:
-            yield
-        finally:
-            if [f.name for f in folder.iterdir()] == [LOCK]:
-                with suppress(OSError):
-                    (folder / LOCK).unlink()
-                    for place in made:
-                        place.rmdir()
-
-
-def _lock(descriptor: int, folder: Path) -> None:
     try:
-        import fcntl
-    except ImportError:  # Windows: no lock, as the file cannot be removed by others while it is open
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise XzooError(f"{AT_WORK} {folder}; wait for it, or choose another with --out") from None
-    except OSError:  # a file system without locks
-        return
+        yield
+    finally:
+        if [f.name for f in folder.iterdir()] == [LOCK]:
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+                for place in made:
+                    place.rmdir()
+        lock.release()
 
 
 def is_claimed(folder: Path) -> bool:
     """Whether a process is at work in the folder; looking leaves no trace, and makes no folder."""
-    try:
-        with open(folder / LOCK, encoding="utf-8") as lock:
-            _lock(lock.fileno(), folder)
-    except XzooError:
-        return True
-    except OSError:  # no folder yet
+    if not (folder / LOCK).exists():
         return False
-    return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # it was removed meanwhile, or is not ours to open
+        return False
 
 
 def refuse_other(
