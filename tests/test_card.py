@@ -1,12 +1,12 @@
 """Cards: complete, written from the data alone, and their snippets run as they stand."""
 
-import csv
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from xzoo import cli, weights
 from xzoo.errors import XzooError
 from xzoo.hub import check, export, publish, save
 from xzoo.models import create_model
+from xzoo.results import append, read
 
 NAME = "x_vgg16_c16.test_r32"
 RESULT = {
@@ -121,21 +122,18 @@ def test_other_seeds_and_rivals_of_the_recipe_stand_beside_it(exported, tmp_path
     (tmp_path / "weights.json").write_text("{}")
     assert cli.main(["card", str(folder)]) == 0  # it has another name to be loaded by in hub_cards
     check(folder)
-    with open(Path(xzoo.__file__).parents[1] / "recipes" / "results.csv", newline="") as file:
-        row = next(csv.DictReader(file))
+    row = read(Path(xzoo.__file__).parents[1] / "recipes" / "results.csv")[0]
+    dense = {"graph": "dense", "compression": 1, "share": None, "spatial_share": None, "graph_seed": None}
     rows = [
         *({"recipe_sha": "0" * 16, "seed": seed, "top1": top1} for seed, top1 in enumerate((61.25, 62.25, 63.25))),
-        {"recipe_sha": "1" * 16, "graph": "dense", "compression": 1, "top1": 64},
-        *({"recipe_sha": "2" * 16, "graph": "group", "seed": seed, "top1": 50 + seed} for seed in range(2)),
+        {"recipe_sha": "1" * 16, **dense, "top1": 64.0},
+        *({"recipe_sha": "2" * 16, "graph": "group", "seed": seed, "top1": 50.0 + seed} for seed in range(2)),
         # Neither the same epochs nor the same part of the data: no rivals.
-        {"recipe_sha": "3" * 16, "graph": "random", "epochs": 9, "top1": 70},
-        {"recipe_sha": "4" * 16, "graph": "random", "split": "train", "n_val": 5000, "top1": 70},
+        {"recipe_sha": "3" * 16, "graph": "random", "epochs": 9, "epoch_reported": 9, "top1": 70.0},
+        {"recipe_sha": "4" * 16, "graph": "random", "split": "train", "n_val": 5000, "top1": 70.0},
     ]
-    results.parent.mkdir()
-    with open(results, "w", newline="") as file:
-        table = csv.DictWriter(file, list(row))
-        table.writeheader()
-        table.writerows(row | change for change in rows)
+    for change in rows:
+        append(results, replace(row, **change))
     with pytest.raises(XzooError, match="is stale"):
         check(folder)
     assert cli.main(["card", str(folder)]) == 0

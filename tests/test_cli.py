@@ -175,6 +175,7 @@ def test_outputs_are_refused_before_the_work(capsys, monkeypatch, folder, tmp_pa
     module = importlib.import_module("xzoo.train.classify")  # whose name is a function's too
     monkeypatch.setattr(module, "load_any", work)
     monkeypatch.setattr(module, "classify", work)
+    monkeypatch.setattr("xzoo.hub.folder.load_any", work)
     monkeypatch.setattr("xzoo.models.create_model", work)
     for name in ("xzoo.bench.layers", "xzoo.bench.models", "xzoo.drawing.draw_model", "xzoo.results.compare.draw"):
         monkeypatch.setattr(name, work)

@@ -363,7 +363,7 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
         from .hub import export, program
 
         if Path(args.to).suffix in program.ENDINGS:
-            from .train.classify import load_any
+            from .hub.folder import load_any
 
             files.check_file(args.to)
             print(shown(f"{args.to}: {program.write(load_any(args.run), args.to)}"))
@@ -444,10 +444,10 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
     def run(args: Namespace) -> None:
         from .drawing import draw_model
+        from .hub.folder import load_any
         from .models import create_model
         from .profile import profile
         from .theory import runs
-        from .train.classify import load_any
 
         if args.pictures is not None:
             files.check_folder(args.pictures, "--pictures")

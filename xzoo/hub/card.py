@@ -4,11 +4,11 @@ Not by hand: `xzoo card FOLDER` writes README.md anew, and `hub.check` fails whe
 recipes/results.csv has got further runs of its recipe, or of its rivals.
 """
 
-import csv
 import json
 import shlex
 import statistics
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -28,6 +28,7 @@ from ..models import create_model
 from ..names import code, encoded, escaped, markdown, shown
 from ..ops.tune import alternate
 from ..profile import profile
+from ..results.runs import Row, read
 
 CARD, METRICS = "README.md", "metrics.json"
 ORG = "xzoo"  # whose repositories hold the zoo
@@ -201,35 +202,32 @@ def standing(measured: dict[str, Any]) -> dict[str, Any]:
     """
     shape = ("graph", "compression", "share", "spatial_share")
     same = ("model", "dataset", "split", "n_val", "img_size", "epochs", "global_batch")
-    runs: dict[str, list[dict[str, str]]] = {}
+    runs: dict[str, list[Row]] = {}
     for row in _results():
-        runs.setdefault(row["recipe_sha"], []).append(row)
+        runs.setdefault(row.recipe_sha, []).append(row)
     own = runs.get(measured.get("recipe_sha") or "", [])
     if not own:
         return {"runs": {"top1": measured["top1"], "sd": None, "n": 1}, "rivals": []}
-    others = [
-        rows
-        for rows in runs.values()
-        if all(rows[0][key] == own[0][key] for key in same) and any(rows[0][key] != own[0][key] for key in shape)
-    ]
-    facts = ("graph", "weights", "params", "macs")
-    rivals = [_mean(rows) | {key: rows[0][key] for key in facts} for rows in others]
-    for rival in rivals:
-        rival |= {key: int(rival[key]) for key in facts[1:]}
+    of_task, of_graph = attrgetter(*same), attrgetter(*shape)
+    rivals = []
+    for rows in runs.values():
+        row = rows[0]
+        if of_task(row) == of_task(own[0]) and of_graph(row) != of_graph(own[0]):
+            counts = {"graph": row.graph, "weights": row.weights, "params": row.params, "macs": row.macs}
+            rivals.append(_mean(rows) | counts)
     return {"runs": _mean(own), "rivals": sorted(rivals, key=lambda rival: rival["graph"])}
 
 
-def _results() -> list[dict[str, str]]:
+def _results() -> list[Row]:
     for place in weights.homes():
         file = place.parent / "recipes" / "results.csv"
         if file.is_file():
-            with open(file, newline="", encoding="utf-8") as lines:
-                return list(csv.DictReader(lines))
+            return read(file)
     return []
 
 
-def _mean(rows: list[dict[str, str]]) -> dict[str, Any]:
-    top1 = [float(row["top1"]) for row in rows]
+def _mean(rows: list[Row]) -> dict[str, Any]:
+    top1 = [row.top1 for row in rows]
     sd = round(statistics.stdev(top1), 3) if len(top1) > 1 else None
     return {"top1": round(statistics.mean(top1), 3), "sd": sd, "n": len(top1)}
 

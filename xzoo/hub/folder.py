@@ -25,6 +25,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -111,6 +112,47 @@ def load(folder: Path | str) -> nn.Module:
     before = {"16-bit": 65535.0, "32-bit": 65535.0} if block.keys() & {"finetune", "fit"} else {}
     model.grey_range = dict(block.get(GREY, before))
     return model.eval()
+
+
+def load_any(model: str) -> nn.Module:
+    """A model with its weights: from a run folder, a model folder, or by name."""
+    if not model.strip():
+        raise ModelError(f"{model!r} is no model; give a run folder, a model folder, or the name of a model")
+    path = Path(model.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        if (path / CONFIG).is_file():
+            return load(path)
+        if (path / "model" / CONFIG).is_file():
+            return load(path / "model")
+        if (path / "config.yaml").is_file():
+            raise ModelError(f"{path} is a run that is not finished; the command that began it goes on with it")
+        raise ModelError(f"{path} is neither a run nor a model folder: it has no model/config.json and no config.json")
+    if path.is_file():
+        raise ModelError(f"{model} is a file; give the folder that it is in")
+    if model.startswith("local-dir:") or (":" not in model and ("/" in model or model.startswith("."))):
+        raise ModelError(f"{model}: there is no such folder")
+    try:
+        return create_model(model, pretrained=True)
+    except XzooError:
+        raise
+    except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
+        reason = first_line(error)
+        raise ModelError(f"no weights for {model}: {reason}; give a run folder, or a model that has weights") from error
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """A name for each output: those saved with the model, ImageNet's where it has 1,000 classes, else numbers."""
+    config, count = cast(Any, model).pretrained_cfg, cast(Any, model).num_classes
+    names, described = config.get("label_names"), config.get("label_descriptions") or {}
+    if isinstance(names, dict):  # where ids have gaps
+        names = [names.get(str(i), names.get(i, str(i))) for i in range(count)]
+    if names is not None:
+        return [str(described.get(name, name)) for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]
 
 
 def export(

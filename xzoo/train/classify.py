@@ -7,21 +7,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from PIL import Image
 from rich.console import Console
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from ..data.folders import image_files
 from ..data.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
-from ..errors import DataError, ModelError, XzooError, first_line
+from ..errors import DataError
 from ..files import write_text
-from ..hub import folder as model_folder
+from ..hub.folder import label_names, load_any
 from ..machine import cores, device_named, own_threads
-from ..models import create_model
 from ..names import say
 
 
@@ -93,47 +91,6 @@ def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
         text = f"{told_range(kind, found[kind])}, as the largest of these images; the model has no range for them"
         say(console, text)
     return found | own
-
-
-def load_any(model: str) -> nn.Module:
-    """A model with its weights: from a run folder, a model folder, or by name."""
-    if not model.strip():
-        raise ModelError(f"{model!r} is no model; give a run folder, a model folder, or the name of a model")
-    path = Path(model.removeprefix("local-dir:")).expanduser()
-    if path.is_dir():
-        if (path / model_folder.CONFIG).is_file():
-            return model_folder.load(path)
-        if (path / "model" / model_folder.CONFIG).is_file():
-            return model_folder.load(path / "model")
-        if (path / "config.yaml").is_file():
-            raise ModelError(f"{path} is a run that is not finished; the command that began it goes on with it")
-        raise ModelError(f"{path} is neither a run nor a model folder: it has no model/config.json and no config.json")
-    if path.is_file():
-        raise ModelError(f"{model} is a file; give the folder that it is in")
-    if model.startswith("local-dir:") or (":" not in model and ("/" in model or model.startswith("."))):
-        raise ModelError(f"{model}: there is no such folder")
-    try:
-        return create_model(model, pretrained=True)
-    except XzooError:
-        raise
-    except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
-        reason = first_line(error)
-        raise ModelError(f"no weights for {model}: {reason}; give a run folder, or a model that has weights") from error
-
-
-def label_names(model: nn.Module) -> list[str]:
-    """A name for each output: those saved with the model, ImageNet's where it has 1,000 classes, else numbers."""
-    config, count = cast(Any, model).pretrained_cfg, cast(Any, model).num_classes
-    names, described = config.get("label_names"), config.get("label_descriptions") or {}
-    if isinstance(names, dict):  # where ids have gaps
-        names = [names.get(str(i), names.get(i, str(i))) for i in range(count)]
-    if names is not None:
-        return [str(described.get(name, name)) for name in names]
-    subset = infer_imagenet_subset(model)
-    if subset is not None:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(count)]
-    return [str(i) for i in range(count)]
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5) -> None:
