@@ -4,18 +4,21 @@ import csv
 from math import isfinite
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import xzoo
 from xzoo import bench, ops
-from xzoo.bench import Figure, layer, model, training
+from xzoo.bench import Figure, finetune, layer, model, training
 from xzoo.cli import main
 from xzoo.errors import GraphError, ModelError, XzooError
 from xzoo.ops import native
 from xzoo.ops.tune import PRODUCTS, Layer, alternate, tensors, tune
 from xzoo.train import CIFAR10, Classifier, TinyImageNet
 
+TRAINED = "x_vgg16_c16.cifar10_q75"
 TINY = ["--model", "x_mobilenet050_c4", "--batch-size", "8", "--pairs", "2", "--photos", "16"]
 
 
@@ -354,12 +357,87 @@ def test_what_was_measured_is_left_when_it_is_interrupted(capsys, tmp_path, monk
         (["--share", "--csv", "/nowhere/at/all.csv"], "cannot write /nowhere/at/all.csv"),
         (["--share", "--plot", "/tmp/x.doc"], "no picture is called .doc"),
         (["--loop", "--photos", "2"], "photos=2: 16 or more are needed"),
+        (
+            ["--finetune", "digits", "--csv", "/tmp/x.csv"],
+            "--finetune needs --model NAME, with weights, and --csv FILE",
+        ),
+        (["--finetune", "digits", "--model", TRAINED], "--finetune needs --model NAME, with weights, and --csv FILE"),
+        (["--finetune", "digits", "--model", TRAINED, "--csv", "/nowhere/x.csv"], "cannot write /nowhere/x.csv"),
+        (["--finetune", "digits", "--model", "x_vgg16", "--csv", "/tmp/x.csv"], "model='x_vgg16' has no trained weig"),
+        (["--finetune", "digits", "--model", TRAINED, "--csv", "/tmp/x.csv"], "digits has no part to validate on"),
+        (["--finetune", "x", "--model", TRAINED, "--csv", "/tmp/x.csv", "--seeds", "0"], "seeds=0, each=10, minutes=2"),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(capsys, arguments, told):
     assert main(["bench", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and told in err
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three classes, as 6 and 2 images each; in each file its class, part and number can be read."""
+    for part, count in (("train", 6), ("val", 2)):
+        for label in range(3):
+            folder = tmp_path / "photos" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((32, 32, 3), 80 * label + 10 * number + (part == "val"), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def contents(folder: Path) -> dict[str, set[bytes]]:
+    found: dict[str, set[bytes]] = {}
+    for file in folder.rglob("*.*"):
+        found.setdefault(str(file.relative_to(folder).parent), set()).add(file.read_bytes())
+    return found
+
+
+def test_a_few_images_of_each_class_are_drawn_and_all_that_validate(photos: Path, tmp_path: Path):
+    whole = contents(photos)
+    few = []
+    for seed in (0, 0, 1):
+        place = tmp_path / f"few{len(few)}"
+        finetune.draw_few(str(photos), place, 4, seed)
+        few.append(contents(place))
+    for drawn in few:
+        assert drawn.keys() == whole.keys()
+        for folder, images in drawn.items():
+            assert images <= whole[folder] and len(images) == (4 if folder.startswith("train") else 2)
+    assert few[0] == few[1] != few[2]
+
+
+@pytest.mark.slow
+def test_weights_are_compared_with_none_on_the_same_images(photos: Path, tmp_path: Path, capsys):
+    table = tmp_path / "table.csv"
+    asked = [
+        "--finetune",
+        photos,
+        "--model",
+        TRAINED,
+        "--csv",
+        table,
+        "--minutes",
+        "0.02",
+        "--seeds",
+        "1",
+        "--each",
+        "4",
+    ]
+    command = ["bench", *map(str, asked)]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = rows_of(table)
+    told = [(row["train_images"], row["pretrained"]) for row in rows]
+    assert told == [("12", "true"), ("12", "false"), ("18", "true"), ("18", "false")] and len(lines) == 4
+    assert all(row["n_val"] == "6" and row["img_size"] == "32" and 0 <= float(row["top1"]) <= 100 for row in rows)
+    # What is interrupted goes on: what the table has is not measured again.
+    lost = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lost[:-1]))
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert rows_of(table)[:3] == rows[:3] and rows_of(table)[3]["pretrained"] == "false"
 
 
 def test_nothing_to_draw_is_said(tmp_path):

@@ -497,11 +497,15 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
         parser.add_argument(
             f"--{part}", help=what, **(several if part in ("models", "layers") else {"action": "store_true"})
         )
+    parser.add_argument("--finetune", type=str | None, default=None, help="images to learn with and without weights")
     parser.add_argument("--threads", type=int, default=1, help="of torch's; 1 measures a thread's own time")
     parser.add_argument("--pairs", type=int | None, default=None, help="times that each form is measured")
     parser.add_argument("--batch_size", type=int | None, default=None, help="of models, and of the loop")
     parser.add_argument("--compile", action="store_true", help="dense models by torch.compile as well")
-    parser.add_argument("--model", type=str | None, default=None, help="what the loop trains")
+    parser.add_argument("--model", type=str | None, default=None, help="what the loop, or --finetune, trains")
+    parser.add_argument("--minutes", type=float | None, default=None, help="of each run of --finetune; by default 2")
+    parser.add_argument("--seeds", type=int | None, default=None, help="runs of each kind of --finetune; by default 3")
+    parser.add_argument("--each", type=int | None, default=None, help="images per class of --finetune; by default 10")
     parser.add_argument("--photos", type=int | None, default=None, help="files that are drawn for the loop's loader")
     parser.add_argument("--csv", type=str | None, default=None, help="write the figures to this file too")
     parser.add_argument("--plot", type=str | None, default=None, help="draw models and layers into this file")
@@ -509,6 +513,9 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
     def run(args: Namespace) -> None:
         from . import bench
 
+        if args.finetune is not None:
+            _bench_finetuning(args)
+            return
         asked = [part for part in parts if getattr(args, part) not in (None, False)] or ["models"]
         pairs = {} if args.pairs is None else {"pairs": args.pairs}
         size = {} if args.batch_size is None else {"batch_size": args.batch_size}
@@ -541,6 +548,18 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
             bench.draw(figures, Path(args.plot))
 
     return run
+
+
+def _bench_finetuning(args: Namespace) -> None:
+    from . import bench
+
+    if args.model is None or args.csv is None:
+        raise XzooError("--finetune needs --model NAME, with weights, and --csv FILE, which gets a row for each run")
+    given = {name: value for name in ("minutes", "seeds", "each") if (value := getattr(args, name)) is not None}
+    with bench.threads(args.threads):
+        for row in bench.finetuning(args.finetune, args.model, args.csv, **given):
+            start = "from the weights" if row["pretrained"] == "true" else "from scratch"
+            print(shown(f"{row['train_images']} images of {row['data']}, seed {row['seed']}, {start}: {row['top1']} %"))
 
 
 def _print_figures(rows: Sequence[dict[str, str]], machine: dict[str, str]) -> None:

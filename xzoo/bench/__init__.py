@@ -1,6 +1,7 @@
-"""`xzoo bench`: how fast layers and models are, and what a training loop costs, beside what does the same."""
+"""`xzoo bench`: how fast layers and models are, what a training loop costs, and what trained weights are worth."""
 
 from .figures import Figure, check_file, machine, ratios, threads, write_csv
+from .finetune import finetuning
 from .layer import layers, policy, scaling, share
 from .model import memory, models
 from .plot import PICTURES, draw
@@ -11,6 +12,7 @@ __all__ = [
     "Figure",
     "check_file",
     "draw",
+    "finetuning",
     "layers",
     "loop",
     "machine",

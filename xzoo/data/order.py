@@ -147,7 +147,7 @@ def limited(batches: int, limit: int | float) -> int:
     taken = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if taken < 1:
         raise XzooError(
-            f"trainer.limit_train_batches={limit} leaves none of an epoch's {batches} steps; "
+            f"trainer.limit_train_batches={limit:g} leaves none of an epoch's {batches} steps; "
             f"use a number from 1, or a share of {1 / batches:.2g} or more"
         )
     return taken
