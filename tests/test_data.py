@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xzoo.data import photos as photos_module
+from xzoo.data import loader as loader_module
 from xzoo.data.imagenet import stacked
 from xzoo.data.order import EvalOrder, TrainOrder, key, keys, permutation
 from xzoo.data.photos import ImageModule
-from xzoo.data.sources import read
+from xzoo.data.scan import read
 from xzoo.errors import DataError, XzooError
 
 CONFIG = {"input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -151,17 +151,17 @@ def test_batch_norm_never_meets_one_image(photos):
 @pytest.fixture
 def small_shared_memory(monkeypatch, tmp_path):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(photos_module.shutil, "disk_usage", lambda place: full)
-    monkeypatch.setattr(photos_module, "SHARED", tmp_path)
-    monkeypatch.setattr(photos_module, "_say_once", photos_module._say_once.__wrapped__)
+    monkeypatch.setattr(loader_module.shutil, "disk_usage", lambda place: full)
+    monkeypatch.setattr(loader_module, "SHARED", tmp_path)
+    monkeypatch.setattr(loader_module, "_say_once", loader_module._say_once.__wrapped__)
 
 
 def test_a_batch_through_pipes_lies_in_memory_as_any_other(photos, small_shared_memory):
     """The caller's collate makes it: ImageNet's leaves images pixel by pixel."""
-    views = photos_module.Views(photos.val, ImageModule(photos, CONFIG).eval_transform, None)
+    views = loader_module.Views(photos.val, ImageModule(photos, CONFIG).eval_transform, None)
     found = []
     for workers in (0, 2):
-        loader = photos_module.Loader(views, EvalOrder(len(views), 4), workers, stacked, batch_bytes=10**6)
+        loader = loader_module.Loader(views, EvalOrder(len(views), 4), workers, stacked, batch_bytes=10**6)
         assert loader._by_pipe == (workers > 0)
         found.append(list(loader))
     for (here, labels), (piped, same) in zip(*found, strict=True):
@@ -181,7 +181,7 @@ def test_batches_come_through_pipes_where_shared_memory_is_small(photos, small_s
 SMALL = """
 import sys
 from xzoo.data.photos import ImageModule
-from xzoo.data.sources import read
+from xzoo.data.scan import read
 config = dict(input_size=(3, 128, 128), interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
 module = ImageModule(read(sys.argv[1]), config, batch_size=8, workers=2)
 print(sum(len(images) for images, _ in module.train_dataloader()), len(module.data.train))

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from xzoo.data.sources import read
+from xzoo.data.scan import read
 from xzoo.errors import DataError, ModelError, XzooError
 from xzoo.hub import folder as model_folder
 from xzoo.train.classify import classify

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from xzoo.data.folders import part_of, read_folder
-from xzoo.data.sources import read
+from xzoo.data.scan import read
 from xzoo.errors import DataError
 
 

@@ -267,7 +267,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(recipe, data, tmp_path, capsys
 
 def test_whitening_needs_images_in_memory(make_folder):
     from xzoo.data.photos import ImageModule
-    from xzoo.data.sources import read
+    from xzoo.data.scan import read
 
     photos = ImageModule(read(make_folder(each=12)), CONFIG, batch_size=8, workers=0)
     with pytest.raises(ModelError, match="whiten looks at training images, which ImageModule does not keep"):

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from xzoo import cli, drawing, theory
 from xzoo.data.photos import ImageFolder
-from xzoo.data.sources import ImageData, Images, Item, hold_out, read
+from xzoo.data.scan import ImageData, Images, hold_out, read
+from xzoo.data.sources import Item
 from xzoo.doctor import doctor
 from xzoo.errors import DataError, XzooError
 from xzoo.hub import check, export, save
@@ -93,7 +94,7 @@ def test_bytes_that_are_no_utf8_survive():
 @pytest.mark.slow
 def test_a_locale_of_ascii_reads_the_same_names(tmp_path, make_folder):
     root = make_folder(("\u732b", "caf\u00e9"), each=3)
-    ask = "import sys; from xzoo.data.sources import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
+    ask = "import sys; from xzoo.data.scan import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
     bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", ask, os.fsencode(root)]
     told = subprocess.run(command, env=bare | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import json
 import subprocess
 import sys
@@ -51,8 +52,8 @@ def step(part):
 
 
 @functools.cache
-def imports():
-    """(file, line, importing part, imported part) of all of xzoo's imports of itself, inside functions too."""
+def every_import():
+    """(path, line, importing module, imported name) of all of xzoo's imports of itself, inside functions too."""
     found = []
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT.parent).with_suffix("").parts  # ("xzoo", "models", "x_vgg")
@@ -66,9 +67,13 @@ def imports():
                 targets = [(*base, alias.name) for alias in node.names]
             else:
                 continue
-            inside = [target for target in targets if target[0] == "xzoo"]
-            found += [(str(path.relative_to(ROOT)), node.lineno, place[1], target[1]) for target in inside]
+            found += [(path, node.lineno, place, target) for target in targets if target[0] == "xzoo"]
     return found
+
+
+def imports():
+    """(file, line, importing part, imported part) of them all."""
+    return [(str(path.relative_to(ROOT)), line, module[1], target[1]) for path, line, module, target in every_import()]
 
 
 def test_imports_run_down_the_stair():
@@ -82,6 +87,22 @@ def test_imports_run_down_the_stair():
         elif step(target) < step(part) or (step(target) == step(part) and (part, target) not in BESIDE):
             up.append(f"{file}:{line} imports {target}, which does not stand below {part}")
     assert not up, "\n".join(up)
+
+
+def module_of(target):
+    """The longest part of a dotted name that is a module here: what an import of that name runs."""
+    while not (ROOT.parent.joinpath(*target).with_suffix(".py").is_file() or ROOT.parent.joinpath(*target).is_dir()):
+        target = target[:-1]
+    return ".".join(target)
+
+
+def test_no_module_needs_itself():
+    needs = {}
+    for _, _, module, target in every_import():
+        face = module[-1] == "__init__"
+        needs.setdefault(module_of(module[:-1] if face else module), set()).add(module_of(target))
+    order = list(graphlib.TopologicalSorter(needs).static_order())  # its CycleError names the circle
+    assert order.index("xzoo.errors") < order.index("xzoo.data.folders") < order.index("xzoo.cli")
 
 
 def test_every_module_has_a_place():

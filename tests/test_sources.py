@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from xzoo.data.sources import Item, _from_rows, hold_out, identical, read
+from xzoo.data.scan import hold_out, identical, read
+from xzoo.data.sources import Item, _from_rows
 from xzoo.errors import DataError
 
 

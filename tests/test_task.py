@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, Wei
 from xzoo import ExpanderConv2d
 from xzoo.data.augment import mixed
 from xzoo.data.photos import ImageModule
-from xzoo.data.sources import read
+from xzoo.data.scan import read
 from xzoo.errors import ModelError, XzooError
 from xzoo.hub import folder as model_folder
 from xzoo.train.callbacks import EMA, Clock, Report, SyncBatchNorm, refuse_unsafe_synchronising

@@ -9,11 +9,11 @@
     7       erasing (kept for it)                  image
     8, 9    area, aspect ratio of a resized crop   image
     10      images held out of training            image
-    100, 101   transforms of single images (photos.py), torch's generator in a step (task.py)
+    100, 101   transforms of single images (loader.py), torch's generator in a step (task.py)
 
 So an image looks the same in an epoch whatever batch, device, rank or process it is seen by.
 
-Not here: transforms of single images of any size (timm's, in photos.py).
+Not here: transforms of single images of any size (timm's, in loader.py).
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@
 A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to hold class folders,
 and stand alone or beside another part. Where that leaves two readings, the folder is refused and both are named.
 
-Not here: whether a file can be read, and which are identical (sources.py).
+Not here: whether a file can be read, and which are identical (scan.py).
 """
 
 import os

@@ -7,7 +7,7 @@
 Each is made a table that is indexed by number, so that the order stays a function of (seed, epoch) and a
 run resumes anywhere. Workers hand on uint8, a quarter of the bytes, and the device normalises.
 
-Not here: data sets that fit in memory (memory.py), images of unknown quality (sources.py scans them first).
+Not here: data sets that fit in memory (memory.py), images of unknown quality (scan.py looks at them first).
 """
 
 import hashlib
@@ -40,9 +40,10 @@ from ..machine import cores
 from .augment import colours_of, normalised
 from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
 from .images import load_rgb
+from .loader import Loader, Views, batch_bytes
 from .order import EvalOrder, TrainOrder, held_out, standing
-from .photos import Loader, Views, batch_bytes
-from .sources import Images, Item, list_images, split_of
+from .scan import Images
+from .sources import Item, list_images, split_of
 
 FACTS = DATASETS["imagenet"]
 MEMORY = 4 << 30  # bytes of parquet files up to which their images are kept, encoded

@@ -7,7 +7,7 @@ images are opened; training, validation and `xzoo classify` all go through it.
 Files of 16 and 32 bits do not say how much of their range they use: a camera of 12 bits writes 0 to 4095 into 16. One
 image does not tell either, so whoever has all of them finds the range once (`grey_ranges`) and passes it to each.
 
-Not here: finding images on a disk (sources.py), transforms (photos.py).
+Not here: finding images on a disk (sources.py), transforms (loader.py).
 """
 
 import warnings

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ..data.folders import refuse_within
 from ..data.photos import ImageModule
-from ..data.sources import ImageData, check_name, read
+from ..data.scan import ImageData, read
+from ..data.sources import check_name
 from ..errors import ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder

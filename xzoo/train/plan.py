@@ -15,7 +15,7 @@ import timm
 from timm.models import get_pretrained_cfg
 
 from .. import weights as weights_table
-from ..data.sources import ImageData
+from ..data.scan import ImageData
 from ..errors import ModelError, XzooError
 from ..models import create_model
 
