@@ -38,12 +38,13 @@ from ..files import atomic
 from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
-from .folders import SUFFIXES, VAL_NAMES, check_same_classes, few
+from .folders import VAL_NAMES, check_same_classes, few
 from .images import load_rgb
 from .loader import Loader, Views, batch_bytes
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .scan import Images
 from .sources import Item, list_images, split_of
+from .walk import SUFFIXES
 
 FACTS = DATASETS["imagenet"]
 MEMORY = 4 << 30  # bytes of parquet files up to which their images are kept, encoded

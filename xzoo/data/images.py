@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from ..errors import DataError, first_line
-from .folders import no_regular_file
+from .walk import no_regular_file
 
 Pixels = NDArray[np.uint8]
 Source = str | Path | bytes | BinaryIO | Pixels | Image.Image

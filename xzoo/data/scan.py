@@ -24,13 +24,13 @@ from rich.progress import track
 from ..errors import DataError
 from ..machine import cores
 from ..names import encoded, rejoined
-from . import folders
-from .folders import LeftOut, few, same_letters
+from .folders import few, same_letters
 from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from .sources import Item, Listing, list_images
+from .walk import NO_IMAGE, LeftOut, ending
 
 HELD_OUT = 0.2
-# Kinds of reasons for which an image is left out, beside those of folders.py.
+# Kinds of reasons for which an image is left out, beside those of walk.py and folders.py.
 UNREADABLE = "cannot be read"
 BOTH = "identical to images that validate"
 # Decoded pixels are kept up to here: 21,000 images of 128 x 128, or a thousand reduced photographs.
@@ -105,8 +105,8 @@ def _shown(why: str, files: Sequence[LeftOut]) -> str:
     """Which ones, where that is short and tells something."""
     if why == UNREADABLE:
         return f" ({few([left.name for left in files])})"
-    if why == folders.NO_IMAGE:
-        return f" ({few(sorted({folders.ending(left.name) for left in files}))})"
+    if why == NO_IMAGE:
+        return f" ({few(sorted({ending(left.name) for left in files}))})"
     return ""
 
 

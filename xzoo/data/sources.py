@@ -22,8 +22,9 @@ from .. import network
 from ..errors import DataError, first_line
 from ..files import reason
 from . import folders
-from .folders import LeftOut, few, part_of
+from .folders import few, part_of
 from .images import Pixels
+from .walk import LeftOut, files_that_end_in
 
 Row = tuple[str, Any, Any]  # of a table: name, image, label
 
@@ -91,7 +92,7 @@ def _digits() -> Listing:
 
 def _folder_or_tables(root: Path) -> Listing:
     """Parquet files that hold images come first; others beside class folders are something else's."""
-    tables, beside = folders.files_that_end_in(root, ".parquet"), folders.folders_with_images(root)
+    tables, beside = files_that_end_in(root, ".parquet"), folders.folders_with_images(root)
     with_images = [table for table in tables if _has_images(table)]
     if not tables or (beside and not with_images):
         return _folder(root)

@@ -14,8 +14,8 @@ from rich.console import Console
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from ..data.folders import image_files
 from ..data.images import grey_peak, grey_ranges, load_rgb, told_range, unwarned
+from ..data.walk import image_files
 from ..errors import DataError
 from ..files import write_text
 from ..hub.folder import label_names, load_any

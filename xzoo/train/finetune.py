@@ -25,10 +25,10 @@ from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..data.folders import refuse_within
 from ..data.photos import ImageModule
 from ..data.scan import ImageData, read
 from ..data.sources import check_name
+from ..data.walk import refuse_within
 from ..errors import ModelError, XzooError, first_line
 from ..files import write_text
 from ..hub import folder as model_folder
