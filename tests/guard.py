@@ -8,8 +8,8 @@
 
 Options: --cases (or --seconds), --seed, and --first, the number of the first case: a case is its seed and its number,
 so that one can be had again. A LEVEL is what -march= takes, or "plain512": the kernels of AVX-512 with its instructions
-in plain code (avx512.h), for every CPU. Prints one line for each fault and one at the end; a crash is told with the
-case that it came in.
+in plain code (avx512.h), for every CPU; "plain512fast" are those that native.cpp has for FAST ones. Prints one line
+for each fault and one at the end; a crash is told with the case that it came in.
 """
 
 import argparse
@@ -68,6 +68,9 @@ struct Scratch {
 };
 """
 
+# So that small layers fill them, and are done in parts.
+SMALL_CACHES = {"FAST_L2 = 800 << 10;": "FAST_L2 = 32 << 10;", "FAST_L1 = 52 << 10;": "FAST_L1 = 24 << 10;"}
+
 
 def built(level: str, sanitize: bool = False, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """The kernels with guarded scratch; `change` replaces a piece of them (to see that the fault is found)."""
@@ -78,9 +81,14 @@ def built(level: str, sanitize: bool = False, change: tuple[str, str] | None = N
         assert source.count(change[0]) == 1
         source = source.replace(*change)
     flags = [flag for flag in native._flags() if not flag.startswith("-march=")]
-    if level == "plain512":
+    if level in ("plain512", "plain512fast"):
         source = (HERE / "avx512.h").read_text() + source
         flags += ["-march=x86-64", "-D__AVX512F__", "-Wno-psabi", "-O1"]  # in half the time
+        flags += [f"-DXZOO_FAST={int(level == 'plain512fast')}"]
+    if level == "plain512fast":
+        for size, small in SMALL_CACHES.items():
+            assert source.count(size) == 1
+            source = source.replace(size, small)
     elif level:
         flags += [f"-march={level}"]
     if sanitize:
@@ -252,7 +260,7 @@ class Guarded:
 
     def __getattr__(self, name):
         function = getattr(self.library, name)
-        return function if name == "xzoo_lanes" else lambda *args: self.call(name, function, *args)
+        return function if name in ("xzoo_lanes", "xzoo_fast") else lambda *args: self.call(name, function, *args)
 
     def call(self, name, function, layer, *addresses):
         batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", layer)

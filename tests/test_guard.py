@@ -29,7 +29,7 @@ from xzoo.ops import native
 GUARD = Path(__file__).parent / "guard.py"
 CASES = int(os.environ.get("XZOO_GUARD_CASES", "0"))
 SECONDS = float(os.environ.get("XZOO_GUARD_SECONDS", "10"))
-LEVELS = ["best", "x86-64-v3", "x86-64", "plain512"]
+LEVELS = ["best", "x86-64-v3", "x86-64", "plain512", "plain512fast"]
 
 pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
 

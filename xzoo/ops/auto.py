@@ -15,22 +15,31 @@ from . import native
 # Other devices and types: not measured.
 GATHER = {"conv2d": (128, 4), "linear": (256, 8)}  # least share * inputs / degree, most copies
 
-# Our own kernels, by the floats in a vector: inputs / degree from which each of the three products is faster than what
-# `library` takes, in either memory format, for 3x3, for 3x3 with a stride, for 1x1, for linear, and for 1x1 and linear
-# of a SHARE, whose outputs read the same inputs. Faster is 1.1 times in all but one of a hundred of the sizes that were
-# measured, and nowhere a loss of more than a fifth (7x7 pixels of four samples). Kernels whose lanes are samples
-# (pixels, where the kernel is 1x1) need MANY of them; for fewer there are others (tests/golden/native.csv; 2026-11-24,
-# torch 2.14, one thread of a Zen 4, the second part with torch and our kernels held to AVX2). Vectors of 4 floats: not
-# measured, so not taken.
-NATIVE = {
-    16: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 2, 2, 8, 2, 2), "weight_grad": (2, 2, 4, 2, 2, 2)},
-    8: {"": (2, 4, 4, 2, 2, 2), "input_grad": (2, 2, 4, 8, 2, 2), "weight_grad": (2, 2, 4, 4, 4, 2)},
+# Our own kernels, by the floats in a vector, and apart for CPUs that are `native.fast`: inputs / degree from which each
+# of the three products is faster than what `library` takes, in either memory format: for 3x3, 3x3 with a stride,
+# 1x1, linear, and for 1x1 and linear of a SHARE, whose outputs read the same inputs. Faster is 1.1 times in all but
+# one of a hundred of the sizes that were measured (of forty on fast CPUs, where the library is twice as fast as well),
+# and nowhere a loss of more than a fifth. Kernels whose lanes are samples (pixels, where the kernel is 1x1) need many
+# of them, for fewer there are others: a rule holds from its number of lanes on (tests/golden/native.csv; 2026-11-24,
+# torch 2.14, one thread of a Zen 4, the last part with torch and our kernels held to AVX2; fast: 2026-11-28, an Emerald
+# Rapids). Vectors of 4 floats: not measured, so not taken.
+Rule = dict[str, tuple[int, ...]]
+NATIVE: dict[tuple[int, bool], dict[int, Rule]] = {
+    (16, False): {
+        16: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 2, 2, 8, 2, 2), "weight_grad": (2, 2, 4, 2, 2, 2)},
+        0: {"": (2, 4, 2, 2, 2, 2), "input_grad": (2, 4, 4, 8, 2, 2), "weight_grad": (8, 8, 2, 4, 2, 2)},
+    },
+    (16, True): {
+        16: {"": (2, 2, 4, 2, 2, 2), "input_grad": (2, 2, 4, 8, 2, 2), "weight_grad": (2, 2, 8, 2, 2, 2)},
+        2: {"": (2, 4, 2, 2, 2, 2), "input_grad": (2, 4, 8, 8, 2, 2), "weight_grad": (8, 8, 2, 2, 2, 2)},
+        0: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 4, 8, 8, 2, 2), "weight_grad": (8, 8, 2, 2, 2, 2)},
+    },
+    (8, False): {
+        16: {"": (2, 4, 4, 2, 2, 2), "input_grad": (2, 2, 4, 8, 2, 2), "weight_grad": (2, 2, 4, 4, 4, 2)},
+        0: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 4, 4, 8, 2, 2), "weight_grad": (8, 8, 2, 2, 2, 2)},
+    },
 }
-FEW = {
-    16: {"": (2, 4, 2, 2, 2, 2), "input_grad": (2, 4, 4, 8, 2, 2), "weight_grad": (8, 8, 2, 4, 2, 2)},
-    8: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 4, 4, 8, 2, 2), "weight_grad": (8, 8, 2, 2, 2, 2)},
-}
-MANY, SHARE = 16, 4
+SHARE = 4
 
 
 def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
@@ -41,7 +50,8 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
     if native.supports(operation, x, weight, *geometry) and native.available():
         kind = 3 if operation == "linear" else 2 if point else int(geometry[0][0] > 1)
         kind += 2 if point and weight.shape[0] >= SHARE * neighbours.shape[0] else 0
-        rule = (NATIVE if lanes >= MANY else FEW).get(native.lanes())
+        rules = NATIVE.get((native.lanes(), native.fast()), {})
+        rule = next((rule for least, rule in rules.items() if lanes >= least), None)
         if rule and x.shape[1] >= rule[gradient][kind] * neighbours.shape[1]:
             return "native"
     return library(operation, x, weight, neighbours)

@@ -21,6 +21,9 @@
 #include <initializer_list>
 #include <pthread.h>
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -146,6 +149,15 @@ INLINE V held(const float* p) {
   return v;
 }
 
+// An address that is computed once: GCC otherwise computes one for each use, and on Intel's CPUs a sum of integers may
+// take the place of a multiplication of vectors.
+INLINE const float* here(const float* p) {
+#if defined(__AVX2__)
+  asm("" : "+r"(p));
+#endif
+  return p;
+}
+
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long parts(long n, long size) { return (n + size - 1) / size; }
@@ -175,6 +187,23 @@ INLINE V sums(V r[VL]) {
   return (r[0] + r[2]) + (r[1] + r[3]);
 #endif
 }
+
+// Whether this is one of Intel's servers from Sapphire Rapids on: two multiplications of 16 floats a cycle, 2 MiB of
+// L2, and an L3 that gives a core 30 GB/s, a twelfth of what its multiplications would take. Older ones and other
+// makes were not measured. A test says by XZOO_FAST which of the two it wants.
+const bool FAST = [] {
+#if !defined(__AVX512F__)
+  return false;  // sums that go on from memory (`tile`) are for wide vectors alone
+#elif defined(XZOO_FAST)
+  return bool(XZOO_FAST);
+#elif defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_INTEL_ebx) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);  // AVX512-FP16
+#else
+  return false;
+#endif
+}();
 
 // ---- threads: OpenMP's pool in this process, which is torch's, if there is one
 
@@ -364,10 +393,13 @@ constexpr int hit(int i, int tap, int results) {  // the result that source plac
 // taps at a border are left out, not multiplied by zero, which at 4x4 saves 44 of 144.
 template <int R, int Q, int S, bool LEFT, bool RIGHT>
 INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, const int32_t* from, const float* w,
-                 long count, V bias, const Range& range, float* out, long out_row) {
+                 long count, const float* start, long start_row, long start_step, const Range& range, float* out,
+                 long out_row) {
   constexpr int IR = span<S>(R), IQ = span<S>(Q);
   V sum[R][Q];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int q = 0; q < Q; q++) sum[r][q] = bias;
+  const V first = load(start);  // for all, unless the sums go on: on FAST CPUs alone
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int q = 0; q < Q; q++) sum[r][q] = WIDE ? load(start + r * start_row + q * start_step) : first;
   for (long j = 0; j < count; j++, w += 9) {
     const float* p = x + from[j] * plane;
     if (WIDE) {  // 32 registers: all nine weights
@@ -375,9 +407,10 @@ INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, co
       UNROLL for (int t = 0; t < 9; t++) k[t] = all(w[t]);
       UNROLL for (int r = 0; r < IR; r++) {
         if ((r == 0 && top) || (r == IR - 1 && bottom)) continue;
+        const float* line = here(p + r * row);
         UNROLL for (int q = 0; q < IQ; q++) {
           if ((LEFT && q == 0) || (RIGHT && q == IQ - 1)) continue;
-          V v = held(p + r * row + q * VL);
+          V v = held(line + q * VL);
           UNROLL for (int a = 0; a < 3; a++) {
             if (hit<S>(r, a, R) < 0) continue;
             UNROLL for (int b = 0; b < 3; b++) {
@@ -394,9 +427,10 @@ INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, co
         UNROLL for (int b = 0; b < 3; b++) k[b] = all(w[a * 3 + b]);
         UNROLL for (int r = 0; r < IR; r++) {
           if (hit<S>(r, a, R) < 0 || (r == 0 && top) || (r == IR - 1 && bottom)) continue;
+          const float* line = here(p + r * row);
           UNROLL for (int q = 0; q < IQ; q++) {
             if ((LEFT && q == 0) || (RIGHT && q == IQ - 1)) continue;
-            V v = held(p + r * row + q * VL);
+            V v = held(line + q * VL);
             UNROLL for (int b = 0; b < 3; b++) {
               if (hit<S>(q, b, Q) < 0) continue;
               V& s = sum[hit<S>(r, a, R)][hit<S>(q, b, Q)];
@@ -411,28 +445,39 @@ INLINE void tile(const float* x, long plane, long row, bool top, bool bottom, co
     UNROLL for (int q = 0; q < Q; q++) store(out + r * out_row + q * VL, clamped(sum[r][q], range));
 }
 
+struct List {  // what one output reads
+  const int32_t* from;
+  const float* w;
+  long count;
+};
+
+// A tile of some outputs, whose results are `step` apart. The sums begin with what is at `start` (the biases, or what
+// has been added up so far) and take the part of each list from `begin` to `end`, or all of it.
 struct Tile {
   const float* x;
   long plane, row;
   bool top, bottom, left, right;
-  const int32_t* from;
-  const float* w;
-  long count;
-  float bias;
   Range range;
   float* out;
-  long out_row;
+  long out_row, step, outputs;
+  const float* start;
+  long start_step, start_row, start_place;
+  const int32_t *begin, *end;
 };
 
 template <int R, int Q, int S>
-KERNEL void sided(const Tile& t) {
+KERNEL void sided(const Tile& t, const List* lists) {
 #define TILE(LEFT, RIGHT)                                                                                          \
-  tile<R, Q, S, LEFT, RIGHT>(t.x, t.plane, t.row, t.top, t.bottom, t.from, t.w, t.count, all(t.bias), t.range, t.out, \
-                             t.out_row)
-  if (t.left && t.right) TILE(true, true);
-  else if (t.left) TILE(true, false);
-  else if (t.right) TILE(false, true);
-  else TILE(false, false);
+  for (long i = 0; i < t.outputs; i++) {                                                                           \
+    const long begin = t.begin ? t.begin[i] : 0, end = t.begin ? t.end[i] : lists[i].count;                        \
+    tile<R, Q, S, LEFT, RIGHT>(t.x, t.plane, t.row, t.top, t.bottom, lists[i].from + begin, lists[i].w + begin * 9, \
+                               end - begin, t.start + i * t.start_step, t.start_row, t.start_place, t.range,       \
+                               t.out + i * t.step, t.out_row);                                                     \
+  }
+  if (t.left && t.right) TILE(true, true)
+  else if (t.left) TILE(true, false)
+  else if (t.right) TILE(false, true)
+  else TILE(false, false)
 #undef TILE
 }
 
@@ -440,103 +485,162 @@ constexpr int TALL = WIDE ? 4 : 2, TALL7 = WIDE ? 2 : 1;
 
 // Rows and columns that remain beside whole tiles get tiles of 2 and of 1.
 template <int S>
-void any_tile(long r, long q, const Tile& t) {
-  if (q == 7) return r == 1 ? sided<1, 7, S < 0 ? 1 : S>(t) : sided<TALL7, 7, S < 0 ? 1 : S>(t);
+void any_tile(long r, long q, const Tile& t, const List* lists) {
+  if (q == 7) return r == 1 ? sided<1, 7, S < 0 ? 1 : S>(t, lists) : sided<TALL7, 7, S < 0 ? 1 : S>(t, lists);
   switch (r * 8 + q) {
-    case 36: return sided<TALL, 4, S>(t);
-    case 34: return sided<TALL, 2, S>(t);
-    case 33: return sided<TALL, 1, S>(t);
-    case 20: return sided<2, 4, S>(t);
-    case 18: return sided<2, 2, S>(t);
-    case 17: return sided<2, 1, S>(t);
-    case 12: return sided<1, 4, S>(t);
-    case 10: return sided<1, 2, S>(t);
-    default: return sided<1, 1, S>(t);
+    case 36: return sided<TALL, 4, S>(t, lists);
+    case 34: return sided<TALL, 2, S>(t, lists);
+    case 33: return sided<TALL, 1, S>(t, lists);
+    case 20: return sided<2, 4, S>(t, lists);
+    case 18: return sided<2, 2, S>(t, lists);
+    case 17: return sided<2, 1, S>(t, lists);
+    case 12: return sided<1, 4, S>(t, lists);
+    case 10: return sided<1, 2, S>(t, lists);
+    default: return sided<1, 1, S>(t, lists);
   }
 }
 INLINE long next(long left, long whole) { return left >= whole ? whole : left >= 2 ? 2 : 1; }
+
+// Bytes of a FAST CPU's caches that a window may take, and the places of a tile.
+const long FAST_L2 = 800 << 10;
+const long FAST_L1 = 52 << 10;
 
 // y [N][O][Ho][Wo] from x [N][C][H][W]; S as at `hit`.
 template <int S>
 void by_samples(const float* x, const Edges& e, const float* bias, float* y, long N, long C, long H, long W, long O,
                 long Ho, long Wo, bool x_last, bool y_last, long threads, Range range = Range()) {
-  const bool sevens = S > 0 && Wo % 7 == 0 && Wo % 4;
+  const long edges = e.begin ? e.begin[O] : e.degree * O, reach = S > 0 ? S : 1;  // source rows for a result's, at most
+  const bool sevens = S > 0 && Wo % 7 == 0 && (Wo % 4 || (FAST && S == 2));
   const long tall = sevens ? TALL7 : TALL, wide = sevens ? 7 : 4;
+  // What the results of so many rows and columns read.
+  auto bytes = [&](long rows, long columns) {
+    return C * least(H, rows * reach + 2) * least(W, columns * reach + 2) * VL * 4;
+  };
+  // FAST: all that a window of results reads stays in L2; with stride 2, whose tiles reuse little of what they load,
+  // inputs come in blocks of which a tile's places stay in L1, if an output reads some of each.
+  long channels = C;
+  if (FAST && S == 2) {
+    const long places = ((tall - 1) * S + 3) * ((wide - 1) * S + 3), some = FAST_L1 / (places * VL * 4);
+    const bool fits = x_last && bytes(tall, wide) <= FAST_L2;
+    if (!fits && 2 * edges * some >= (x_last ? 5 : 2) * O * C) channels = most(1, some);
+  }
+  const bool blocked = channels < C;
+  const long blocks = parts(C, channels);
   // A strip of rows: long pieces for each sample to store, and few enough that a strip of all channels fits in L2.
-  long strip = tall;
-  while (strip * 2 * Wo <= 128 && strip < Ho) strip *= 2;
+  long strip = tall, across = Wo, strip_limit = x_last ? FAST_L2 : FAST_L2 * 7 / 4;
+  if (!FAST || blocked) strip_limit = 1l << 48;  // none
+  while (strip * 2 * Wo <= 128 && strip < Ho && bytes(strip * 2, Wo) <= strip_limit) strip *= 2;
+  for (long k = 2; FAST && x_last && !blocked && bytes(strip, across) > FAST_L2 && across > wide; k++)
+    across = parts(parts(Wo, wide), k) * wide;
   // A window of strips is packed at a time: all rows, unless the images are large.
-  const long reach = S > 0 ? S : 1;  // source rows for each row of a strip, at most
+  const long window_limit = FAST && x_last && !blocked ? FAST_L2 : 12 << 20;
   long window = strip;
-  while (window < Ho && C * (window * 2 * reach + 2) * W * VL * 4 <= 12 << 20) window += strip;
-  const long together = y_last ? VL : strip >= Ho ? most(1, 128 / (Ho * Wo)) : 1;  // outputs stored together
-  const long each = C * H * W;
-  struct Source {  // the rows of x that the window of outputs from `top` on reads
-    long h0, pixels;
+  while (window < Ho && across == Wo && bytes(window * 2, Wo) <= window_limit) window += strip;
+  // `inner` outputs take a tile one after another; `together` are stored.
+  const bool staged = blocked || (FAST && !x_last && bytes(strip, Wo) > FAST_L2 * 5 / 3);
+  const long few = y_last ? VL : strip >= Ho && across == Wo ? most(1, 128 / (Ho * Wo)) : 1;
+  const long inner = staged ? O : 1, together = staged ? O : few;
+  // In channels_last, lines of all channels are written side by side: not at distances of powers of two.
+  const long pad = FAST && x_last ? VL : 0, out_pad = FAST && y_last ? VL : 0, each = C * H * W;
+  struct Source {  // the places of x that the window of outputs from (top, left) on reads
+    long h0, height, w0, width;
   };
-  auto source = [&](long top) {
-    const long bottom = least(Ho, top + window), h0 = S > 0 ? most(0, top * S - 1) : top / 2;
-    return Source{h0, ((S > 0 ? least(H, (bottom - 1) * S + 2) : least(H, bottom / 2 + 1)) - h0) * W};
+  auto source = [&](long top, long left) {
+    const long bottom = least(Ho, top + window), right = least(Wo, left + across);
+    const long h0 = S > 0 ? most(0, top * S - 1) : top / 2, w0 = S > 0 ? most(0, left * S - 1) : left / 2;
+    return Source{h0, (S > 0 ? least(H, (bottom - 1) * S + 2) : least(H, bottom / 2 + 1)) - h0,
+                  w0, (S > 0 ? least(W, (right - 1) * S + 2) : least(W, right / 2 + 1)) - w0};
   };
-  // Channels or, in channels_last, pixels [begin, end) of them.
-  auto pack_part = [&](long n, long top, long begin, long end, float* packed) {
-    const auto [h0, pixels] = source(top);
-    const float* samples = x + n * each + h0 * W * (x_last ? C : 1);
-    const long some = least(VL, N - n), plane = pixels * VL;
+  // Channels or, in channels_last, places [begin, end) of them.
+  auto pack_part = [&](long n, long top, long left, long begin, long end, float* packed) {
+    const auto [h0, height, w0, width] = source(top, left);
+    const float* samples = x + n * each + (h0 * W + w0) * (x_last ? C : 1);
+    const long some = least(VL, N - n), plane = height * width * VL + pad;
     if (x_last)
-      for (long i = begin; i < end; i++) pack(rows(samples + i * C, each, some), some, C, packed + i * VL, plane);
-    else if (pixels == H * W)
-      pack(rows(samples + begin * pixels, each, some), some, (end - begin) * pixels, packed + begin * plane, VL);
+      for (long i = begin; i < end; i++)
+        pack(rows(samples + (i / width * W + i % width) * C, each, some), some, C, packed + i * VL, plane);
+    else if (height == H && width == W)
+      pack(rows(samples + begin * H * W, each, some), some, (end - begin) * H * W, packed + begin * plane, VL);
     else
       for (long c = begin; c < end; c++)
-        pack(rows(samples + c * H * W, each, some), some, pixels, packed + c * plane, VL);
+        for (long h = 0; h < (width == W ? 1 : height); h++)
+          pack(rows(samples + (c * H + h) * W, each, some), some, width == W ? height * W : width,
+               packed + c * plane + h * width * VL, VL);
   };
-  auto outputs = [&](long n, long top, long o_begin, long o_end, const float* packed) {
-    float* out = scratch[1].floats(together * strip * Wo * VL);
+  auto outputs = [&](long n, long top, long left, long o_begin, long o_end, const float* packed) {
+    const long all_of = least(together, O);
+    const long places = strip * across * VL + out_pad, list = sizeof(List) / sizeof(float);
+    float* out = scratch[1].floats(all_of * (places + VL + list + blocks + 1));
     if (no_memory) return;
-    const auto [h0, pixels] = source(top);
-    const long some = least(VL, N - n), plane = pixels * VL;
+    float* biases = out + all_of * places;
+    List* lists = (List*)(biases + all_of * VL);
+    int32_t* cuts = (int32_t*)(lists + all_of);
+    const auto [h0, source_height, w0, source_width] = source(top, left);
+    const long some = least(VL, N - n), plane = source_height * source_width * VL + pad,
+               width = least(across, Wo - left);
     for (long oh = top; oh < least(Ho, top + window); oh += strip) {
-      const long height = least(strip, Ho - oh), size = height * Wo;
+      const long height = least(strip, Ho - oh), size = height * width, step = size * VL + out_pad;
       for (long o = o_begin; o < o_end; o += together) {
         const long count = least(together, o_end - o);
-        for (long k = 0; k < count; k++)
+        for (long k = 0; k < count; k += inner) {
+          const long some = least(inner, count - k);
+          for (long i = 0; i < some; i++) {
+            lists[i] = {e.inputs(o + k + i), e.weights(o + k + i, 9), e.count(o + k + i)};
+            store(biases + i * VL, all(bias ? bias[o + k + i] : 0));
+            for (long c = 0, j = 0, b = 0; blocked && b <= blocks; b++, c += channels) {  // where each block begins
+              while (j < lists[i].count && (b == blocks || lists[i].from[j] < c)) j++;
+              cuts[b * some + i] = (int32_t)j;
+            }
+          }
           for (long r = 0, R; r < height; r += R) {
             R = next(height - r, tall);
             const long ih = S > 0 ? (oh + r) * S - 1 : (oh + r) / 2, IR = S > 0 ? (R - 1) * S + 3 : R / 2 + 1;
-            for (long q = 0, Q; q < Wo; q += Q) {
-              Q = sevens ? 7 : next(Wo - q, wide);
-              const long iw = S > 0 ? q * S - 1 : q / 2, IQ = S > 0 ? (Q - 1) * S + 3 : Q / 2 + 1;
-              any_tile<S>(R == tall && !sevens ? 4 : R, Q,
-                          Tile{packed + ((ih - h0) * W + iw) * VL, plane, W * VL, ih < 0, ih + IR > H, iw < 0,
-                               iw + IQ > W, e.inputs(o + k), e.weights(o + k, 9), e.count(o + k),
-                               bias ? bias[o + k] : 0, range, out + (k * size + r * Wo + q) * VL, Wo * VL});
+            for (long q = 0, Q; q < width; q += Q) {
+              Q = sevens ? 7 : next(width - q, wide);
+              const long iw = S > 0 ? (left + q) * S - 1 : (left + q) / 2, IQ = S > 0 ? (Q - 1) * S + 3 : Q / 2 + 1;
+              Tile t{packed + ((ih - h0) * source_width + iw - w0) * VL, plane, source_width * VL, ih < 0, ih + IR > H,
+                     iw < 0, iw + IQ > W, range, out + k * step + (r * width + q) * VL, width * VL, step, some,
+                     biases, VL, 0, 0, nullptr, nullptr};
+              for (long b = 0; b < blocks; b++) {
+                if (blocked) {
+                  t.begin = cuts + b * some, t.end = t.begin + some, t.range = b + 1 < blocks ? Range() : range;
+                  if (b) t.start = t.out, t.start_step = t.step, t.start_row = t.out_row, t.start_place = VL;
+                }
+                any_tile<S>(R == tall && !sevens ? 4 : R, Q, t, lists);
+              }
             }
           }
+        }
         if (y_last)
           for (long i = 0; i < size; i++)
-            unpack(out + i * VL, size * VL, count, y + ((n * Ho + oh) * Wo + i) * O + o, Ho * Wo * O, some);
+            for (long k = 0; k < count; k += VL)
+              unpack(out + k * step + i * VL, step, least(VL, count - k),
+                     y + ((n * Ho + oh + i / width) * Wo + left + i % width) * O + o + k, Ho * Wo * O, some);
         else if (size == Ho * Wo) unpack(out, VL, count * size, y + (n * O + o) * size, O * size, some);
         else
           for (long k = 0; k < count; k++)
-            unpack(out + k * size * VL, VL, size, y + ((n * O + o + k) * Ho + oh) * Wo, O * Ho * Wo, some);
+            for (long r = 0; r < (width == Wo ? 1 : height); r++)
+              unpack(out + (k * size + r * width) * VL, VL, width == Wo ? size : width,
+                     y + ((n * O + o + k) * Ho + oh + r) * Wo + left, O * Ho * Wo, some);
       }
     }
   };
   auto some_blocks = [&](long begin, long end, long team) {
-    float* packed = scratch[0].floats(C * least(H, window * reach + 3) * W * VL);
+    float* packed = scratch[0].floats(C * (least(H, window * reach + 3) * least(W, across * reach + 3) * VL + pad));
     if (no_memory) return;
     for (long n = begin * VL; n < least(N, end * VL); n += VL)
-      for (long top = 0; top < Ho; top += window) {
-        parallel(x_last ? source(top).pixels : C, team,
-                 [&](long begin, long end) { pack_part(n, top, begin, end, packed); });
-        parallel(O, team, [&](long begin, long end) { outputs(n, top, begin, end, packed); });
-      }
+      for (long top = 0; top < Ho; top += window)
+        for (long left = 0; left < Wo; left += across) {
+          const Source from = source(top, left);
+          parallel(x_last ? from.height * from.width : C, team,
+                   [&](long begin, long end) { pack_part(n, top, left, begin, end, packed); });
+          parallel(O, team, [&](long begin, long end) { outputs(n, top, left, begin, end, packed); });
+        }
   };
   in_large_pages(y, N * O * Ho * Wo);
-  const long blocks = parts(N, VL);
-  if (blocks >= threads) parallel(blocks, threads, [&](long begin, long end) { some_blocks(begin, end, 1); });
-  else some_blocks(0, blocks, threads);  // threads share a block's outputs: it is packed once for all of them
+  const long teams = parts(N, VL);
+  if (teams >= threads) parallel(teams, threads, [&](long begin, long end) { some_blocks(begin, end, 1); });
+  else some_blocks(0, teams, threads);  // threads share a block's outputs: it is packed once for all of them
 }
 
 // ---- 3x3, lanes = pixels of a row
@@ -577,8 +681,10 @@ KERNEL void row_tile(const float* x, long plane, long row, const long* shift, co
       V t[K][3];
       UNROLL for (int k = 0; k < K; k++)
         UNROLL for (int a = 0; a < 3; a++) t[k][a] = all(w[k * degree * 9 + a * 3 + b]);
+      const float* line = K == 1 ? here(p + shift[b]) : p;
       UNROLL for (int r = 0; r < IR; r++) {
-        V v = held(p + r * row + shift[b]);
+        if (K == 1 && r && r % 4 == 0) line = here(line + 4 * row);
+        V v = held(K == 1 ? line + r % 4 * row : p + r * row + shift[b]);
         UNROLL for (int k = 0; k < K; k++) UNROLL for (int a = 0; a < 3; a++)
           if (hit<S>(r, a, R) >= 0) sum[k][hit<S>(r, a, R)] = fma(v, t[k][a], sum[k][hit<S>(r, a, R)]);
       }
@@ -672,7 +778,11 @@ void to_panel(const float* x, bool last, long C, long pixels, long m, long n, fl
 // nothing but ask.)
 template <bool WRITE>
 INLINE void ask_for(const float* x, bool last, long C, long pixels, long m, long n, long c, long end) {
-  if (last || pixels == 1) return;
+  if (last || pixels == 1) {  // columns lie side by side: a part of them
+    if (!WRITE && FAST && C <= 256)
+      for (long b = n * c; b < n * end; b += 16) __builtin_prefetch(x + m * C + b, 0, 2);
+    return;
+  }
   for (long i = 0, length; i < n; i += length) {
     const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
     length = least(n - i, pixels - pixel);
@@ -764,7 +874,7 @@ KERNEL void four_pixels(const float* x, const int32_t* from, const float* w, lon
 bool is_two(long H, long W) { return VL == 16 && H == 2 && W == 2; }
 bool is_four(long H, long W) { return VL == 16 && H == 4 && W == 4; }
 // In products of vectors, nine taps of one sample. (Loads across cache lines are the slower half of the work.)
-long plane_cost(long H, long W) { return is_two(H, W) ? 2 : is_four(H, W) ? 11 : 14 * parts(H * W, VL); }
+long plane_cost(long H, long W) { return is_two(H, W) ? 2 : is_four(H, W) ? 11 : (FAST ? 20 : 14) * parts(H * W, VL); }
 
 void by_planes(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
   const long W = a.W, pixels = a.H * W, vectors = parts(pixels, VL);
@@ -1193,9 +1303,10 @@ INLINE void row_sums(const float* x, const float* d, long row, bool top, bool bo
   UNROLL for (int q = 0; q < Q; q++) g[q] = load(d + q * VL);
   UNROLL for (int a = 0; a < 3; a++) {
     if ((a == 0 && top) || (a == 2 && bottom)) continue;
+    const float* line = here(x + a * row);
     UNROLL for (int i = 0; i < IQ; i++) {
       if ((i == 0 && left) || (i == IQ - 1 && right)) continue;
-      V v = held(x + a * row + i * VL);
+      V v = held(line + i * VL);
       UNROLL for (int b = 0; b < 3; b++)
         if (hit<S>(i, b, Q) >= 0) sum[a * 3 + b] = fma(v, g[hit<S>(i, b, Q)], sum[a * 3 + b]);
     }
@@ -1220,14 +1331,15 @@ KERNEL void weight_sums(const float* x, const float* d, long blocks, long H, lon
   add_sums(sum, dw);
 }
 
-// [samples][C][pixels] -> [C][blocks][pixels][VL] for the blocks of samples from n on.
-void pack_blocks(const float* x, bool last, long N, long C, long pixels, long n, long blocks, float* to, long threads) {
+// [samples][C][pixels] -> [C][blocks][pixels][VL] for the blocks of samples from n on; inputs are `plane` apart.
+void pack_blocks(const float* x, bool last, long N, long C, long pixels, long n, long blocks, float* to, long plane,
+                 long threads) {
   parallel(blocks * (last ? pixels : C), threads, [&](long begin, long end) {
     for (long unit = begin; unit < end; unit++) {
       const long k = unit % blocks, i = unit / blocks, first = n + k * VL, some = least(VL, N - first);
       const float* sample = x + first * C * pixels;
-      if (last) pack(rows(sample + i * C, C * pixels, some), some, C, to + (k * pixels + i) * VL, blocks * pixels * VL);
-      else pack(rows(sample + i * pixels, C * pixels, some), some, pixels, to + (i * blocks + k) * pixels * VL, VL);
+      if (last) pack(rows(sample + i * C, C * pixels, some), some, C, to + (k * pixels + i) * VL, plane);
+      else pack(rows(sample + i * pixels, C * pixels, some), some, pixels, to + i * plane + k * pixels * VL, VL);
     }
   });
 }
@@ -1236,9 +1348,12 @@ template <int S>
 void weights3(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
   const long Ho = (a.H - 1) / S + 1, Wo = (a.W - 1) / S + 1, pixels = a.H * a.W, d_pixels = Ho * Wo;
   const long each = (a.C * pixels + a.O * d_pixels) * VL, blocks = parts(a.N, VL);
-  const long at_once = most(1, least(blocks, PACKED / each));
-  float* xs = scratch[2].floats(a.C * at_once * pixels * VL);
-  float* ds = scratch[3].floats(a.O * at_once * d_pixels * VL);
+  // FAST: what fits in L2, if that is work enough between two sums over lanes.
+  const long fit = FAST ? most(PACKED / 8 / each, parts(64, d_pixels)) : PACKED / each;
+  const long at_once = most(1, least(blocks, fit));
+  const long pad = FAST ? VL : 0, plane = at_once * pixels * VL + pad, d_plane = at_once * d_pixels * VL + pad;
+  float* xs = scratch[2].floats(a.C * plane);
+  float* ds = scratch[3].floats(a.O * d_plane);
   // The weights by input: with stride 2 its plane is four times that of an output's gradient, and is read once.
   const long edges = a.O * a.degree;
   int32_t* next = (int32_t*)scratch[0].floats(a.C + 1 + edges);
@@ -1251,13 +1366,13 @@ void weights3(const float* x, const float* d, const Layer& a, const int32_t* nei
     for (long j = 0; j < a.degree; j++) order[next[neighbours[o / a.share * a.degree + j]]++] = o * a.degree + j;
   for (long k = 0; k < blocks; k += at_once) {
     const long some = least(at_once, blocks - k);
-    pack_blocks(x, a.x_last, a.N, a.C, pixels, k * VL, some, xs, a.threads);
-    pack_blocks(d, a.y_last, a.N, a.O, d_pixels, k * VL, some, ds, a.threads);
+    pack_blocks(x, a.x_last, a.N, a.C, pixels, k * VL, some, xs, plane, a.threads);
+    pack_blocks(d, a.y_last, a.N, a.O, d_pixels, k * VL, some, ds, d_plane, a.threads);
     parallel(edges, a.threads, [&](long begin, long end) {
       for (long i = begin; i < end; i++) {
         const long e = order[i], o = e / a.degree, c = neighbours[o / a.share * a.degree + e % a.degree];
-        const float* from = xs + c * some * pixels * VL;
-        const float* grad = ds + o * some * d_pixels * VL;
+        const float* from = xs + c * plane;
+        const float* grad = ds + o * d_plane;
         if (k == 0) memset(dw + e * 9, 0, 9 * sizeof(float));
         if (WIDE && Wo % 7 == 0) weight_sums<WIDE ? 7 : 4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
         else if (Wo >= 4) weight_sums<4, S>(from, grad, some, a.H, a.W, Ho, Wo, dw + e * 9);
@@ -1453,6 +1568,8 @@ void xzoo_init(void* start_, void* thread_number_, void* thread_count_, void* in
 }
 
 int xzoo_lanes() { return VL; }
+
+int xzoo_fast() { return FAST; }
 
 int xzoo_conv3(const Layer* a, const float* x, const float* w, const int32_t* neighbours, const float* bias, float* y) {
   if (Answer no = begun(*a, neighbours)) return no;
