@@ -8,7 +8,7 @@
 
 Options: --cases (or --seconds), --seed, and --first, the number of the first case: a case is its seed and its number,
 so that one can be had again. A LEVEL is what -march= takes, or "plain512": the kernels of AVX-512 with its instructions
-in plain code (avx512.h), for every CPU; "plain512fast" are those that native.cpp has for FAST ones. Prints one line
+in plain code (avx512.h), for every CPU; "plain512fast" are those that there are for FAST ones. Prints one line
 for each fault and one at the end; a crash is told with the case that it came in.
 """
 
@@ -31,12 +31,13 @@ from torch import Tensor
 
 from xzoo import ops
 from xzoo.ops import dense, gather, native
+from xzoo.ops.compiler import whole
 
 HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float32).eps
 PARTS = ("", "_input_grad", "_weight_grad")
 
-# In place of native.cpp's: made anew at each request, as long as asked, and full of NaN (as an index, of -1).
+# In place of memory.h's: made anew at each request, as long as asked, and full of NaN (as an index, of -1).
 SCRATCH = r"""
 #include <initializer_list>
 extern "C" { int xzoo_guard_begin; long xzoo_scratch_asked, xzoo_scratch_refused; }
@@ -74,7 +75,7 @@ SMALL_CACHES = {"FAST_L2 = 800 << 10;": "FAST_L2 = 32 << 10;", "FAST_L1 = 52 << 
 
 def built(level: str, sanitize: bool = False, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """The kernels with guarded scratch; `change` replaces a piece of them (to see that the fault is found)."""
-    source = native.SOURCE.read_text()
+    source = whole(native.SOURCE)
     begin, end = source.index("// Scratch of one thread"), source.index("thread_local Scratch scratch")
     source = source[:begin] + SCRATCH + source[end:]
     if change:
@@ -505,7 +506,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--note", default="", help="the file that names the case at hand")
-    parser.add_argument("--change", nargs=2, help="a piece of native.cpp, and what to put there")
+    parser.add_argument("--change", nargs=2, help="a piece of the kernels, and what to put there")
     args = parser.parse_args()
     run, began = Run(args), time.monotonic()
     if args.what == "backends":

@@ -30,6 +30,7 @@ from xzoo import graphs, ops
 from xzoo.errors import XzooError
 from xzoo.ops import native
 from xzoo.ops.auto import choose, library
+from xzoo.ops.compiler import whole
 from xzoo.ops.tune import PRODUCTS, Layer, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
@@ -488,7 +489,7 @@ def test_no_kernel_touches_memory_that_is_not_its_own(level, tmp_path):
         if not flags[-1].startswith("-march=x86-64"):
             pytest.skip(f"this CPU is not {level}")
         flags[-1] = f"-march={level}"
-    source, found = native.SOURCE.read_text(), "    return p;\n  }\n};\nthread_local"
+    source, found = whole(native.SOURCE), "    return p;\n  }\n};\nthread_local"
     assert source.count(found) == 1
     exact = (
         "    __asan_unpoison_memory_region(p, bytes), __asan_poison_memory_region(p + n, bytes - n * sizeof(float));\n"

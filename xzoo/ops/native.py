@@ -1,7 +1,7 @@
-"""Our own kernels, native.cpp: float32 on CPUs, 3x3 and 1x1 convolutions and linear layers.
+"""Our own kernels, native/native.cpp: float32 on CPUs, 3x3 and 1x1 convolutions and linear layers.
 
-The file is compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler, and kept
-under XZOO_HOME (compiler.py). It knows neither torch nor Python: a function gets addresses and sizes, and the
+They are compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler, and kept
+under XZOO_HOME (compiler.py). They know neither torch nor Python: a function gets addresses and sizes, and the
 address of OpenMP's entry, so that it works in torch's pool of threads and in no second one. Without a compiler,
 or where compiling fails, `available` says why, once, and the library's backends do the work.
 
@@ -26,12 +26,12 @@ from .compiler import BuildError, Built, Variant, compilers
 from .compiler import build as compiled
 from .rows import checked
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).parent / "native" / "native.cpp"
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
 LEVELS = {"v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "v3": {"avx2", "bmi2", "fma", "f16c"}}
 HELD = {"avx2": ["v3"], "default": []}  # what ATEN_CPU_CAPABILITY, torch's own variable, leaves of them
 
-_LAYER = struct.Struct("12q")  # native.cpp's
+_LAYER = struct.Struct("12q")  # layer.h's
 ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}  # done in the store of a result
 _TENSORS = {  # its functions, and how many tensors they take
     **{"xzoo_conv3": 5, "xzoo_conv3_input_grad": 4, "xzoo_conv3_weight_grad": 4},
@@ -245,7 +245,7 @@ def lanes() -> int:
 
 
 def fast() -> bool:
-    """Whether this CPU multiplies twice as fast as its caches were built for: FAST of native.cpp."""
+    """Whether this CPU multiplies twice as fast as its caches were built for: FAST of vectors.h."""
     library = _loaded[0]
     assert library, "ask available() first"
     return bool(library.xzoo_fast())
