@@ -25,14 +25,17 @@ Range range(const Layer& a) {
 }
 INLINE V clamped(V v, const Range& r) { return clamped(v, all(r.low), all(r.high)); }
 
-// The inputs of each output: equal numbers of them, or those of a transposed graph (`begin`), whose share is 1.
+// The inputs of each output: equal numbers of them, or those of a transposed graph (`begin`), whose
+// share is 1.
 struct Edges {
   const int32_t* from;
   const float* weight;
   long degree, share;
   const int32_t* begin;  // [outputs + 1], or null
   const int32_t* inputs(long o) const { return from + (begin ? begin[o] : o / share * degree); }
-  const float* weights(long o, long taps) const { return weight + (begin ? begin[o] : o * degree) * taps; }
+  const float* weights(long o, long taps) const {
+    return weight + (begin ? begin[o] : o * degree) * taps;
+  }
   long count(long o) const { return begin ? begin[o + 1] - begin[o] : degree; }
 };
 

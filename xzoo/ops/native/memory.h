@@ -11,7 +11,8 @@
 
 namespace {
 
-// Scratch of one thread; it only grows. Pages of 2 MiB: jumps between channels otherwise miss the TLB (2 to 12 %).
+// Scratch of one thread; it only grows. Pages of 2 MiB: jumps between channels otherwise miss the
+// TLB (2 to 12 %).
 struct Scratch {
   float* p = nullptr;
   size_t bytes = 0;
@@ -36,7 +37,8 @@ struct Scratch {
 };
 thread_local Scratch scratch[5];
 
-// Large results are mapped afresh at each call; in pages of 4 KiB that can take longer than computing them.
+// Large results are mapped afresh at each call; in pages of 4 KiB that can take longer than
+// computing them.
 void in_large_pages(float* p, long n) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t page = 2 << 20;

@@ -9,8 +9,10 @@
 
 namespace {
 
-// Copies columns [m, m + n) of an activation [N][C][pixels] (or [N][pixels][C]) to a panel of `width` columns.
-void to_panel(const float* x, bool last, long C, long pixels, long m, long n, float* panel, long width) {
+// Copies columns [m, m + n) of an activation [N][C][pixels] (or [N][pixels][C]) to a panel of
+// `width` columns.
+void to_panel(const float* x, bool last, long C, long pixels, long m, long n, float* panel,
+              long width) {
   if (last || pixels == 1) {
     for (long i = 0; i < n; i += VL) {
       const long some = least(VL, n - i);
@@ -29,10 +31,11 @@ void to_panel(const float* x, bool last, long C, long pixels, long m, long n, fl
   }
 }
 
-// Asks for channels [c, end) of what to_panel reads, or from_panel writes, next. (Inline: GCC leaves out calls that do
-// nothing but ask.)
+// Asks for channels [c, end) of what to_panel reads, or from_panel writes, next. (Inline: GCC
+// leaves out calls that do nothing but ask.)
 template <bool WRITE>
-INLINE void ask_for(const float* x, bool last, long C, long pixels, long m, long n, long c, long end) {
+INLINE void ask_for(const float* x, bool last, long C, long pixels, long m, long n, long c,
+                    long end) {
   if (last || pixels == 1) {  // columns lie side by side: a part of them
     if (!WRITE && FAST && C <= 256)
       for (long b = n * c; b < n * end; b += 16) __builtin_prefetch(x + m * C + b, 0, 2);
@@ -48,20 +51,23 @@ INLINE void ask_for(const float* x, bool last, long C, long pixels, long m, long
 }
 
 // The way back, for outputs [o, o + outputs) of `O`.
-void from_panel(const float* panel, long width, float* y, bool last, long O, long o, long outputs, long pixels, long m,
-                long n) {
+void from_panel(const float* panel, long width, float* y, bool last, long O, long o, long outputs,
+                long pixels, long m, long n) {
   if (last || pixels == 1) {
-    for (long i = 0; i < n; i += VL) unpack(panel + i, width, outputs, y + (m + i) * O + o, O, least(VL, n - i));
+    for (long i = 0; i < n; i += VL)
+      unpack(panel + i, width, outputs, y + (m + i) * O + o, O, least(VL, n - i));
     return;
   }
   for (long i = 0, length; i < n; i += length) {
     const long sample = (m + i) / pixels, pixel = (m + i) % pixels;
     length = least(n - i, pixels - pixel);
-    for (long k = 0; k < outputs; k++) copy(y + (sample * O + o + k) * pixels + pixel, panel + k * width + i, length);
+    for (long k = 0; k < outputs; k++)
+      copy(y + (sample * O + o + k) * pixels + pixel, panel + k * width + i, length);
   }
 }
 
-const long L1 = 40960 / 4;  // floats of a block of rows of a panel that stays in the first level of cache
+// Floats of a block of rows of a panel that stays in the first level of cache.
+const long L1 = 40960 / 4;
 
 // The most vectors of the choices, largest first, that leave few lanes of the last panel empty.
 long panel_vectors(long columns, std::initializer_list<long> choices) {

@@ -1,5 +1,5 @@
-// 1x1 and linear: the product and its input gradients. Lanes = columns (pixels of all samples), copied to panels;
-// of a few samples of a linear layer lanes = weights of an output.
+// 1x1 and linear: the product and its input gradients. Lanes = columns (pixels of all samples),
+// copied to panels; of a few samples of a linear layer lanes = weights of an output.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,11 @@ namespace {
 
 // Share of 2 and more: K outputs with the same inputs x P vectors of columns.
 template <int K, int P>
-KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w, const float* bias,
-                  const Range& range, float* y) {
+KERNEL void block(const float* panel, const int32_t* from, long degree, const float* w,
+                  const float* bias, const Range& range, float* y) {
   V sum[K][P];
-  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) sum[k][p] = all(bias ? bias[k] : 0);
+  UNROLL for (int k = 0; k < K; k++)
+    UNROLL for (int p = 0; p < P; p++) sum[k][p] = all(bias ? bias[k] : 0);
   for (long j = 0; j < degree; j++) {
     const float* x = panel + (long)from[j] * (P * VL);
     V v[P];
@@ -34,14 +35,17 @@ KERNEL void block(const float* panel, const int32_t* from, long degree, const fl
     store(y + (k * P + p) * VL, clamped(sum[k][p], range));
 }
 
-// Share 1, where each product loads its input: outputs one after another, for a block of inputs that stays in L1. A
-// list goes on at `at`, as far as its inputs are below `end`: by blocks where it is in order, as graphs are made.
+// Share 1, where each product loads its input: outputs one after another, for a block of inputs
+// that stays in L1. A list goes on at `at`, as far as its inputs are below `end`: by blocks where
+// it is in order, as graphs are made.
 template <int P>
-KERNEL void singles(const float* panel, const int32_t* from, const float* w, long degree, long outputs, bool first,
-                    long end, int32_t* at, const float* bias, const Range* last, float* y) {
+KERNEL void singles(const float* panel, const int32_t* from, const float* w, long degree,
+                    long outputs, bool first, long end, int32_t* at, const float* bias,
+                    const Range* last, float* y) {
   for (long o = 0; o < outputs; o++, from += degree, w += degree, y += P * VL) {
     const long far = least(o + 4, outputs - 1) - o, next = far * degree + (first ? 0 : at[o + far]);
-    for (long i = 0; i < 32; i += 16) __builtin_prefetch(from + next + i), __builtin_prefetch(w + next + i);
+    for (long i = 0; i < 32; i += 16)
+      __builtin_prefetch(from + next + i), __builtin_prefetch(w + next + i);
     V sum[P];
     UNROLL for (int p = 0; p < P; p++) sum[p] = first ? all(bias ? bias[o] : 0) : load(y + p * VL);
     long j = first ? 0 : at[o];
@@ -58,9 +62,12 @@ KERNEL void singles(const float* panel, const int32_t* from, const float* w, lon
 
 template <int P>
 void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
-  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
-  const long groups = a.O / a.share, shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), groups);
-  const long together = a.share == 1 ? groups : most(1, 64 / a.share);  // groups that are stored together
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL,
+             panels = parts(columns, width);
+  const long groups = a.O / a.share,
+             shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), groups);
+  const long together =
+      a.share == 1 ? groups : most(1, 64 / a.share);  // groups that are stored together
   const long channels = L1 / width;
   const Range limits = range(a);
   in_large_pages(y, columns * a.O);
@@ -78,8 +85,9 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
       for (long g = groups * (unit % shares) / shares; g < g_end; g += together) {
         const long some = least(together, g_end - g);
         for (long c = 0; a.share == 1 && c < a.C; c += channels)
-          singles<P>(panel, e.inputs(g), e.weights(g, 1), a.degree, some, c == 0, least(c + channels, a.C), at,
-                     bias ? bias + g : nullptr, c + channels >= a.C ? &limits : nullptr, out);
+          singles<P>(panel, e.inputs(g), e.weights(g, 1), a.degree, some, c == 0,
+                     least(c + channels, a.C), at, bias ? bias + g : nullptr,
+                     c + channels >= a.C ? &limits : nullptr, out);
         for (long i = 0; a.share > 1 && i < some; i++) {
           const long c = a.C * (g + i) / groups, c_end = a.C * (g + i + 1) / groups;
           ask_for<false>(x, a.x_last, a.C, pixels, m + width, soon, c, c_end);
@@ -89,8 +97,11 @@ void by_panels(const float* x, const Layer& a, const Edges& e, const float* bias
             const float* b = bias ? bias + o : nullptr;
             float* to = out + (i * a.share + k) * width;
             K = a.share - k >= 4 && P <= (WIDE ? 6 : 3) ? 4 : a.share - k >= 2 ? 2 : 1;
-            if (K == 4) block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
-            else if (K == 2) block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
+            if (K == 4)
+              block<4, (P <= 6 ? P : 1)>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits,
+                                         to);
+            else if (K == 2)
+              block<2, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
             else block<1, P>(panel, e.inputs(o), a.degree, e.weights(o, 1), b, limits, to);
           }
         }
@@ -109,7 +120,8 @@ struct Entry {
 
 // A block of outputs for inputs one after another, whose entries begin at `at`.
 template <int P>
-KERNEL void edges(const float* outputs, const Entry* entries, const int32_t* at, long inputs, bool first, float* dx) {
+KERNEL void edges(const float* outputs, const Entry* entries, const int32_t* at, long inputs,
+                  bool first, float* dx) {
   for (long c = 0; c < inputs; c++, dx += P * VL) {
     const Entry *e = entries + at[c], *end = entries + at[c + 1];
     V sum[P];
@@ -125,8 +137,10 @@ KERNEL void edges(const float* outputs, const Entry* entries, const int32_t* at,
 
 // dx [N][C][pixels] from d [N][O][pixels].
 template <int P>
-void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
-  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
+void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const float* weight,
+              float* dx) {
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL,
+             panels = parts(columns, width);
   const long outputs = L1 / width, blocks = parts(a.O, outputs), row = a.C + 1;
   // Entries by block of outputs, then input: count, add up, fill.
   int32_t* first = (int32_t*)scratch[2].floats(blocks * row + 1);
@@ -138,7 +152,8 @@ void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const f
       const int32_t* from = neighbours + o / a.share * a.degree;
       int32_t* at = first + o / outputs * row;
       for (long j = 0; j < a.degree; j++)
-        if (fill) entries[at[from[j]]++] = {weight[o * a.degree + j], (int32_t)(o % outputs * width)};
+        if (fill)
+          entries[at[from[j]]++] = {weight[o * a.degree + j], (int32_t)(o % outputs * width)};
         else at[from[j] + 1]++;
     }
     if (!fill) for (long i = 0; i < blocks * row; i++) first[i + 1] += first[i];
@@ -153,24 +168,28 @@ void by_edges(const float* d, const Layer& a, const int32_t* neighbours, const f
     if (no_memory) return;
     for (long unit = begin, packed = -1; unit < end; unit++) {
       const long m = unit / shares * width, n = least(width, columns - m);
-      const long c_begin = a.C * (unit % shares) / shares, c_end = a.C * (unit % shares + 1) / shares;
+      const long c_begin = a.C * (unit % shares) / shares,
+                 c_end = a.C * (unit % shares + 1) / shares;
       if (packed != m) to_panel(d, a.y_last, a.O, pixels, m, n, panel, width);
       packed = m;
       for (long b = 0; b < blocks; b++)
-        edges<P>(panel + b * outputs * width, entries, first + b * row + c_begin, c_end - c_begin, b == 0,
-                 out + c_begin * width);
-      from_panel(out + c_begin * width, width, dx, a.x_last, a.C, c_begin, c_end - c_begin, pixels, m, n);
+        edges<P>(panel + b * outputs * width, entries, first + b * row + c_begin, c_end - c_begin,
+                 b == 0, out + c_begin * width);
+      from_panel(out + c_begin * width, width, dx, a.x_last, a.C, c_begin, c_end - c_begin, pixels,
+                 m, n);
     }
   });
 }
 
-// ---- input gradients of 1x1 and linear, large shares: the gradients of K outputs with the same inputs stay in
-// registers and are added to those inputs, a block of which stays in L1
+// ---- input gradients of 1x1 and linear, large shares: the gradients of K outputs with the same
+// inputs stay in registers and are added to those inputs, a block of which stays in L1
 
 template <int K, int P>
-KERNEL void spread(const float* d, const int32_t* at, const int32_t* end, const float* w, long share, float* channels) {
+KERNEL void spread(const float* d, const int32_t* at, const int32_t* end, const float* w,
+                   long share, float* channels) {
   V g[K][P];
-  UNROLL for (int k = 0; k < K; k++) UNROLL for (int p = 0; p < P; p++) g[k][p] = held(d + (k * P + p) * VL);
+  UNROLL for (int k = 0; k < K; k++)
+    UNROLL for (int p = 0; p < P; p++) g[k][p] = held(d + (k * P + p) * VL);
   for (; at < end; at++, w += share) {
     float* to = channels + *at;
     V sum[P];
@@ -185,9 +204,12 @@ KERNEL void spread(const float* d, const int32_t* at, const int32_t* end, const 
 
 // dx [N][C][pixels] from d [N][O][pixels].
 template <int P>
-void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
-  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL, panels = parts(columns, width);
-  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), a.C), groups = a.O / a.share;
+void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const float* weight,
+               float* dx) {
+  const long pixels = a.H * a.W, columns = a.N * pixels, width = P * VL,
+             panels = parts(columns, width);
+  const long shares = panels >= a.threads ? 1 : least(parts(a.threads, panels), a.C),
+             groups = a.O / a.share;
   long shift = 0;  // a block is of 1 << shift inputs
   while ((2l << shift) * width <= 24576 / 4 && (1l << shift) * shares < a.C) shift++;
   const long channels = 1l << shift, blocks = parts(a.C, channels);
@@ -199,7 +221,8 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
   if (no_memory) return;
   memset(first, 0, (blocks * groups + 1) * sizeof(int32_t));
   for (long g = 0; g < groups; g++)
-    for (long j = 0; j < a.degree; j++) first[(neighbours[g * a.degree + j] >> shift) * groups + g + 1]++;
+    for (long j = 0; j < a.degree; j++)
+      first[(neighbours[g * a.degree + j] >> shift) * groups + g + 1]++;
   for (long i = 0; i < blocks * groups; i++) first[i + 1] += first[i];
   for (long g = 0; g < groups; g++) {
     for (long j = 0; j < a.degree; j++) {
@@ -208,7 +231,8 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
       at[place[j]] = (int32_t)((c - (b << shift)) * width);
     }
     for (long k = 0; k < a.share; k++)
-      for (long j = 0; j < a.degree; j++) w[place[j] * a.share + k] = weight[(g * a.share + k) * a.degree + j];
+      for (long j = 0; j < a.degree; j++)
+        w[place[j] * a.share + k] = weight[(g * a.share + k) * a.degree + j];
   }
   memmove(first + 1, first, blocks * groups * sizeof(int32_t));
   first[0] = 0;
@@ -245,7 +269,8 @@ void by_groups(const float* d, const Layer& a, const int32_t* neighbours, const 
 
 const long FEW = VL / 4;
 
-// The inputs of a list side by side. Eight at once: each store might otherwise be one to the next input.
+// The inputs of a list side by side. Eight at once: each store might otherwise be one to the next
+// input.
 void pick(const float* x, const int32_t* from, long n, float* to) {
   long i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -256,7 +281,8 @@ void pick(const float* x, const int32_t* from, long n, float* to) {
   for (; i < n; i++) to[i] = x[from[i]];
 }
 
-// The inputs of a group side by side once, then dense products of two rows, summed for VL outputs at a time.
+// The inputs of a group side by side once, then dense products of two rows, summed for VL outputs
+// at a time.
 void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, float* y) {
   const long d = a.degree, blocks = parts(a.O, VL);
   parallel(a.N * blocks, a.threads, [&](long begin, long end) {
@@ -274,7 +300,8 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
         const float* w = e.weights(o + i, 1);
         long j = i < some ? 0 : d;
         for (; j + 2 * VL <= d; j += 2 * VL)
-          UNROLL for (int k = 0; k < 2; k++) two[k] = fma(load(w + j + k * VL), load(in + j + k * VL), two[k]);
+          UNROLL for (int k = 0; k < 2; k++)
+            two[k] = fma(load(w + j + k * VL), load(in + j + k * VL), two[k]);
         for (; j < d; j += VL) {
           const long left = least(VL, d - j);
           two[0] = fma(load_some(w + j, left), load_some(in + j, left), two[0]);
@@ -287,10 +314,13 @@ void by_dots(const float* x, const Layer& a, const Edges& e, const float* bias, 
   });
 }
 
-// The gradient of the inputs: the sums over a group's outputs side by side, then each added to its input.
-void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, const float* weight, float* dx) {
+// The gradient of the inputs: the sums over a group's outputs side by side, then each added to its
+// input.
+void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, const float* weight,
+                    float* dx) {
   const long groups = a.O / a.share, inputs = a.N * a.C;
-  // The groups in pieces with sums of their own, as many whatever the threads, so that the bits stay the same.
+  // The groups in pieces with sums of their own, as many whatever the threads, so that the bits
+  // stay the same.
   const long pieces = most(1, least(16, a.O * a.degree >> 17));
   float* sums = scratch[2].floats(pieces * inputs);
   if (no_memory) return;
@@ -324,8 +354,10 @@ void inputs_by_dots(const float* d, const Layer& a, const int32_t* neighbours, c
   }
 }
 
-// The gradient of the weights: the inputs of a group side by side once, times the gradient of each output.
-void weights_by_dots(const float* x, const float* d, const Layer& a, const int32_t* neighbours, float* dw) {
+// The gradient of the weights: the inputs of a group side by side once, times the gradient of each
+// output.
+void weights_by_dots(const float* x, const float* d, const Layer& a, const int32_t* neighbours,
+                     float* dw) {
   parallel(a.O / a.share, a.threads, [&](long begin, long end) {
     float* in = scratch[0].floats(a.N * a.degree + VL);
     if (no_memory) return;
@@ -335,7 +367,8 @@ void weights_by_dots(const float* x, const float* d, const Layer& a, const int32
       for (long o = g * a.share; o < (g + 1) * a.share; o++)
         for (long j = 0; j < a.degree; j += VL) {
           V sum = all(0);
-          for (long n = 0; n < a.N; n++) sum = fma(load(in + n * a.degree + j), all(d[n * a.O + o]), sum);
+          for (long n = 0; n < a.N; n++)
+            sum = fma(load(in + n * a.degree + j), all(d[n * a.O + o]), sum);
           float* to = dw + o * a.degree + j;
           if (j + VL <= a.degree) store(to, sum);
           else store_some(to, sum, a.degree - j);

@@ -11,10 +11,12 @@ void (*start)(void (*)(void*), void*, unsigned, unsigned);
 int (*thread_number)();
 int (*thread_count)();
 int (*inside)();
-volatile int forked;  // a pool does not survive fork(): a child that enters it hangs, in torch's own operations too
+// A pool does not survive fork(): a child that enters it hangs, in torch's own operations too.
+volatile int forked;
 
-// Whether scratch could not be had since this thread's call, or its part of one, began. No exception, which could not
-// leave a thread of the pool: who asked for scratch and got none returns.
+// Whether scratch could not be had since this thread's call, or its part of one, began. No
+// exception, which could not leave a thread of the pool: who asked for scratch and got none
+// returns.
 thread_local bool no_memory;
 
 template <class F>

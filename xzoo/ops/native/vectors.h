@@ -1,7 +1,7 @@
 // Vectors of floats: what this CPU's level has, in one set of functions.
 //
-// Loops over arrays of accumulators carry UNROLL: GCC 12 otherwise unrolls them too late, keeps the array in memory
-// and stores each product to the stack, at half the speed and without a warning.
+// Loops over arrays of accumulators carry UNROLL: GCC 12 otherwise unrolls them too late, keeps the
+// array in memory and stores each product to the stack, at half the speed and without a warning.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,15 @@ INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 INLINE V all(float a) { return _mm512_set1_ps(a); }
 INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE V clamped(V v, V low, V high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); }  // NaN stays
-INLINE V load_some(const float* p, long n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-INLINE void store_some(float* p, V v, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+INLINE V clamped(V v, V low, V high) {  // NaN stays
+  return _mm512_min_ps(high, _mm512_max_ps(low, v));
+}
+INLINE V load_some(const float* p, long n) {
+  return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+INLINE void store_some(float* p, V v, long n) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
+}
 // Past the caches where the address allows: the line is then not read before it is overwritten.
 INLINE void stream(float* p, V v) {
   if (((uintptr_t)p & 63) == 0) _mm512_stream_ps(p, v);
@@ -48,8 +54,10 @@ INLINE void transpose(V r[16]) {
   }
   // r[4g + k] now holds column 4L + k of rows 4g to 4g + 3 in its 128-bit lane L.
   UNROLL for (int k = 0; k < 4; k++) {
-    V a = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88), b = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xdd);
-    V c = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88), d = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xdd);
+    V a = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88),
+      b = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xdd);
+    V c = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88),
+      d = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xdd);
     t[k] = _mm512_shuffle_f32x4(a, c, 0x88);
     t[8 + k] = _mm512_shuffle_f32x4(a, c, 0xdd);
     t[4 + k] = _mm512_shuffle_f32x4(b, d, 0x88);
@@ -132,8 +140,8 @@ INLINE V held(const float* p) {
   return v;
 }
 
-// An address that is computed once: GCC otherwise computes one for each use, and on Intel's CPUs a sum of integers may
-// take the place of a multiplication of vectors.
+// An address that is computed once: GCC otherwise computes one for each use, and on Intel's CPUs a
+// sum of integers may take the place of a multiplication of vectors.
 INLINE const float* here(const float* p) {
 #if defined(__AVX2__)
   asm("" : "+r"(p));
@@ -145,7 +153,8 @@ INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long parts(long n, long size) { return (n + size - 1) / size; }
 
-// The sums of VL vectors over their lanes, in one vector: at each step two vectors become one of half sums.
+// The sums of VL vectors over their lanes, in one vector: at each step two vectors become one of
+// half sums.
 INLINE V sums(V r[VL]) {
 #if defined(__AVX512F__)
 #define HALVES(i, k, shuffle, low, high) r[i] = shuffle(r[i], r[k], low) + shuffle(r[i], r[k], high)
@@ -171,9 +180,10 @@ INLINE V sums(V r[VL]) {
 #endif
 }
 
-// Whether this is one of Intel's servers from Sapphire Rapids on: two multiplications of 16 floats a cycle, 2 MiB of
-// L2, and an L3 that gives a core 30 GB/s, a twelfth of what its multiplications would take. Older ones and other
-// makes were not measured. A test says by XZOO_FAST which of the two it wants.
+// Whether this is one of Intel's servers from Sapphire Rapids on: two multiplications of 16 floats
+// a cycle, 2 MiB of L2, and an L3 that gives a core 30 GB/s, a twelfth of what its multiplications
+// would take. Older ones and other makes were not measured. A test says by XZOO_FAST which of the
+// two it wants.
 const bool FAST = [] {
 #if !defined(__AVX512F__)
   return false;  // sums that go on from memory (`tile`) are for wide vectors alone
