@@ -32,6 +32,7 @@ from torch import Tensor
 from xzoo import ops
 from xzoo.ops import dense, gather, native
 from xzoo.ops.compiler import whole
+from xzoo.ops.operations import activate
 
 HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float32).eps
@@ -192,7 +193,7 @@ def exact(case: Case, part: str) -> Tensor:
     """In float64, by `dense`, or `gather` where an output reads an input twice."""
     tensors = [t.double() if t is not None and t.is_floating_point() else t for t in case.tensors(part)]
     result = getattr(dense if case.distinct else gather, case.operation + part)(*tensors, *case.geometry)
-    return result if part else ops.activate(result, case.activation)
+    return result if part else activate(result, case.activation)
 
 
 def tolerance(case: Case, part: str) -> float:

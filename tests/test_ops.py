@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xzoo import graphs, ops
 from xzoo.errors import XzooError
+from xzoo.ops import operations
 from xzoo.ops.auto import library
 
 GOLDEN = Path(__file__).parent / "golden" / "auto.csv"
@@ -427,9 +428,9 @@ def test_context_manager_chooses_nests_and_restores(monkeypatch):
             raise RuntimeError("inside")
         small_call()
         with ops.backend("auto"):
-            assert ops._forced == "auto"
+            assert operations.forced() == "auto"
     assert calls == [("gather", "conv2d"), ("dense", "conv2d"), ("gather", "conv2d")]
-    assert ops._forced == os.environ.get("XZOO_BACKEND", "auto")
+    assert operations.forced() == os.environ.get("XZOO_BACKEND", "auto")
 
 
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
@@ -463,7 +464,7 @@ def test_environment_chooses_the_backend():
 
 
 def test_unknown_backend_in_the_environment_is_refused_at_the_first_call(monkeypatch):
-    monkeypatch.setattr(ops, "_forced", "magic")  # what XZOO_BACKEND=magic sets at import
+    monkeypatch.setattr(operations, "_forced", "magic")  # what XZOO_BACKEND=magic sets at import
     with pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather"):
         small_call()
 
