@@ -10,6 +10,7 @@ from . import dense as dense
 from . import gather as gather
 from . import native as native
 from . import triton as triton
-from .operations import available, backend, conv2d, linear
+from .backends import available
+from .operations import backend, conv2d, linear
 
 __all__ = ["available", "backend", "conv2d", "linear"]

@@ -1,12 +1,11 @@
 """The two operations, their derivatives, and how torch knows them.
 
-What is right is defined by `dense`. A backend is a module with six functions (each operation, its input
-gradient, its weight gradient) and a row in `_BACKENDS`; it only computes. The operations are registered
+What is right is defined by `dense`. A backend (backends.py) only computes. The operations are registered
 with torch (`torch.ops.xzoo.*`), so that one node stands for them under torch.compile and torch.export,
 and torch.fx records a call of the functions here; which backend runs is decided when the node runs.
 TorchScript and ONNX know neither and get the `dense` form.
 
-Whatever way a call takes, it ends in `_run`, which checks its tensors before a backend sees them; and
+Whatever way a call takes, it ends in `run` of `_register`, which checks its tensors before a backend sees them; and
 whatever derives it (autograd, torch.func, forward mode, any number of times), ends in `_Product`.
 """
 
@@ -15,7 +14,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,11 +26,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
-from . import dense, gather, native, triton
+from . import dense, native
 from .auto import choose
+from .backends import BACKENDS, known
 from .rows import checked, output_shape, unfit
-
-_BACKENDS: dict[str, ModuleType] = {"dense": dense, "gather": gather, "native": native, "triton": triton}
 
 # A plain module variable: torch.compile guards on it, and the backward pass, which may run in another
 # thread, is told what the forward pass used.
@@ -49,7 +46,7 @@ def backend(name: str) -> Iterator[None]:
     """
     global _forced
     if name != "auto":
-        _known(name)
+        known(name)
     before, _forced = _forced, name
     try:
         yield
@@ -60,11 +57,6 @@ def backend(name: str) -> Iterator[None]:
 def forced() -> str:
     """The backend that `backend` or XZOO_BACKEND asks for, or auto."""
     return _forced
-
-
-def available() -> tuple[str, ...]:
-    """The backends that can run on this machine; `native` and `triton` only what their `supports` says."""
-    return tuple(name for name, module in _BACKENDS.items() if not hasattr(module, "possible") or module.possible())
 
 
 def conv2d(
@@ -185,17 +177,17 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(name, *arguments):
+    def forward(name: str, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.xzoo, name)(*arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_forward(*_remember(ctx, *inputs))
         ctx.shape = output.shape
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *tensors, neighbours = ctx.saved_tensors
         tensors[ctx.slot] = grad
         needed = ctx.needs_input_grad
@@ -212,7 +204,7 @@ class _Product(torch.autograd.Function):
         return None, *grads, *[None] * len(ctx.rest)
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
         *tensors, neighbours = ctx.saved_tensors
         parts = []
         for slot, place in _INPUTS[ctx.slot]:
@@ -225,7 +217,7 @@ class _Product(torch.autograd.Function):
         return sum(parts[1:], parts[0])
 
     @staticmethod
-    def vmap(info, in_dims, name, *arguments):
+    def vmap(info: Any, in_dims: Sequence[Any], name: str, *arguments: Any) -> tuple[Tensor, int]:
         return _batched(functools.partial(_product, name), name, info, in_dims[1:], *arguments)
 
 
@@ -234,7 +226,7 @@ class _Backward(_Product):
     each call, which takes 20 us."""
 
     @staticmethod
-    def forward(ctx, name, *arguments):  # type: ignore[override]
+    def forward(ctx: Any, name: str, *arguments: Any) -> Tensor:  # type: ignore[override]
         _remember(ctx, name, *arguments)
         return _do(name, *arguments)
 
@@ -347,7 +339,9 @@ def _register(operation: str, part: str) -> None:
 
     count = 4 + (3 if _GEOMETRY[operation] else 0)
 
-    def door(first, second, third, fourth, *geometry):
+    def door(
+        first: Tensor, second: Tensor, third: Tensor, fourth: Any, *geometry: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x, weight and neighbours of what was given; RuntimeError where the tensors do not go together."""
         if part:
             x, weight, neighbours = second, third, fourth
@@ -359,7 +353,7 @@ def _register(operation: str, part: str) -> None:
             raise RuntimeError(f"xzoo.ops.{name}: {said}")
         return x, weight, neighbours
 
-    def chosen(x, weight, neighbours, other, geometry):
+    def chosen(x: Tensor, weight: Tensor, neighbours: Tensor, other: Tensor | None, geometry: Any) -> str:
         """The backend that `auto` takes, for tensors that go together; `other` is the bias, or a gradient's grad.
 
         Remembered for tensors of the same kind, which answers both questions in a third of the time.
@@ -379,7 +373,7 @@ def _register(operation: str, part: str) -> None:
             _CHOSEN[key] = known
         return known
 
-    def run(*args):
+    def run(*args: Any) -> Tensor:
         """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
         tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
         geometry = tensors[4:]
@@ -387,36 +381,35 @@ def _register(operation: str, part: str) -> None:
             geometry = tuple(map(tuple, geometry))
         if backend == "auto":
             x, weight, neighbours = tensors[1:4] if part else tensors[:3]
-            backend = chosen(x, weight, neighbours, tensors[0] if part else tensors[3], geometry)
+            module = BACKENDS[chosen(x, weight, neighbours, tensors[0] if part else tensors[3], geometry)]
         else:
             x, weight, neighbours = door(*tensors)
-            if backend == "native":
-                _native(operation, x, weight, *geometry)
-            elif backend == "triton":
-                triton.check(operation, x, weight, neighbours, *geometry)
-        if backend in ("dense", "gather") and not x.is_meta:  # our own kernels look by themselves
+            module = known(backend)
+            if said := module.missing(operation, x, weight, neighbours, *geometry):
+                raise XzooError(f"backend {backend!r} {said}; use 'auto'")
+        if not module.CHECKS_NEIGHBOURS and not x.is_meta:
             place = 3 if part else 2
             tensors = (*tensors[:place], checked(neighbours, x.shape[1]), *tensors[place + 1 :])
-        function = getattr(_known(backend), name)
-        if activation and not (backend == "native" and activation[0] in native.ACTIVATIONS):
+        function = getattr(module, name)
+        if activation and activation[0] not in module.ACTIVATIONS:
             y = activate(function(*tensors), *activation)
         else:
             y = function(*tensors, *activation)
         like = weight if part == "_weight_grad" else x
         return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
 
-    def fake(*args):
+    def fake(*args: Any) -> Tensor:
         x, weight, _ = door(*args[:count])
         like = weight if part == "_weight_grad" else x
         shape = like.shape if part else output_shape(x, weight, *args[4:count])
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
-    def flops(*args, out_shape=None, **kwargs):
+    def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         """One multiply and one add for each weight and output position, in each of the three products."""
         y, weight = (args[0], args[2]) if part else (out_shape, args[1])
         return 2 * math.prod(weight) * y[0] * math.prod(y[2:])
 
-    def derived(*args):
+    def derived(*args: Any) -> Tensor:
         """Where autograd meets the operation itself: in an exported program, in a compiled graph."""
         if not _differentiated(*args[:4]):
             with torch._C._AutoDispatchBelowAutograd():
@@ -427,7 +420,7 @@ def _register(operation: str, part: str) -> None:
             raise RuntimeError(f"torch.func cannot transform torch.ops.xzoo.{name} itself; use xzoo.ops.{operation}")
         return _Product.apply(name, *args[: count + 1])
 
-    def mapped(info, in_dims, *args):
+    def mapped(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
         last = args[count + 1 :]
         call = getattr(torch.ops.xzoo, name)
         y, dim = _batched(call, name, info, in_dims[: count + 1], *args[: count + 1])
@@ -454,20 +447,6 @@ for _operation in _GEOMETRY:
 def _format(x: Tensor) -> torch.memory_format:
     last = not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _known(name: str) -> ModuleType:
-    if name not in _BACKENDS:
-        raise XzooError(f"backend {name!r} is not one of auto, {', '.join(_BACKENDS)}")
-    return _BACKENDS[name]
-
-
-def _native(operation: str, x: Tensor, weight: Tensor, *geometry: list[int]) -> None:
-    if not native.supports(operation, x, weight, *geometry):
-        sizes = f"{operation} of {x.dtype} on {x.device.type} with weight {list(weight.shape)}, geometry {geometry}"
-        raise XzooError(f"backend 'native' has no kernel for {sizes}; use 'auto', which takes another backend here")
-    if not native.available():
-        raise XzooError("backend 'native' is not available here (no compiler, or compiling failed); use 'auto'")
 
 
 def _unwrapped(x: Tensor) -> Tensor:
