@@ -8,8 +8,8 @@
 
 Options: --cases (or --seconds), --seed, and --first, the number of the first case: a case is its seed and its number,
 so that one can be had again. A LEVEL is what -march= takes, or "plain512": the kernels of AVX-512 with its instructions
-in plain code (avx512.h), for every CPU. Prints one line for each fault and one at the end; a crash is told with the
-case that it came in.
+in plain code (avx512.h), for every CPU; "plain512fast" are those that there are for FAST ones. Prints one line
+for each fault and one at the end; a crash is told with the case that it came in.
 """
 
 import argparse
@@ -31,12 +31,14 @@ from torch import Tensor
 
 from xzoo import ops
 from xzoo.ops import dense, gather, native
+from xzoo.ops.compiler import whole
+from xzoo.ops.operations import activate
 
 HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float32).eps
 PARTS = ("", "_input_grad", "_weight_grad")
 
-# In place of native.cpp's: made anew at each request, as long as asked, and full of NaN (as an index, of -1).
+# In place of memory.h's: made anew at each request, as long as asked, and full of NaN (as an index, of -1).
 SCRATCH = r"""
 #include <initializer_list>
 extern "C" { int xzoo_guard_begin; long xzoo_scratch_asked, xzoo_scratch_refused; }
@@ -68,19 +70,27 @@ struct Scratch {
 };
 """
 
+# So that small layers fill them, and are done in parts.
+SMALL_CACHES = {"FAST_L2 = 800 << 10;": "FAST_L2 = 32 << 10;", "FAST_L1 = 52 << 10;": "FAST_L1 = 24 << 10;"}
+
 
 def built(level: str, sanitize: bool = False, change: tuple[str, str] | None = None) -> ctypes.CDLL:
     """The kernels with guarded scratch; `change` replaces a piece of them (to see that the fault is found)."""
-    source = native.SOURCE.read_text()
+    source = whole(native.SOURCE)
     begin, end = source.index("// Scratch of one thread"), source.index("thread_local Scratch scratch")
     source = source[:begin] + SCRATCH + source[end:]
     if change:
         assert source.count(change[0]) == 1
         source = source.replace(*change)
     flags = [flag for flag in native._flags() if not flag.startswith("-march=")]
-    if level == "plain512":
+    if level in ("plain512", "plain512fast"):
         source = (HERE / "avx512.h").read_text() + source
         flags += ["-march=x86-64", "-D__AVX512F__", "-Wno-psabi", "-O1"]  # in half the time
+        flags += [f"-DXZOO_FAST={int(level == 'plain512fast')}"]
+    if level == "plain512fast":
+        for size, small in SMALL_CACHES.items():
+            assert source.count(size) == 1
+            source = source.replace(size, small)
     elif level:
         flags += [f"-march={level}"]
     if sanitize:
@@ -183,7 +193,7 @@ def exact(case: Case, part: str) -> Tensor:
     """In float64, by `dense`, or `gather` where an output reads an input twice."""
     tensors = [t.double() if t is not None and t.is_floating_point() else t for t in case.tensors(part)]
     result = getattr(dense if case.distinct else gather, case.operation + part)(*tensors, *case.geometry)
-    return result if part else ops.activate(result, case.activation)
+    return result if part else activate(result, case.activation)
 
 
 def tolerance(case: Case, part: str) -> float:
@@ -252,7 +262,7 @@ class Guarded:
 
     def __getattr__(self, name):
         function = getattr(self.library, name)
-        return function if name == "xzoo_lanes" else lambda *args: self.call(name, function, *args)
+        return function if name in ("xzoo_lanes", "xzoo_fast") else lambda *args: self.call(name, function, *args)
 
     def call(self, name, function, layer, *addresses):
         batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", layer)
@@ -497,7 +507,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--note", default="", help="the file that names the case at hand")
-    parser.add_argument("--change", nargs=2, help="a piece of native.cpp, and what to put there")
+    parser.add_argument("--change", nargs=2, help="a piece of the kernels, and what to put there")
     args = parser.parse_args()
     run, began = Run(args), time.monotonic()
     if args.what == "backends":

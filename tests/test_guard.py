@@ -24,12 +24,13 @@ import pytest
 import torch
 
 from xzoo import ops
+from xzoo.errors import XzooError
 from xzoo.ops import native
 
 GUARD = Path(__file__).parent / "guard.py"
 CASES = int(os.environ.get("XZOO_GUARD_CASES", "0"))
 SECONDS = float(os.environ.get("XZOO_GUARD_SECONDS", "10"))
-LEVELS = ["best", "x86-64-v3", "x86-64", "plain512"]
+LEVELS = ["best", "x86-64-v3", "x86-64", "plain512", "plain512fast"]
 
 pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
 
@@ -176,7 +177,7 @@ def test_a_layer_that_the_kernels_do_not_do_is_refused_by_its_shapes():
     assert native.available()
     x, weight, rows = torch.ones(20, 8), torch.ones(4, 0), torch.zeros(4, 0).int()
     with pytest.raises(
-        ops.XzooError, match=r"do not support a layer of x \[20, 8\], weight \[4, 0\], share 1; use backend"
+        XzooError, match=r"do not support a layer of x \[20, 8\], weight \[4, 0\], share 1; use backend"
     ):
         native.linear_weight_grad(torch.ones(20, 4), x, weight, rows)
 

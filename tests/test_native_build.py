@@ -24,6 +24,7 @@ from xzoo.home import home
 from xzoo.ops import native
 
 GXX = shutil.which("g++")
+SOURCE = native.SOURCE
 X86 = native.platform.machine() == "x86_64"
 pytestmark = pytest.mark.skipif(GXX is None, reason="no g++")
 
@@ -42,6 +43,7 @@ enum { LANES = 4 };
 extern "C" {
 void xzoo_init(void*, void*, void*, void*) { scratch.p = __builtin_malloc(4); }
 int xzoo_lanes() { return LANES; }
+int xzoo_fast() { return 0; }
 int xzoo_conv3() { return 0; }
 int xzoo_conv3_input_grad() { return 0; }
 int xzoo_conv3_weight_grad() { return 0; }
@@ -292,6 +294,16 @@ def test_two_versions_side_by_side_have_a_library_each(tmp_path, script):
     assert calls(tmp_path, "-c") == 2 and len(files(tmp_path, ".so")) == 2
 
 
+def test_a_header_is_a_part_of_what_is_compiled(tmp_path, script):
+    script()
+    (tmp_path / "small.cpp").write_text('#include "lanes.h"\n#include "more.h"\n' + SMALL.replace("LANES;", "lanes;"))
+    (tmp_path / "more.h").write_text('#pragma once\n#include "lanes.h"\n')
+    for number in (5, 6, 5):
+        (tmp_path / "lanes.h").write_text(f"#pragma once\nenum {{ lanes = {number} }};\n")
+        assert process() and native.lanes() == number
+    assert calls(tmp_path, "-c") == 2 and len(files(tmp_path, ".so")) == 2
+
+
 # ---- places
 
 
@@ -525,7 +537,7 @@ def test_clang_makes_the_same_kernels(level, lanes, monkeypatch):
     if name is None:
         pytest.skip("no clang++")
     monkeypatch.setenv("CXX", name)
-    monkeypatch.setattr(native, "SOURCE", Path(native.__file__).with_suffix(".cpp"))
+    monkeypatch.setattr(native, "SOURCE", SOURCE)
     flags = [flag for flag in native._flags() if not flag.startswith("-march=")]
     library = native.build([*flags, level] if level else flags)
     assert library.xzoo_lanes() == lanes

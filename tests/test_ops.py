@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xzoo import graphs, ops
 from xzoo.errors import XzooError
+from xzoo.ops import backends, operations
 from xzoo.ops.auto import library
 
 GOLDEN = Path(__file__).parent / "golden" / "auto.csv"
@@ -184,10 +186,16 @@ HALF_CASES = st.one_of(conv_cases(least=4, layouts=("contiguous",)), linear_case
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@LIBRARY
+@pytest.mark.parametrize("backend", backends.BACKENDS)
 @settings(derandomize=True, deadline=None, max_examples=120)
 @given(case=CASES)
 def test_backend_equals_the_dense_oracle(backend, dtype, case):
+    tensors = case.x.to(dtype), case.weight.to(dtype), case.neighbours
+    operation = "conv2d" if case.geometry else "linear"
+    if said := backends.BACKENDS[backend].missing(operation, *tensors, *case.geometry):
+        with pytest.raises(XzooError, match=re.escape(f"backend {backend!r} {said}; use 'auto'")):
+            case.run(backend, dtype)
+        return
     rounded = dataclasses.replace(case, **{n: getattr(case, n).to(dtype).double() for n in ("x", "weight", "grad")})
     oracle = rounded.run(None, torch.float64)
     for name, got, want in zip(NAMES, case.run(backend, dtype), oracle, strict=True):
@@ -427,9 +435,9 @@ def test_context_manager_chooses_nests_and_restores(monkeypatch):
             raise RuntimeError("inside")
         small_call()
         with ops.backend("auto"):
-            assert ops._forced == "auto"
+            assert operations.forced() == "auto"
     assert calls == [("gather", "conv2d"), ("dense", "conv2d"), ("gather", "conv2d")]
-    assert ops._forced == os.environ.get("XZOO_BACKEND", "auto")
+    assert operations.forced() == os.environ.get("XZOO_BACKEND", "auto")
 
 
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
@@ -463,7 +471,7 @@ def test_environment_chooses_the_backend():
 
 
 def test_unknown_backend_in_the_environment_is_refused_at_the_first_call(monkeypatch):
-    monkeypatch.setattr(ops, "_forced", "magic")  # what XZOO_BACKEND=magic sets at import
+    monkeypatch.setattr(operations, "_forced", "magic")  # what XZOO_BACKEND=magic sets at import
     with pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather"):
         small_call()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import graphs, ops, theory
 from ..errors import XzooError
 from ..ops import dense as definition
-from ..ops import native
+from ..ops import native, operations
 from ..ops.auto import choose
 from ..ops.tune import PRODUCTS, Layer, Tensors, Times, alternate, tensors
 from .figures import Figure, faster, lasting, ratios, watched
@@ -233,7 +233,7 @@ def ours(drawn: Tensors, product: str) -> Callable[[], Tensor]:
         geometry: list[Any] = [tuple(pair) for pair in drawn.geometry]
         return partial(operation, drawn.x, drawn.weight, drawn.neighbours, None, *geometry)
     operation = getattr(torch.ops.xzoo, drawn.operation + PRODUCTS[product])
-    return partial(operation, *drawn.arguments(product), ops._forced)
+    return partial(operation, *drawn.arguments(product), operations.forced())
 
 
 def rivals(drawn: Tensors, case: Case) -> dict[str, Callable[[], Tensor]]:
@@ -297,8 +297,8 @@ def _faster_dense(drawn: Tensors, product: str) -> tuple[str, Callable[[], Tenso
 
 
 def _taken(drawn: Tensors, product: str) -> str:
-    if ops._forced != "auto":
-        return ops._forced
+    if operations.forced() != "auto":
+        return operations.forced()
     operation = drawn.operation + PRODUCTS[product]
     return choose(operation, drawn.x, drawn.weight, drawn.neighbours, *drawn.geometry)
 

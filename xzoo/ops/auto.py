@@ -1,60 +1,160 @@
-"""The rule of `auto`: which backend runs a layer of given sizes. No stop-watch, so that runs are reproducible."""
+"""The rule of `auto`: which backend runs a layer of given sizes.
+
+No stop-watch, so that runs are reproducible.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
 
-# `gather` copies an input once for each block that reads it and leaves out the multiplications by zero. How
-# many times fewer the weights are than the dense ones, times the share, tells how well that pays. At or above
-# these figures, with no more copies than were measured, it won everywhere, forward and training, at batch 1,
-# 16 and 128: 1.4 to 13 times (tests/golden/auto.csv; 2026-11-24, torch 2.14, one thread of a Zen 4, float32).
-# Not so in channels_last (0.5 to 2.2 on two threads), nor for 1x1 convolutions at batch 128 (0.2 to 2.7).
-# Other devices and types: not measured.
-GATHER = {"conv2d": (128, 4), "linear": (256, 8)}  # least share * inputs / degree, most copies
+# ---- the library's
 
-# Our own kernels, by the floats in a vector: inputs / degree from which each of the three products is faster than what
-# `library` takes, in either memory format, for 3x3, for 3x3 with a stride, for 1x1, for linear, and for 1x1 and linear
-# of a SHARE, whose outputs read the same inputs. Faster is 1.1 times in all but one of a hundred of the sizes that were
-# measured, and nowhere a loss of more than a fifth (7x7 pixels of four samples). Kernels whose lanes are samples
-# (pixels, where the kernel is 1x1) need MANY of them; for fewer there are others (tests/golden/native.csv; 2026-11-24,
-# torch 2.14, one thread of a Zen 4, the second part with torch and our kernels held to AVX2). Vectors of 4 floats: not
-# measured, so not taken.
-NATIVE = {
-    16: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 2, 2, 8, 2, 2), "weight_grad": (2, 2, 4, 2, 2, 2)},
-    8: {"": (2, 4, 4, 2, 2, 2), "input_grad": (2, 2, 4, 8, 2, 2), "weight_grad": (2, 2, 4, 4, 4, 2)},
+
+class GatherBounds(NamedTuple):
+    """Where `gather` is taken."""
+
+    least_saving: int  # share * inputs / degree: how many times fewer the weights are, times the share
+    most_copies: int  # of an input, one for each block that reads it
+
+
+# `gather` copies an input once for each block that reads it and leaves out the multiplications by
+# zero. At or above these figures, with no more copies than were measured, it won everywhere, forward
+# and training, at batch 1, 16 and 128: 1.4 to 13 times (tests/golden/auto.csv; 2026-11-24, torch
+# 2.14, one thread of a Zen 4, float32). Not so in channels_last (0.5 to 2.2 on two threads), nor for
+# 1x1 convolutions at batch 128 (0.2 to 2.7). Other devices and types: not measured.
+GATHER = {"conv2d": GatherBounds(128, 4), "linear": GatherBounds(256, 8)}
+
+
+# ---- our own kernels
+
+
+class LeastCompression(NamedTuple):
+    """Inputs / degree from which a product is faster by our own kernels, by the kind of layer."""
+
+    conv3: int  # 3x3
+    conv3_strided: int  # 3x3 with a stride
+    conv1: int  # 1x1
+    linear: int
+    conv1_shared: int  # of a share of SHARED or more, whose outputs read the same inputs
+    linear_shared: int
+
+
+class NativeRule(NamedTuple):
+    """For layers with so many lanes: samples, or pixels of all samples where a kernel is 1x1."""
+
+    least_lanes: int
+    forward: LeastCompression
+    input_grad: LeastCompression
+    weight_grad: LeastCompression
+
+
+SHARED = 4
+
+# Classes of CPUs: floats in a vector of the kernels, and whether `native.fast`. Vectors of 4 floats
+# were not measured, so that the kernels are not taken.
+AVX512, AVX512_FAST, AVX2 = (16, False), (16, True), (8, False)
+
+# Of each class, the first rule of which there are lanes enough. Faster is 1.1 times what `library`
+# takes, in either memory format, in all but one of a hundred of the sizes that were measured (of
+# forty on fast CPUs, where the library is twice as fast as well), and nowhere a loss of more than a
+# fifth (tests/golden/native.csv; torch 2.14, one thread; AVX-512: 2026-11-24, a Zen 4; fast:
+# 2026-11-28, an Emerald Rapids; AVX2: the Zen 4 with torch and our kernels held to it).
+NATIVE: dict[tuple[int, bool], tuple[NativeRule, ...]] = {
+    AVX512: (
+        NativeRule(
+            16,
+            forward=LeastCompression(2, 2, 2, 2, 2, 2),
+            input_grad=LeastCompression(2, 2, 2, 8, 2, 2),
+            weight_grad=LeastCompression(2, 2, 4, 2, 2, 2),
+        ),
+        NativeRule(
+            0,
+            forward=LeastCompression(2, 4, 2, 2, 2, 2),
+            input_grad=LeastCompression(2, 4, 4, 8, 2, 2),
+            weight_grad=LeastCompression(8, 8, 2, 4, 2, 2),
+        ),
+    ),
+    AVX512_FAST: (
+        NativeRule(
+            16,
+            forward=LeastCompression(2, 2, 4, 2, 2, 2),
+            input_grad=LeastCompression(2, 2, 4, 8, 2, 2),
+            weight_grad=LeastCompression(2, 2, 8, 2, 2, 2),
+        ),
+        NativeRule(
+            2,
+            forward=LeastCompression(2, 4, 2, 2, 2, 2),
+            input_grad=LeastCompression(2, 4, 8, 8, 2, 2),
+            weight_grad=LeastCompression(8, 8, 2, 2, 2, 2),
+        ),
+        NativeRule(
+            0,
+            forward=LeastCompression(2, 2, 2, 2, 2, 2),
+            input_grad=LeastCompression(2, 4, 8, 8, 2, 2),
+            weight_grad=LeastCompression(8, 8, 2, 2, 2, 2),
+        ),
+    ),
+    AVX2: (
+        NativeRule(
+            16,
+            forward=LeastCompression(2, 4, 4, 2, 2, 2),
+            input_grad=LeastCompression(2, 2, 4, 8, 2, 2),
+            weight_grad=LeastCompression(2, 2, 4, 4, 4, 2),
+        ),
+        NativeRule(
+            0,
+            forward=LeastCompression(2, 2, 2, 2, 2, 2),
+            input_grad=LeastCompression(2, 4, 4, 8, 2, 2),
+            weight_grad=LeastCompression(8, 8, 2, 2, 2, 2),
+        ),
+    ),
 }
-FEW = {
-    16: {"": (2, 4, 2, 2, 2, 2), "input_grad": (2, 4, 4, 8, 2, 2), "weight_grad": (8, 8, 2, 4, 2, 2)},
-    8: {"": (2, 2, 2, 2, 2, 2), "input_grad": (2, 4, 4, 8, 2, 2), "weight_grad": (8, 8, 2, 2, 2, 2)},
-}
-MANY, SHARE = 16, 4
+
+
+# ---- the choice
 
 
 def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
-    """`name` is an operation's, or one of its gradients' (conv2d_input_grad); `geometry` a convolution's."""
+    """The backend of an operation, or of one of its gradients (conv2d_input_grad), for such a layer.
+
+    `geometry` is a convolution's stride, padding and dilation.
+    """
     operation, _, gradient = name.partition("_")
-    point = operation == "linear" or math.prod(weight.shape[2:]) == 1
-    lanes = x.shape[0] * (math.prod(x.shape[2:]) if point else 1)
-    if native.supports(operation, x, weight, *geometry) and native.available():
-        kind = 3 if operation == "linear" else 2 if point else int(geometry[0][0] > 1)
-        kind += 2 if point and weight.shape[0] >= SHARE * neighbours.shape[0] else 0
-        rule = (NATIVE if lanes >= MANY else FEW).get(native.lanes())
-        if rule and x.shape[1] >= rule[gradient][kind] * neighbours.shape[1]:
-            return "native"
+    if not native.missing(operation, x, weight, neighbours, *geometry):
+        kind = _kind(operation, weight, neighbours, *geometry)
+        lanes = x.shape[0] if kind in ("conv3", "conv3_strided") else x.numel() // x.shape[1]
+        for rule in NATIVE.get((native.lanes(), native.fast()), ()):
+            if lanes >= rule.least_lanes:
+                least = getattr(getattr(rule, gradient or "forward"), kind)
+                if x.shape[1] >= least * neighbours.shape[1]:
+                    return "native"
+                break
     return library(operation, x, weight, neighbours)
+
+
+def _kind(operation: str, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
+    """The field of LeastCompression for a layer that our kernels do."""
+    shared = weight.shape[0] >= SHARED * neighbours.shape[0]
+    if operation == "linear":
+        return "linear_shared" if shared else "linear"
+    if math.prod(weight.shape[2:]) == 1:
+        return "conv1_shared" if shared else "conv1"
+    return "conv3_strided" if geometry[0][0] > 1 else "conv3"
 
 
 def library(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor) -> str:
     """The better one of the backends that are made of torch's own operations."""
-    # `triton` has not been measured: time it against dense, in both memory formats, for share 8 and 16 (triton.py).
+    # `triton` was not measured: time it against dense, in both memory formats, for share 8 and 16.
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return "dense"
-    if operation == "conv2d" and (weight.shape[2] * weight.shape[3] == 1 or not x.is_contiguous()):
+    if operation == "conv2d" and (math.prod(weight.shape[2:]) == 1 or not x.is_contiguous()):
         return "dense"
     n_out, (blocks, degree), n_in = weight.shape[0], neighbours.shape, x.shape[1]
-    saves, copies = GATHER[operation]
-    fits = n_out * n_in >= saves * blocks * degree and blocks * degree <= copies * n_in
+    bounds = GATHER[operation]
+    saves = n_out * n_in >= bounds.least_saving * blocks * degree
+    fits = saves and blocks * degree <= bounds.most_copies * n_in
     return "gather" if fits else "dense"

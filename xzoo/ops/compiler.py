@@ -141,6 +141,7 @@ def build(source: Path, variants: Sequence[Variant], load: Callable[[Path], ctyp
     """The source as a library: the kept one, or a new one by the first compiler that makes one.
 
     Args:
+        source: a file; headers that it includes in quotes are beside it.
         variants: what to ask for, the best first; the last is what every compiler should know.
         load: loads a library; raises OSError where that cannot be done.
         again: try once more what is remembered as a failure.
@@ -162,6 +163,21 @@ def build(source: Path, variants: Sequence[Variant], load: Callable[[Path], ctyp
     return least
 
 
+def whole(source: Path, seen: set[Path] | None = None) -> str:
+    """All that the library is made of: the source, with each header beside it put where it is included first."""
+    seen = set() if seen is None else seen
+    lines = []
+    for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.startswith('#include "'):
+            header = source.parent / line.split('"')[1]
+            if header not in seen:
+                seen.add(header)
+                lines.append(whole(header, seen))
+        elif line != "#pragma once\n":
+            lines.append(line)
+    return "".join(lines)
+
+
 def _by(
     words: list[str],
     source: Path,
@@ -171,7 +187,7 @@ def _by(
     notice: "_Notice",
 ) -> Built:
     """The library of one compiler, from the first folder that will do."""
-    parts = [FORMAT, source.read_text(encoding="utf-8"), variants, words, _identity(words), platform.machine(), _libc()]
+    parts = [FORMAT, whole(source), variants, words, _identity(words), platform.machine(), _libc()]
     if any("native" in word for word in words):  # -march=native: for this CPU, and a home may be of several machines
         parts.append(_cpu())
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -5,10 +5,28 @@ to outputs that are not connected to it, because 0 * NaN is NaN: the one excepti
 TorchScript compiles the two forward functions, hence their hints and plain loops.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+from .rows import Pair
+
+# ---- as backends.Backend says
+
+ACTIVATIONS: Collection[str] = ()
+CHECKS_NEIGHBOURS = False
+
+
+def possible() -> bool:
+    return True
+
+
+def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> str:
+    return ""
 
 
 def conv2d(
@@ -23,11 +41,15 @@ def conv2d(
     return F.conv2d(x, scatter(weight, neighbours, x.shape[1]), bias, stride, padding, dilation)
 
 
-def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
+def conv2d_input_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
     return conv2d_input(x.shape, scatter(weight, neighbours, x.shape[1]), grad, stride, padding, dilation)
 
 
-def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
+def conv2d_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
     shape = [weight.shape[0], x.shape[1], *weight.shape[2:]]
     x, stride = only_read(x, weight, stride, padding)
     return gather(conv2d_weight(x, shape, grad, stride, padding, dilation), neighbours)
@@ -37,15 +59,15 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: torch.Tensor | N
     return F.linear(x, scatter(weight, neighbours, x.shape[1]), bias)
 
 
-def linear_input_grad(grad, x, weight, neighbours):
+def linear_input_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     return grad @ scatter(weight, neighbours, x.shape[1])
 
 
-def linear_weight_grad(grad, x, weight, neighbours):
+def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     return gather(grad.t() @ x, neighbours)
 
 
-def only_read(x, weight, stride, padding):
+def only_read(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Pair]:
     """(x without the pixels that a 1x1 kernel passes over, stride 1); what is given, for other kernels.
 
     For a gradient of weights: oneDNN's own way of leaving them out writes outside its memory, or leaves the result

@@ -1,11 +1,11 @@
-"""Our own kernels, native.cpp: float32 on CPUs, 3x3 and 1x1 convolutions and linear layers.
+"""Our own kernels, native/native.cpp: float32 on CPUs, 3x3 and 1x1 convolutions and linear layers.
 
-The file is compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler, and kept
-under XZOO_HOME (compiler.py). It knows neither torch nor Python: a function gets addresses and sizes, and the
+They are compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler, and kept
+under XZOO_HOME (compiler.py). They know neither torch nor Python: a function gets addresses and sizes, and the
 address of OpenMP's entry, so that it works in torch's pool of threads and in no second one. Without a compiler,
 or where compiling fails, `available` says why, once, and the library's backends do the work.
 
-Not here: anything but float32, other kernels, paddings and strides (`supports`); those are dense's.
+Not here: anything but float32, other kernels, paddings and strides (`missing`); those are dense's.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import os
 import platform
 import struct
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from torch import Tensor
 from ..errors import XzooError
 from .compiler import BuildError, Built, Variant, compilers
 from .compiler import build as compiled
-from .rows import checked
+from .rows import Pair, checked
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).parent / "native" / "native.cpp"
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
 LEVELS = {"v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "v3": {"avx2", "bmi2", "fma", "f16c"}}
 HELD = {"avx2": ["v3"], "default": []}  # what ATEN_CPU_CAPABILITY, torch's own variable, leaves of them
 
-_LAYER = struct.Struct("12q")  # native.cpp's
-ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}  # done in the store of a result
+_LAYER = struct.Struct("12q")  # layer.h's
+_CODES = {"": 0, "relu": 1, "relu6": 2}  # of the activations, done in the store of a result
 _TENSORS = {  # its functions, and how many tensors they take
     **{"xzoo_conv3": 5, "xzoo_conv3_input_grad": 4, "xzoo_conv3_weight_grad": 4},
     **{"xzoo_point": 5, "xzoo_point_input_grad": 4, "xzoo_point_weight_grad": 4},
@@ -43,11 +44,21 @@ _lock = threading.Lock()
 _loaded: list[ctypes.CDLL | None] = []  # what the first call found: the library, or None
 
 
-# ---- the two operations
+# ---- as backends.Backend says
+
+ACTIVATIONS: Collection[str] = tuple(_CODES)
+CHECKS_NEIGHBOURS = True
 
 
-def supports(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
-    """Whether the kernels do such a layer: `geometry` is a convolution's stride, padding and dilation."""
+def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> str:
+    if not _has_kernel(operation, x, weight, *geometry):
+        layer = f"{operation} of {x.dtype} on {x.device.type} with weight {list(weight.shape)}"
+        return f"has no kernel for {layer}, geometry {geometry}"
+    return "" if available() else "is not available here (no compiler, or compiling failed)"
+
+
+def _has_kernel(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
+    """For any neighbours."""
     if not x.is_cpu or x.dtype != torch.float32 or x.layout != torch.strided or weight.layout != torch.strided:
         return False
     if operation == "linear":
@@ -58,7 +69,16 @@ def supports(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
     return kernel == (3, 3) and stride in ((1, 1), (2, 2)) and padding == dilation == (1, 1)
 
 
-def conv2d(x, weight, neighbours, bias, stride, padding, dilation, activation=""):
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str = "",
+) -> Tensor:
     x, point = _seen(x, weight, stride), weight.shape[2] == 1
     step = 1 if point else stride[0]
     batch, _, height, width = x.shape
@@ -68,7 +88,9 @@ def conv2d(x, weight, neighbours, bias, stride, padding, dilation, activation=""
     return _call(name, y, x, y, weight, neighbours, step, x, weight, neighbours, bias, activation=activation)
 
 
-def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
+def conv2d_input_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
     grad, point = laid_out(grad), weight.shape[2] == 1
     dx = _empty(x[:, :, :: stride[0], :: stride[1]].shape if point else x.shape, x)
     name = "xzoo_point_input_grad" if point else "xzoo_conv3_input_grad"
@@ -80,30 +102,42 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation):
     return whole
 
 
-def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation):
+def conv2d_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
     x, grad = _seen(x, weight, stride), laid_out(grad)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     name = "xzoo_point_weight_grad" if weight.shape[2] == 1 else "xzoo_conv3_weight_grad"
     return _call(name, dw, x, grad, weight, neighbours, _step(weight, stride), grad, x, neighbours)
 
 
-def linear(x, weight, neighbours, bias, activation=""):
+def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     x, y = laid_out(x), x.new_empty(x.shape[0], weight.shape[0])
     return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias, activation=activation)
 
 
-def linear_input_grad(grad, x, weight, neighbours):
+def linear_input_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad = laid_out(grad)
     return _call("xzoo_point_input_grad", dx, dx, grad, weight, neighbours, 1, grad, weight, neighbours)
 
 
-def linear_weight_grad(grad, x, weight, neighbours):
+def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     x, grad, dw = laid_out(x), laid_out(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
     return _call("xzoo_point_weight_grad", dw, x, grad, weight, neighbours, 1, grad, x, neighbours)
 
 
-def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation=""):
+def _call(
+    name: str,
+    result: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: int,
+    *tensors: Tensor | None,
+    activation: str = "",
+) -> Tensor:
     """The function of native.cpp on the addresses of `tensors` and of `result`; x and y give the layer's sizes."""
     sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
     if not sizes[0]:
@@ -130,7 +164,7 @@ def _call(name, result, x, y, weight, neighbours, stride, *tensors, activation="
     addresses.append(result.data_ptr())
     share, last = n_out // neighbours.shape[0], (_last(x), _last(y))
     threads = torch.get_num_threads()
-    layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, ACTIVATIONS[activation])
+    layer = _LAYER.pack(*sizes, n_out, degree, share, stride, *last, threads, _CODES[activation])
     if answer := getattr(_loaded[0], name)(layer, *addresses):
         raise _refusal(answer, list(x.shape), list(weight.shape), share)
     return result
@@ -242,6 +276,13 @@ def lanes() -> int:
     library = _loaded[0]
     assert library, "ask available() first"
     return int(library.xzoo_lanes())
+
+
+def fast() -> bool:
+    """Whether this CPU multiplies twice as fast as its caches were built for: FAST of vectors.h."""
+    library = _loaded[0]
+    assert library, "ask available() first"
+    return bool(library.xzoo_fast())
 
 
 def _first(again: bool = False) -> None:

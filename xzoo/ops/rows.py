@@ -1,6 +1,6 @@
 """What a call of an operation has to be, and the graph as backends read it, made once for each tensor of neighbours.
 
-Not here: what a backend has a kernel for (`supports` of each), and whether rows are sorted and have no repetition:
+Not here: what a backend has a kernel for (`missing` of each), and whether rows are sorted and have no repetition:
 no operation needs that, a layer does (xzoo.layers).
 """
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 INTEGERS = frozenset({torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8})
+
+Pair = tuple[int, int]  # for H and W
 
 _checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -99,7 +101,7 @@ def remembered(table: WeakTensorKeyDictionary, neighbours: Tensor, key: tuple, m
 def checked(neighbours: Tensor, n_in: int) -> Tensor:
     """neighbours as int32, dense in memory. Waits for a GPU once a graph. IndexError where an input is missing."""
 
-    def make():
+    def make() -> Tensor | None:
         check_range(neighbours, n_in)
         rows = neighbours.to(torch.int32).contiguous()
         # Not the tensor itself: the table must not keep its own key alive.

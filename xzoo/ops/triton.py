@@ -32,6 +32,7 @@ import contextlib
 import importlib.util
 import math
 import os
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +40,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import XzooError
-from .rows import checked, remembered
+from .rows import Pair, checked, remembered
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -52,7 +52,10 @@ PROGRAMS = 1024  # of a weight gradient, at least, where there are pixels enough
 _readers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-# ---- where it runs
+# ---- as backends.Backend says: where it runs
+
+ACTIVATIONS: Collection[str] = ()
+CHECKS_NEIGHBOURS = True
 
 
 def possible() -> bool:
@@ -64,10 +67,12 @@ def possible() -> bool:
 
 
 def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> str:
-    """What such a layer has that the kernels do not do, in a few words; empty where they do it.
+    said = _lacking(operation, x, weight, neighbours, *geometry)
+    return f"has no kernel for {operation} with {said}" if said else ""
 
-    `geometry` is a convolution's stride, padding and dilation.
-    """
+
+def _lacking(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> str:
+    """What such a layer has that the kernels do not do, in a few words; empty where they do it."""
     share = len(weight) // len(neighbours)
     if not (x.is_cuda or (x.device.type == "cpu" and _interpreted())):
         return f"tensors on a {x.device.type} device; it needs an NVIDIA GPU"
@@ -82,16 +87,6 @@ def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geom
     if len(x) * math.prod(x.shape[2:]) >= 2**31 or weight.numel() >= 2**31:
         return f"x of {list(x.shape)} and weight of {list(weight.shape)}; it counts pixels and weights in 31 bits"
     return ""
-
-
-def supports(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> bool:
-    return not missing(operation, x, weight, neighbours, *geometry)
-
-
-def check(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> None:
-    """Raises XzooError where the kernels cannot do the layer."""
-    if said := missing(operation, x, weight, neighbours, *geometry):
-        raise XzooError(f"backend 'triton' has no kernel for {operation} with {said}; use 'auto'")
 
 
 def _interpreted() -> bool:
@@ -109,7 +104,16 @@ def _kernels() -> ModuleType:
 _CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
-def conv2d(x, weight, neighbours, bias, stride, padding, dilation, precision=_CONV):
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    precision: Any = _CONV,
+) -> Tensor:
     size = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)]
     y = _empty([len(x), len(weight), *size], x)
     if not y.numel():
@@ -128,7 +132,16 @@ def conv2d(x, weight, neighbours, bias, stride, padding, dilation, precision=_CO
     return y
 
 
-def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation, precision=_CONV):
+def conv2d_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    precision: Any = _CONV,
+) -> Tensor:
     dx = _empty(x.shape, x)
     if not grad.numel():
         return dx.zero_()
@@ -149,7 +162,16 @@ def conv2d_input_grad(grad, x, weight, neighbours, stride, padding, dilation, pr
     return dx
 
 
-def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation, precision=_CONV):
+def conv2d_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    precision: Any = _CONV,
+) -> Tensor:
     if not grad.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     rows, share = checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
@@ -174,15 +196,15 @@ def conv2d_weight_grad(grad, x, weight, neighbours, stride, padding, dilation, p
 _POINT = ((1, 1), (0, 0), (1, 1), torch.backends.cuda.matmul)
 
 
-def linear(x, weight, neighbours, bias):
+def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None) -> Tensor:
     return conv2d(_pixel(x), _pixel(weight), neighbours, bias, *_POINT)[:, :, 0, 0]
 
 
-def linear_input_grad(grad, x, weight, neighbours):
+def linear_input_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     return conv2d_input_grad(_pixel(grad), _pixel(x), _pixel(weight), neighbours, *_POINT)[:, :, 0, 0]
 
 
-def linear_weight_grad(grad, x, weight, neighbours):
+def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     return conv2d_weight_grad(_pixel(grad), _pixel(x), _pixel(weight), neighbours, *_POINT)[:, :, 0, 0]
 
 
@@ -229,7 +251,7 @@ def _power(n: int, least: int, most: int) -> int:
 def _transposed(neighbours: Tensor, n_in: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """The slots, readers and counts of triton_kernels.input_grad, for tiles of `channels`."""
 
-    def make():
+    def make() -> tuple[Tensor, Tensor, Tensor]:
         rows = checked(neighbours, n_in).long()
         (blocks, degree), tiles = rows.shape, _ceil(n_in, channels)
         slots = torch.full([blocks, tiles * channels], -1, dtype=torch.int32, device=rows.device)

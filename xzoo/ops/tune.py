@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import graphs
 from ..errors import XzooError
-from . import available
+from .backends import available
 
 Name = TypeVar("Name", bound=Hashable)
 
