@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import XzooError
 from ..models import create_model
-from ..train.callbacks import Clock, Report, checkpoints
+from ..train.callbacks import Clock, ProgressReport, checkpoints
 from ..train.imagenet import ImageNet
 from ..train.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
 from ..train.order import TrainOrder
@@ -156,7 +156,12 @@ def alternated(ours: Classifier, theirs: Classifier, batch_size: int, pairs: int
             devices=1,
             accelerator=device.type,
             default_root_dir=folder,
-            callbacks=[turns, Clock(), Report(Console(stderr=True)), *checkpoints(Path(folder) / "checkpoints")],
+            callbacks=[
+                turns,
+                Clock(),
+                ProgressReport(Console(stderr=True)),
+                *checkpoints(Path(folder) / "checkpoints"),
+            ],
             plugins=[AtomicCheckpointIO()],
             logger=[MetricsFile(Path(folder) / "metrics.csv")],
             log_every_n_steps=max(1, min(LOG_EVERY, steps // 3)),

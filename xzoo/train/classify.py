@@ -172,7 +172,9 @@ def _files(images: Sequence[str | Path]) -> list[Path]:
 def device_named(name: str) -> torch.device:
     """A device by name, "auto" being the first there is of cuda, mps and cpu. Raises: XzooError if there is none."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
     if name.split(":")[0] not in ("cuda", "mps", "cpu"):
         raise XzooError(f"device={name}: give auto, cpu, cuda or mps")
     try:

@@ -34,7 +34,7 @@ from ..machine import own_threads
 from ..names import say, shown, to_yaml
 from ..profile import hardware, profile
 from . import pictures
-from .callbacks import EMA, Clock, Report, checkpoints
+from .callbacks import EMA, Clock, ProgressReport, checkpoints
 from .evaluate import judged, top
 from .order import steps_of_epoch
 from .parse import PLACES, RecipeCLI, is_first, launched
@@ -107,7 +107,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
         default_root_dir=str(run),
         callbacks=[
             *([EMA(cli.config.ema)] if cli.config.ema else []),
-            *(clock, Report(console)),
+            *(clock, ProgressReport(console)),
             *checkpoints(last.parent),
         ],
         plugins=[AtomicCheckpointIO()],
