@@ -178,7 +178,7 @@ def test_all_forms_of_a_convolution_compute_one_thing(text, form, product):
     drawn = layer._formats(tensors(layer.named(text)))[form]
     weight = ops.dense.scatter(drawn.weight, drawn.neighbours, 16)
     got, dense = layer.ours(drawn, product)(), layer.library(drawn, product, weight)
-    rivals = {name: call() for name, call in layer.rivals(drawn, layer.Case(layer.named(text), product)).items()}
+    rivals = {name: call() for name, call in layer.rivals(drawn, layer.LayerCase(layer.named(text), product)).items()}
     mask = ops.dense.scatter(torch.ones_like(drawn.weight), drawn.neighbours, 16)
     if product == "weight_grad":
         dense = dense * mask
@@ -189,7 +189,7 @@ def test_all_forms_of_a_convolution_compute_one_thing(text, form, product):
 
 
 def test_all_forms_of_a_linear_layer_compute_one_thing():
-    case = layer.Case(layer.named("linear 16->24 b5 d4 s2"))
+    case = layer.LayerCase(layer.named("linear 16->24 b5 d4 s2"))
     drawn = tensors(case.layer)
     rivals = {name: call() for name, call in layer.rivals(drawn, case).items()}
     ours = layer.ours(drawn, "forward")()
@@ -203,7 +203,7 @@ def test_all_forms_of_a_linear_layer_compute_one_thing():
 
 
 def test_bars_are_parts_of_the_ideal_for_these_vectors():
-    case = layer.Case(layer.named("linear 64->64 b4 d8 s1"), "forward", (0.75, 0.5))
+    case = layer.LayerCase(layer.named("linear 64->64 b4 d8 s1"), "forward", (0.75, 0.5))
     wanted = {16: 6.0, 8: 4.0}.get(native.lanes()) if native.available() else None
     figures = list(layer._measure(case, pairs=2))
     assert [figure.against for figure in figures] == ["dense", "masked", "group", "gather, multiply, sum"]
@@ -213,7 +213,7 @@ def test_bars_are_parts_of_the_ideal_for_these_vectors():
 
 
 def test_policy_judges_every_shape_and_their_median():
-    cases = [layer.Case(SMALL, product) for product in PRODUCTS]
+    cases = [layer.LayerCase(SMALL, product) for product in PRODUCTS]
     figures = list(layer._policy(cases, pairs=2))
     assert len(figures) == 6 and [figure.bar for figure in figures] == [1.1] * 3 + [1.0] * 3
     assert not any(figure.at_least for figure in figures)
@@ -235,7 +235,7 @@ def test_share_tells_the_graph_and_the_speed():
 
 def test_scaling_compares_gains_and_leaves_the_threads_as_they_were():
     with bench.threads(2):
-        figures = list(layer._scaling([layer.Case(SMALL, product) for product in PRODUCTS], pairs=3))
+        figures = list(layer._scaling([layer.LayerCase(SMALL, product) for product in PRODUCTS], pairs=3))
         assert torch.get_num_threads() == 2
     for figure in figures:
         measured(figure, 3)

@@ -1,6 +1,7 @@
 """What the machine lends a process: CPUs by affinity and control groups, torch's threads, and how they wait."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -264,3 +265,34 @@ def test_python_within_another_program_has_no_arguments():
     code = "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; print(xzoo.machine._is_command())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
     assert told.stdout.strip() == "False", told.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    """Pages that a tensor of 64 MB faults in, after one of that size was freed."""
+    code = """
+import resource, sys, torch
+from xzoo import machine
+if sys.argv[1] == "keep":
+    machine.keep_memory()
+for _ in range(3):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def faults(how, **variables):
+        environment = {name: text for name, text in os.environ.items() if not name.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", code, how],
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout)
+
+    returned = faults("return")
+    assert faults("keep") * 4 < returned
+    assert faults("keep", MALLOC_ARENA_MAX="4") * 2 > returned  # the user's own settings

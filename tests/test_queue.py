@@ -68,7 +68,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def outs(runs: list[queue.Run]) -> list[str]:
+def outs(runs: list[queue.QueuedRun]) -> list[str]:
     return [run.out.as_posix() for run in runs]
 
 
@@ -189,13 +189,13 @@ def test_the_list_tells_how_far_each_run_is(place, monkeypatch):
     assert told[4].startswith("1 of 3 runs are finished; about ") and told[4].endswith(" core-hours are left")
 
 
-def interrupted_in_the_second_epoch(run: queue.Run) -> None:
+def interrupted_in_the_second_epoch(run: queue.QueuedRun) -> None:
     def interrupt(callback: Any, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xzoo.train.callbacks.Report.on_train_epoch_start", interrupt, raising=False)
+        patch.setattr("xzoo.train.callbacks.ProgressReport.on_train_epoch_start", interrupt, raising=False)
         with pytest.raises(KeyboardInterrupt):
             fit(run.arguments)
 
@@ -281,7 +281,7 @@ def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def stopped(process: subprocess.Popen[str], runs: list[queue.Run]) -> list[int]:
+def stopped(process: subprocess.Popen[str], runs: list[queue.QueuedRun]) -> list[int]:
     """Each run's process, stopped when it has a checkpoint: it is at work for as long as the test likes."""
     found: list[int] = []
 
@@ -297,7 +297,7 @@ def stopped(process: subprocess.Popen[str], runs: list[queue.Run]) -> list[int]:
     return found
 
 
-def uninterrupted(runs: list[queue.Run]) -> list[bytes]:
+def uninterrupted(runs: list[queue.QueuedRun]) -> list[bytes]:
     """The weights of the same runs elsewhere."""
     found = []
     for run in runs:

@@ -13,7 +13,7 @@ from xzoo.data.photos import ImageModule
 from xzoo.data.scan import read
 from xzoo.errors import ModelError, XzooError
 from xzoo.hub import folder as model_folder
-from xzoo.train.callbacks import EMA, Clock, Report, SyncBatchNorm, refuse_unsafe_synchronising
+from xzoo.train.callbacks import EMA, Clock, ProgressReport, SyncBatchNorm, refuse_unsafe_synchronising
 from xzoo.train.run import AtomicCheckpointIO
 from xzoo.train.task import Classifier, rate
 
@@ -187,7 +187,7 @@ def test_the_clock_ends_a_run_and_is_kept(module):
 
 
 def test_the_report_is_lines_where_there_is_no_terminal(module, capsys):
-    trainer(callbacks=[Report()]).fit(Classifier(**TINY), module)
+    trainer(callbacks=[ProgressReport()]).fit(Classifier(**TINY), module)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("epoch 1/2  train loss ") and "val accuracy" in lines[0] and "left" in lines[0]

@@ -19,7 +19,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from . import files
+from . import files, machine
 from .errors import XzooError
 from .names import shown
 from .options import explain, nearest
@@ -206,6 +206,7 @@ def _lightning(command: str, arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):  # the parser's own goes on for a hundred options
         print(f"{COMMANDS[command][0]}\nexample: {COMMANDS[command][1]}\n")
     if command == "fit":
+        machine.keep_memory()
         fit.fit(arguments)
     elif command == "predict":
         evaluate.predict(arguments)
@@ -245,6 +246,7 @@ def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
 
     def run(args: Namespace) -> None:
+        machine.keep_memory()
         result = finetune(**args.as_dict())
         print(f"{100 * result.accuracy:.2f} %\t{shown(result.run)}")
 

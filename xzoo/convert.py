@@ -33,7 +33,7 @@ Patterns = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class Row:
+class ConvertedLayer:
     """What `expand` did with one layer; `degree` and `share` are None where it was left as it is."""
 
     name: str
@@ -49,7 +49,7 @@ class Row:
 class Report:
     """All layers and parameters of a model that hold weights, in its own order; str() is a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ConvertedLayer, ...]
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -114,11 +114,11 @@ def expand(
         admits no such graph. The model is then as it was.
     """
     check_compression(compression)
-    rows: list[Row] = []
+    rows: list[ConvertedLayer] = []
     degrees: dict[str, int] = {}
     for name, layer, reason in _candidates(model, _patterns(only), _patterns(skip)):
         if not isinstance(layer, nn.Conv2d | nn.Linear):
-            rows.append(Row(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
+            rows.append(ConvertedLayer(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
             continue
         n_in, _ = _sizes(layer)
         degree = degree_for(graph, n_in, max(1, n_in // compression))
@@ -126,7 +126,7 @@ def expand(
             reason = "kept: every output would read every input"
         if not reason:
             degrees[name] = degree
-        rows.append(Row(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
+        rows.append(ConvertedLayer(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
     new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=keep_weights)
     return Report(tuple(_done(row, new[row.name]) if row.name in new else row for row in rows))
 
@@ -449,10 +449,10 @@ def _tensors_read_in(method: ast.FunctionDef, tensors: tuple[str, ...]) -> Itera
                 yield text.removeprefix("self.")
 
 
-def _done(row: Row, x_layer: ExpanderConv2d | ExpanderLinear) -> Row:
+def _done(row: ConvertedLayer, x_layer: ExpanderConv2d | ExpanderLinear) -> ConvertedLayer:
     degree, share = x_layer.degree, x_layer.share
     reason = f"degree {degree}, share {share}"
-    return Row(row.name, row.layer, degree, share, row.weights_before, x_layer.weight.numel(), reason)
+    return ConvertedLayer(row.name, row.layer, degree, share, row.weights_before, x_layer.weight.numel(), reason)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:

@@ -182,6 +182,9 @@ def _readme_spectrum() -> "Figure":
     compressions = [2, 4, 8, 16, 32, 64]
     lines = [("group", 1), ("random", 1), ("biregular", 1), ("biregular", 4)]
     for kind, share in lines:
+        label = LABEL[kind] if share == 1 else f"{LABEL[kind]}, share {share}"
+        if kind == "group":
+            label = "group, group + shuffle"
         found = [theory.spectrum(Graph.sample(kind, n, n, n // c, share)) for c in compressions]
         right.plot(
             compressions,
@@ -192,12 +195,12 @@ def _readme_spectrum() -> "Figure":
             # The random graphs lie under the biregular ones: a larger, hollow marker shows both.
             markerfacecolor="white" if (kind, share) in (("random", 1), ("biregular", 4)) else COLOUR[kind],
             markersize=9 if kind == "random" else 6,
-            label="group, group + shuffle" if kind == "group" else LABEL[kind] + (", share 4" if share == 4 else ""),
+            label=label,
         )
         if kind == "biregular":
             bound = [each.bound / each.first for each in found]
-            label = "smaller of the two bounds" if share == 1 else None
-            right.plot(compressions, bound, color=INK, linewidth=1.3, linestyle=":", label=label)
+            name = "smaller of the two bounds" if share == 1 else None
+            right.plot(compressions, bound, color=INK, linewidth=1.3, linestyle=":", label=name)
     right.set_xscale("log", base=2)
     right.set_xticks(compressions, [str(c) for c in compressions])
     right.set(xlabel="compression, inputs / degree", ylabel="second / first singular value", ylim=(0, 1.05))

@@ -73,7 +73,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """Verified weights: what config.json says, the tensors, and where they were taken from."""
 
     entry: Entry
@@ -160,7 +160,7 @@ def timm_rows() -> dict[str, dict[str, Any]]:
     return rows
 
 
-def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | None = None) -> Found:
+def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | None = None) -> Checkpoint:
     """Find, verify and read the weights of a row.
 
     Args:
@@ -192,7 +192,7 @@ def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | Non
     return _parsed(entry, found, path, "Hub" if "Hub" in sources else "cache")
 
 
-def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str) -> Found:
+def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str) -> Checkpoint:
     try:
         config = json.loads(contents[CONFIG])
         state = safetensors.torch.load(contents[WEIGHTS])
@@ -204,7 +204,7 @@ def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str
         raise ModelError(f"{path} is no model that can be read: {type(error).__name__}: {error}") from error
     check_fingerprint(config, state, str(path))
     _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(contents[WEIGHTS]))
-    return Found(entry, config, state, path, source)
+    return Checkpoint(entry, config, state, path, source)
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

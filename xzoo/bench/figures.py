@@ -24,7 +24,7 @@ from ..files import atomic
 from ..machine import hardware
 from ..ops.tune import Times
 
-Case = TypeVar("Case")
+T = TypeVar("T")
 MACS = 30e9  # in a second, of one thread: a first guess at how long something takes
 
 
@@ -72,7 +72,10 @@ class Figure:
     def row(self) -> dict[str, str]:
         """Of the file."""
         low, middle, high = (self._text(value) for value in self.quartiles)
-        limit = "" if self.bar is None else f"{'>=' if self.at_least else '<='} {self._text(self.bar)}"
+        limit = ""
+        if self.bar is not None:
+            sign = ">=" if self.at_least else "<="
+            limit = f"{sign} {self._text(self.bar)}"
         return {
             "part": self.part,
             "what": self.what,
@@ -85,7 +88,7 @@ class Figure:
             "ideal": "" if self.ideal is None else f"{self.ideal:.2f}",
             "of ideal": "" if self.ideal is None else f"{self.quartiles[1] / self.ideal:.2f}",
             "bar": limit,
-            "met": "" if self.met is None else "yes" if self.met else "no",
+            "met": {None: "", True: "yes", False: "no"}[self.met],
             "ours": self.ours,
             "faults": "" if self.faults is None else f"{self.faults:.0f}",
             "note": self.note,
@@ -167,7 +170,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def watched(cases: Sequence[Case], what: Callable[[Case], str], work: Callable[[Case], float]) -> Iterator[Case]:
+def watched(cases: Sequence[T], what: Callable[[T], str], work: Callable[[T], float]) -> Iterator[T]:
     """The cases, each after a line on stderr that names it and tells how long all that are left will take.
 
     Args:

@@ -27,7 +27,7 @@ LARGEST = 2**27  # numbers in an intermediate result: the gather-multiply-sum of
 CALL = 30e6  # multiply-accumulates that would take as long as calling an operation does
 
 
-class Case(NamedTuple):
+class LayerCase(NamedTuple):
     """A layer, one of its products, and the least part of `ideal` wanted with vectors of 16 and of 8 floats."""
 
     layer: Layer
@@ -69,11 +69,11 @@ def named(text: str) -> Layer | None:
 # ---- what is measured: the rows and bars of the notes that the kernels were designed by
 
 
-def _many(rows: str, product: str, bars: tuple[float, float] | None) -> list[Case]:
+def _many(rows: str, product: str, bars: tuple[float, float] | None) -> list[LayerCase]:
     found = []
     for row in rows.splitlines():
         sizes, _, shares = row.strip().partition(" s")
-        found += [Case(layer, product, bars) for s in shares.split(",") if (layer := named(f"{sizes} s{s}"))]
+        found += [LayerCase(layer, product, bars) for s in shares.split(",") if (layer := named(f"{sizes} s{s}"))]
     return found
 
 
@@ -188,22 +188,24 @@ def layers(selected: Sequence[str] = (), pairs: int = 15) -> Iterator[Figure]:
     Raises: XzooError, GraphError for a text that is in no case's name and gives no sizes of a layer.
     """
     _check_pairs(pairs)
-    cases: dict[Case, None] = {}
+    cases: dict[LayerCase, None] = {}
     for text in selected:
         own = named(text)
-        found = [Case(own, product) for product in PRODUCTS] if own else [case for case in CASES if text in str(case)]
+        found = (
+            [LayerCase(own, product) for product in PRODUCTS] if own else [case for case in CASES if text in str(case)]
+        )
         if not found:
             raise XzooError(f"layer {text!r}: no case is called so; give sizes such as '{name(CASES[0].layer)}'")
         cases |= dict.fromkeys(found)
     return _layers(list(cases or CASES), pairs)
 
 
-def _layers(cases: list[Case], pairs: int) -> Iterator[Figure]:
+def _layers(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
     for case in watched(cases, str, lambda case: case.work * pairs):
         yield from _measure(case, pairs)
 
 
-def _measure(case: Case, pairs: int) -> Iterator[Figure]:
+def _measure(case: LayerCase, pairs: int) -> Iterator[Figure]:
     drawn = tensors(case.layer)
     form, dense_call = _faster_dense(drawn, case.product)
     calls = {"ours": ours(drawn, case.product), "dense": dense_call}
@@ -236,7 +238,7 @@ def ours(drawn: Tensors, product: str) -> Callable[[], Tensor]:
     return partial(operation, *drawn.arguments(product), operations.forced())
 
 
-def rivals(drawn: Tensors, case: Case) -> dict[str, Callable[[], Tensor]]:
+def rivals(drawn: Tensors, case: LayerCase) -> dict[str, Callable[[], Tensor]]:
     """Forms of a layer as sparse as this one: the authors' masked one, a group convolution, and of a linear layer a
     gather of each output's inputs, multiplied and summed. The memory format is that of `drawn`.
     """
@@ -333,10 +335,10 @@ def policy(pairs: int = 15) -> Iterator[Figure]:
     Raises: XzooError for pairs below 1.
     """
     _check_pairs(pairs)
-    return _policy([Case(layer, product) for product in PRODUCTS for layer in POLICY], pairs)
+    return _policy([LayerCase(layer, product) for product in PRODUCTS for layer in POLICY], pairs)
 
 
-def _policy(cases: list[Case], pairs: int) -> Iterator[Figure]:
+def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
     medians: dict[str, list[float]] = {product: [] for product in PRODUCTS}
     for case in watched(cases, str, lambda case: case.work * pairs):
         forms = _formats(tensors(case.layer))
@@ -382,7 +384,7 @@ def share(pairs: int = 15) -> Iterator[Figure]:
 
 
 def _share(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
-    for layer in watched(chosen, name, lambda layer: Case(layer).work * pairs * 2):
+    for layer in watched(chosen, name, lambda layer: LayerCase(layer).work * pairs * 2):
         drawn = tensors(layer)
         found = theory.spectrum(theory.Graph(drawn.neighbours.numpy(), layer.n_in, layer.share))
         of = {"first singular value": found.first, "bound of random graphs": found.bound}
@@ -426,10 +428,10 @@ def scaling(pairs: int = 15) -> Iterator[Figure]:
     if torch.get_num_threads() == 1:
         raise XzooError("threads=1: there is nothing to gain; give two or more")
     layers = [layer for text in SCALING if (layer := named(text))]
-    return _scaling([Case(layer, product) for layer in layers for product in PRODUCTS], pairs)
+    return _scaling([LayerCase(layer, product) for layer in layers for product in PRODUCTS], pairs)
 
 
-def _scaling(cases: list[Case], pairs: int) -> Iterator[Figure]:
+def _scaling(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
     count = torch.get_num_threads()
 
     def on(threads: int, call: Callable[[], Tensor]) -> None:

@@ -50,7 +50,7 @@ SETUP = 100e9  # multiply-accumulates that would take as long as building the fo
 CHOOSE = 1  # rounds to find the faster memory format; the difference is large or does not matter
 
 
-class Case(NamedTuple):
+class ModelCase(NamedTuple):
     model: str
     batch: int
     training: bool
@@ -92,12 +92,14 @@ def _models(names: Sequence[str], pairs: int, batch_size: int | None, compiled: 
     cases = []
     for name in names:
         one, many, training = (batch_size,) * 3 if batch_size else BATCHES[_kind(name)]
-        cases += [Case(name, batch, False) for batch in dict.fromkeys((one, many))] + [Case(name, training, True)]
+        cases += [ModelCase(name, batch, False) for batch in dict.fromkeys((one, many))] + [
+            ModelCase(name, training, True)
+        ]
     for case in watched(cases, str, lambda case: _work(case, pairs)):
         yield from _measure(case, pairs, compiled)
 
 
-def _measure(case: Case, pairs: int, compiled: bool) -> Iterator[Figure]:
+def _measure(case: ModelCase, pairs: int, compiled: bool) -> Iterator[Figure]:
     ours, dense = _macs(case.model)
     with _choosing_quietly():
         forms, masks = _forms(case.model)
@@ -327,7 +329,7 @@ def _kind(name: str) -> str:
     return "small" if size <= SMALL else "large"
 
 
-def _work(case: Case, pairs: int) -> float:
+def _work(case: ModelCase, pairs: int) -> float:
     """Forms and rounds, in multiply-accumulates of the dense twin's; a training step is three forward passes."""
     rounds = 4 * (pairs + 2) + (8 * (2 + CHOOSE) if case.training else 4 * 13)
     return SETUP + rounds * _macs(case.model)[1] * case.batch * (3 if case.training else 1) * 0.8

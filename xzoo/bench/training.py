@@ -25,7 +25,7 @@ from ..data.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
 from ..data.order import TrainOrder
 from ..errors import XzooError
 from ..models import create_model
-from ..train.callbacks import Clock, Report, checkpoints
+from ..train.callbacks import Clock, ProgressReport, checkpoints
 from ..train.run import AtomicCheckpointIO, MetricsFile, quiet
 from ..train.run import fit as run_fit
 from ..train.task import Classifier, rate
@@ -156,7 +156,12 @@ def alternated(ours: Classifier, theirs: Classifier, batch_size: int, pairs: int
             devices=1,
             accelerator=device.type,
             default_root_dir=folder,
-            callbacks=[turns, Clock(), Report(Console(stderr=True)), *checkpoints(Path(folder) / "checkpoints")],
+            callbacks=[
+                turns,
+                Clock(),
+                ProgressReport(Console(stderr=True)),
+                *checkpoints(Path(folder) / "checkpoints"),
+            ],
             plugins=[AtomicCheckpointIO()],
             logger=[MetricsFile(Path(folder) / "metrics.csv")],
             log_every_n_steps=max(1, min(LOG_EVERY, steps // 3)),

@@ -26,7 +26,7 @@ from .walk import (
     NO_FILE,
     NO_IMAGE,
     TWICE,
-    Found,
+    ImageFile,
     LeftOut,
     Place,
     as_walked,
@@ -347,7 +347,7 @@ class _Reader:
 
     def labelled(self, layout: Layout, classes: Classes) -> list[tuple[str, int, Path]]:
         """The images of a part, each file once; what lies beside them in the class folders is left out."""
-        images: list[Found] = []
+        images: list[ImageFile] = []
         labels: dict[str, int] = {}
         for label, places in enumerate(classes.values()):
             for place in places:

@@ -239,7 +239,9 @@ def _hub(name: str) -> Listing:
         kinds = {}
         for column, feature in rows.features.items():
             is_label = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in ("int64", "string")
-            kinds[column] = "image" if isinstance(feature, datasets.Image) else "label" if is_label else "other"
+            kinds[column] = "label" if is_label else "other"
+            if isinstance(feature, datasets.Image):
+                kinds[column] = "image"
         image, label = _columns(name, kinds)
         classes = getattr(rows.features[label], "names", None)
         rows = rows.cast_column(image, datasets.Image(decode=False))

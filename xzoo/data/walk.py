@@ -173,7 +173,7 @@ def ending(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageFile:
     """An image file: its name below DATA, its path, and where it really is."""
 
     name: str
@@ -181,14 +181,14 @@ class Found:
     real: str
 
 
-def gather(top: Place, root: str) -> tuple[list[Found], list[LeftOut]]:
+def gather(top: Place, root: str) -> tuple[list[ImageFile], list[LeftOut]]:
     """Every image at any depth, through links as well, in text order; and every other file with its reason.
 
     Args:
         root: the real path of DATA; a link to it, or to a folder above it, is not followed.
     Raises: DataError for a folder that cannot be listed: nobody knows how much of a class is in it.
     """
-    images: list[Found] = []
+    images: list[ImageFile] = []
     left_out: list[LeftOut] = []
     seen: set[str] = set()
     # Links come last, so that what is reached twice is found under its own name first.
@@ -203,7 +203,7 @@ def gather(top: Place, root: str) -> tuple[list[Found], list[LeftOut]]:
         for name in content.images:
             path = place.path / name
             real = os.path.realpath(path) if name in content.linked else os.path.join(place.real, name)
-            images.append(Found(place.below(name), path, real))
+            images.append(ImageFile(place.below(name), path, real))
         left_out += content.left_out
         for folder in content.hidden:
             left_out += below(folder, place.below(folder.name), HIDDEN, "hidden, or kept by a system")
@@ -247,7 +247,7 @@ def as_walked(name: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, file)]
 
 
-def each_once(images: Sequence[Found], root: str) -> tuple[list[Found], list[LeftOut]]:
+def each_once(images: Sequence[ImageFile], root: str) -> tuple[list[ImageFile], list[LeftOut]]:
     """Without further names of the same file, which links give it; where it has a name of its own, that stays."""
     own = [image for image in images if image.real == os.path.join(root, image.name)]
     first: dict[str, str] = {}

@@ -28,7 +28,7 @@ WAIT = 90.0  # seconds without a byte in any other call; the Hub itself gives a 
 
 
 @dataclass(frozen=True)
-class Published:
+class Publication:
     """What is on the Hub now; of a dry run, what would be. `changed` are the files that were sent."""
 
     repo: str
@@ -41,7 +41,7 @@ class Published:
 
 def publish(
     source: Path | str, org: str | None = None, repo: str | None = None, private: bool = False, dry_run: bool = False
-) -> Published:
+) -> Publication:
     """Publish a folder that `export` wrote, or a run, and read back what has arrived.
 
     Args:
@@ -85,7 +85,7 @@ def register(folder: Path, repo: str | None = None, commit: str | None = None, v
     return True
 
 
-def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Published:
+def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Publication:
     try:
         validate_repo_id(repo)
         if repo.count("/") != 1:
@@ -103,17 +103,17 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Published
         raise XzooError(_explained(repo, error)) from error
 
 
-def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private: bool, dry_run: bool) -> Published:
+def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private: bool, dry_run: bool) -> Publication:
     _check_rights(repo)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     if dry_run and not api.repo_exists(repo):
-        return Published(repo, None, None, sorted(files), digests, False)
+        return Publication(repo, None, None, sorted(files), digests, False)
     if not dry_run:
         api.create_repo(repo, private=private, exist_ok=True)
     head = str(api.model_info(repo).sha)
     changed, surplus = _differences(api, repo, head, files)
     if dry_run:
-        return Published(repo, None, None, changed + surplus, digests, False)
+        return Publication(repo, None, None, changed + surplus, digests, False)
     commit = head
     if changed or surplus:
         operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in changed]
@@ -130,7 +130,7 @@ def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private:
         for name, data in files.items():
             hub.file(name, weights.Pin(digests[name], len(data)))
     version = _tagged(api, repo, commit)
-    return Published(repo, commit, version, changed + surplus, digests, register(folder, repo, commit, version))
+    return Publication(repo, commit, version, changed + surplus, digests, register(folder, repo, commit, version))
 
 
 @contextmanager

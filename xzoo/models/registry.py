@@ -91,7 +91,9 @@ def _trained(entry: weights.Entry, revision: str | None = None, cache_dir: Any =
     return model
 
 
-def _check_keys(entry: weights.Entry, found: weights.Found, cfg: dict[str, Any], arguments: dict[str, Any]) -> None:
+def _check_keys(
+    entry: weights.Entry, found: weights.Checkpoint, cfg: dict[str, Any], arguments: dict[str, Any]
+) -> None:
     """Raise ModelError unless file and model have the same keys, those of the classifier apart.
 
     timm loads into a model with another head whatever there is, and leaves the rest as it was drawn.

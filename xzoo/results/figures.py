@@ -127,7 +127,11 @@ def _texts(points: Sequence[Point]) -> list[tuple[Point, str, float]]:
         whose = (point.network, point.dataset, point.by, point.budget)
         name = point.network.replace(BC, "" if pure else "BC ")
         foreign = point.by not in (AUTHORS, US, point.label)
-        words = [point.label] if point.label else [name] if whose not in said or foreign else []
+        words = []
+        if point.label:
+            words = [point.label]
+        elif whose not in said or foreign:
+            words = [name]
         if point.kind != DENSE and point.compression and (whose, point.compression) not in said:
             words.append(f"c={point.compression}")
         if foreign:
@@ -215,7 +219,8 @@ def _draw_panel(axes: "Axes", points: Sequence[Point]) -> Labels:
             marks += _spots(x, point)
         several = len({key for key in curves if key[:2] == (ours, kind)}) > 1
         text = NAMES[kind] + (f", share {shares[0]} / {shares[1]}" if several else "")
-        text += "" if ours == all(p.ours for p in points) else " (ours)" if ours else " (published)"
+        if ours != all(p.ours for p in points):
+            text += " (ours)" if ours else " (published)"
         labels.append(Label(places[-1], curve[-1].top1, text, COLOURS[kind], 9.5))
     compressions = sorted({p.compression for p in points if p.compression and p.kind != DENSE})
     for point in points:

@@ -171,8 +171,13 @@ def _value(name: str, text: str, kind: type, optional: bool) -> Any:
 
 
 def _texts(row: Any) -> list[str]:
-    values = (getattr(row, name) for name in columns(type(row)))
-    return ["" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+    texts = []
+    for name in columns(type(row)):
+        value = getattr(row, name)
+        if value is None:
+            value = ""
+        texts.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return texts
 
 
 def _differences(old: Any, new: Any) -> str:

@@ -202,7 +202,7 @@ class Clock(Callback):
         self._before = state_dict["seconds"]
 
 
-class Report(Callback):
+class ProgressReport(Callback):
     """Tells how far the run is: a bar with the time left on a terminal, and a line each epoch.
 
     Lightning's own bars count an epoch's batches; a run that ends by the clock has no number of epochs,

@@ -36,7 +36,7 @@ from ..lettering import spared
 from ..machine import device_named, own_threads
 from ..names import encoded, escaped, say, shown, to_yaml
 from . import pictures
-from .callbacks import EMA, Clock, Report, checkpoints
+from .callbacks import EMA, Clock, ProgressReport, checkpoints
 from .evaluate import judged, top
 from .plan import Options, Plan, plan, start, use_weights
 from .run import (
@@ -225,7 +225,7 @@ class _Job:
             enable_model_summary=False,
             # Only epochs: a run with max_steps or max_time as well does not resume where it was.
             max_epochs=self.recipe.epochs or -1,
-            callbacks=[EMA(), self.clock, Report(console), *checkpoints(self.last.parent)],
+            callbacks=[EMA(), self.clock, ProgressReport(console), *checkpoints(self.last.parent)],
             logger=MetricsFile(self.run / METRICS, self.done),
             log_every_n_steps=max(1, min(10, steps // 3)),
             plugins=[AtomicCheckpointIO()],

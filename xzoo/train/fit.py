@@ -37,7 +37,7 @@ from ..names import say, shown, to_yaml
 from ..profile import profile
 from ..results.runs import DENSE, Row, append, read
 from . import pictures
-from .callbacks import EMA, Clock, Report, checkpoints
+from .callbacks import EMA, Clock, ProgressReport, checkpoints
 from .evaluate import judged, top
 from .parse import PLACES, RecipeCLI, is_first, launched
 from .run import (
@@ -108,7 +108,7 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
         default_root_dir=str(run),
         callbacks=[
             *([EMA(cli.config.ema)] if cli.config.ema else []),
-            *(clock, Report(console)),
+            *(clock, ProgressReport(console)),
             *checkpoints(last.parent),
         ],
         plugins=[AtomicCheckpointIO()],

@@ -117,9 +117,9 @@ class RecipeCLI(LightningCLI):
         parts.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
         given = parts.instantiate(Namespace(trainer=self.config.trainer)).trainer.as_dict()
         for name in ("callbacks", "plugins", "logger"):
-            own, ours = given.pop(name), trainer.get(name, [])
+            own, ours = given.pop(name) or [], trainer.get(name, [])
             if ours is not False:
-                trainer[name] = [*ours, *(own if isinstance(own, list) else [own] if own else [])]
+                trainer[name] = [*ours, *(own if isinstance(own, list) else [own])]
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
         quietly = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}

@@ -149,8 +149,10 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
         "seed": options.seed,
     }
     if pretrained and not options.freeze:
-        # An expanded body has lost most of its connections, and has to move to make up for them.
-        classifier |= {"body_lr": 0.5 if options.expand else 0.1 if gently else 1.0, "head_first": 0.05}
+        body_lr = 0.1 if gently else 1.0
+        if options.expand:  # its body has lost most of its connections, and has to move to make up for them
+            body_lr = 0.5
+        classifier |= {"body_lr": body_lr, "head_first": 0.05}
         # Under 16 images a batch's own statistics are worse than those that came with the weights.
         classifier |= {"freeze_norm": batch_size < 16 and gently and not options.expand}
     return Plan(

@@ -49,7 +49,7 @@ _FREE = re.compile(r"--(?:\S*seed\S*|out|results)")
 
 
 @dataclass(frozen=True)
-class Run:
+class QueuedRun:
     """A command of a queue: its block's number, and the arguments of `xzoo fit`."""
 
     block: str
@@ -71,7 +71,7 @@ class Run:
 # ---- what is asked for
 
 
-def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[Run]:
+def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[QueuedRun]:
     """All runs of a queue file, in its order; of `numbers`, those of the blocks below headings of these numbers.
 
     Raises: XzooError for a file without blocks, an unknown number, a block that is no list of `xzoo fit --out` or needs
@@ -84,13 +84,13 @@ def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[Run]:
         known = [block for block, _ in found]
         if number not in known:
             raise XzooError(f"{path} has no block {number}; {nearest(number, known)}")
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, QueuedRun] = {}
     for block, shell in found:
         if numbers and block not in numbers:
             continue
         try:
             for arguments in expand(shell, os.environ):
-                run = Run(block, arguments)
+                run = QueuedRun(block, arguments)
                 if runs.setdefault(run.out, run) != run:
                     raise XzooError(f"two runs have one folder, {run.out}; give each its own --out")
         except XzooError as error:
@@ -198,7 +198,7 @@ def _counted(model: str, size: int, given: str) -> Profile:
     return profile(create_model(model, device="meta", **json.loads(given)), (3, size, size))
 
 
-def speed(runs: Sequence[Run]) -> float:
+def speed(runs: Sequence[QueuedRun]) -> float:
     """Training MACs in a second on one core: of the finished runs, or else of the rows of recipes/results.csv on CPUs.
 
     NaN where there are none.
@@ -218,7 +218,7 @@ def speed(runs: Sequence[Run]) -> float:
     return math.nan
 
 
-def listed(runs: Sequence[Run]) -> list[tuple[Run, str, float]]:
+def listed(runs: Sequence[QueuedRun]) -> list[tuple[QueuedRun, str, float]]:
     """Each run, its state in words, and the core-hours that are left of it.
 
     The hours are an estimate: MACs by the speed at which others went, and networks of few channels, depthwise layers or
@@ -241,7 +241,7 @@ def listed(runs: Sequence[Run]) -> list[tuple[Run, str, float]]:
 # ---- running it
 
 
-def run_queue(runs: Sequence[Run], jobs: int | None = None) -> None:
+def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
     """Start what is open, in its order, `jobs` at a time (by default two), and wait for all of it.
 
     Each run is a process at the lowest priority with its share of the cores as threads, and writes to RUN.log. Runs in
@@ -257,10 +257,10 @@ def run_queue(runs: Sequence[Run], jobs: int | None = None) -> None:
     for folder in {run.log.parent for run in runs}:
         check_folder(folder)
     console, threads = Console(stderr=True), max(1, most // jobs)
-    working: dict[Run, subprocess.Popen[bytes]] = {}
-    begun: dict[Run, float] = {}
-    failed: list[Run] = []
-    others: set[Run] = set()
+    working: dict[QueuedRun, subprocess.Popen[bytes]] = {}
+    begun: dict[QueuedRun, float] = {}
+    failed: list[QueuedRun] = []
+    others: set[QueuedRun] = set()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while True:
@@ -295,7 +295,7 @@ def run_queue(runs: Sequence[Run], jobs: int | None = None) -> None:
         raise XzooError(f"{len(failed)} of {len(runs)} runs failed: {names}; their logs say why")
 
 
-def _started(run: Run, threads: int) -> "subprocess.Popen[bytes]":
+def _started(run: QueuedRun, threads: int) -> "subprocess.Popen[bytes]":
     """In a session of its own, so that the terminal's Ctrl-C comes once, from us."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -1,0 +1,184 @@
+"""Write the tables of README.md and of the folders' README files: `python .github/readme.py`.
+
+A table stands between `<!-- name: python .github/readme.py -->` and `<!-- end of name -->`.
+tests/test_readme.py fails where one is out of date.
+"""
+
+import csv
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import xzoo
+from xzoo import weights
+from xzoo.datasets import DATASETS
+from xzoo.results.runs import aggregate, read
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights_short() -> list[list[str]]:
+    rows = [["model", "data set", "top-1, %", "weights", "MACs", "file"]]
+    for name, card in _cards().items():
+        row = [f"`{name}`", DATASETS[card["dataset"]].title, f"{card['top1']:.2f}"]
+        rows.append([*row, _millions(card["weights"], 2), _millions(card["macs"]), _megabytes(card)])
+    return rows
+
+
+def weights_full() -> list[list[str]]:
+    """What metrics.json in the folders of hub_cards says."""
+    rows = [["checkpoint", "evaluated on", "top-1, %", "runs", "weights", "MACs", "file"]]
+    rows[0] += ["sigma_2 / bound", "dense twin's time", "recipe"]
+    for name, card in _cards().items():
+        runs, latency = card["runs"], card["latency"]
+        counted = str(runs["n"]) if runs["sd"] is None else f"{runs['n']}: {_spread(runs)}"
+        low, *_, high = card["sigma_2"]
+        recipe = card["recipe"].removeprefix("recipes/").removesuffix(".yaml")
+        row = [f"`{name}`", f"{card['n_val']:,} {card['split']} images, {DATASETS[card['dataset']].title}"]
+        row += [f"{card['top1']:.2f}", counted, _millions(card["weights"], 2), _millions(card["macs"])]
+        row += [_megabytes(card), f"{low:.2f} to {high:.2f}"]
+        rows.append([*row, f"{latency['dense_times']:.1f}x ({latency['on']})", f"`{recipe}`"])
+    return rows
+
+
+def fine_tuning() -> list[list[str]]:
+    """recipes/finetune.csv: a row for a checkpoint, a data set, and a number of its images."""
+    groups: dict[tuple, dict[str, list[float]]] = {}  # what is compared -> pretrained -> top-1 of each seed
+    for run in _csv("finetune.csv"):
+        key = (run["model"], run["data"], int(run["train_images"]), float(run["minutes"]), run["n_val"], run["on"])
+        groups.setdefault(key, {"true": [], "false": []})[run["pretrained"]].append(float(run["top1"]))
+    rows = [["checkpoint", "training images", "fine-tuned, %", "from scratch, %", "runs", "test images", "each", "on"]]
+    for (model, data, images, minutes, n_val, machine), top1 in groups.items():
+        row = [f"`{model}`", f"{images:,} of {data}"]
+        for pretrained in ("true", "false"):
+            row.append(f"{mean(top1[pretrained]):.2f} ± {stdev(top1[pretrained]):.2f}")
+        rows.append([*row, str(len(top1["true"])), n_val, f"{minutes:g} min", machine])
+    return rows
+
+
+def models() -> list[list[str]]:
+    """Counts of every model at its own image size, beside those of its dense twin."""
+    rows = [["model", "px", "weights", "MACs", "fewer weights", "fewer MACs"]]
+    for name in xzoo.list_models():
+        if name == "x_timm":
+            continue
+        model = xzoo.create_model(name, device="meta")
+        ours, size = xzoo.profile(model), model.pretrained_cfg["input_size"][-1]
+        dense = xzoo.profile(xzoo.create_model(name, device="meta", compression=1))
+        row = [f"`{name}`", str(size), _millions(ours.weights, 2), _millions(ours.macs)]
+        rows.append([*row, f"{dense.weights / ours.weights:.1f}x", f"{dense.macs / ours.macs:.1f}x"])
+    return rows
+
+
+def results() -> list[list[str]]:
+    """recipes/results.csv: runs of one recipe together."""
+    rows = [["recipe", "data set", "weights", "MACs", "epochs", "top-1, %", "runs", "on"]]
+    for each in aggregate(read(ROOT / "recipes" / "results.csv")):
+        run = each.row
+        top1 = f"{each.mean:.2f}" if each.sd is None else f"{each.mean:.2f} ± {each.sd:.2f}"
+        recipe = run.recipe.removeprefix("recipes/").removesuffix(".yaml")
+        row = [f"`{recipe}`", f"{DATASETS[run.dataset].title}, {run.split}"]
+        row += [_millions(run.weights, 2), _millions(run.macs), str(run.epoch_reported), top1]
+        rows.append([*row, str(each.n), run.device])
+    return rows
+
+
+def speed_short() -> list[list[str]]:
+    rows = [["model", "fewer MACs", "inference, batch 1", "training step", "group convolution, training"]]
+    for name, cases in speed_cases().items():
+        if name in ("x_vgg16_c16", "x_vgg16_2", "x_resnet50_c4", "x_mobilenet050_c8"):
+            one, _, training = cases
+            rows.append([f"`{name}`", f"{one['ideal']}x", _times(one, "dense"), _times(training, "dense")])
+            rows[-1].append(_times(training, "group"))
+    return rows
+
+
+def speed_full() -> list[list[str]]:
+    rows = [["model", "case", "fewer MACs", "dense twin", "masked dense twin", "group convolution"]]
+    for name, cases in speed_cases().items():
+        for case in cases:
+            row = [f"`{name}`", case["case"], f"{case['ideal']}x"]
+            rows.append([*row, *(_times(case, form) for form in ("dense", "masked", "group"))])
+    return rows
+
+
+def machine() -> str:
+    first = _csv("speed.csv")[0]
+    return f"{first['machine'].partition(', load')[0]}; torch {first['torch']}."
+
+
+def speed_cases() -> dict[str, list[dict[str, str]]]:
+    """Of each model in recipes/speed.csv: inference of one image and of many, and a training step.
+
+    Each has the case by name, the ratio of MACs, and the time of each other form divided by ours.
+    """
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in _csv("speed.csv"):
+        if row["part"] == "model":
+            name, _, case = row["what"].partition(", ")
+            cases = found.setdefault(name, {}).setdefault(case, {"case": case, "ideal": row["ideal"]})
+            cases[row["against"]] = row["median"]
+            cases["ideal"] = row["ideal"] if row["against"] == "dense" else cases["ideal"]
+    return {name: sorted(cases.values(), key=_order) for name, cases in found.items()}
+
+
+def _order(case: dict[str, str]) -> tuple[bool, int]:
+    return "training" in case["case"], int(case["case"].split()[-1])
+
+
+def _csv(name: str) -> list[dict[str, str]]:
+    with open(ROOT / "recipes" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _cards() -> dict[str, dict]:
+    found = {}
+    for name in weights.entries():
+        text = (ROOT / "hub_cards" / name / "metrics.json").read_text(encoding="utf-8")
+        found[name] = json.loads(text)
+    return found
+
+
+def _times(case: dict[str, str], form: str) -> str:
+    return f"{float(case[form]):.2f}x"
+
+
+def _millions(count: float, digits: int = 0) -> str:
+    return f"{count / 1e6:,.{digits}f}M"
+
+
+def _megabytes(card: dict) -> str:
+    return f"{card['bytes'] / 1e6:.1f} MB"
+
+
+def _spread(runs: dict) -> str:
+    return f"{runs['top1']:.2f} ± {runs['sd']:.2f}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+# Where each table stands: page, name of the mark, function.
+TABLES = (
+    ("README.md", "weights", lambda: _markdown(weights_short())),
+    ("README.md", "speed", lambda: f"{_markdown(speed_short())}\n{machine()}\n"),
+    ("hub_cards/README.md", "weights", lambda: _markdown(weights_full())),
+    ("hub_cards/README.md", "finetune", lambda: _markdown(fine_tuning())),
+    ("recipes/README.md", "results", lambda: _markdown(results())),
+    ("xzoo/models/README.md", "models", lambda: _markdown(models())),
+    ("xzoo/ops/README.md", "speed", lambda: f"{_markdown(speed_full())}\n{machine()}\n"),
+)
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: python .github/readme.py -->\n", f"<!-- end of {name} -->"
+
+
+if __name__ == "__main__":
+    for page, name, table in TABLES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        begin, end = marks(name)
+        head, tail = text.split(begin)[0], text.split(end)[1]
+        (ROOT / page).write_text(f"{head}{begin}{table()}{end}{tail}", encoding="utf-8")
