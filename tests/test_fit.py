@@ -102,6 +102,10 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     with pytest.raises(XzooError, match=r"holds another run: model.lr is 0.05 there and 0.1 here; .*--out"):
         fit([*asked, "--model.lr", "0.1"])
     assert fit([*asked, "--trainer.strategy", "ddp", "--data.root", "/elsewhere"]) == result
+    # Folders know the data modules by the names of xzoo.train, where they once were, whatever name a recipe uses.
+    assert "class_path: xzoo.train.CIFAR10\n" in (run / "config.yaml").read_text()
+    assert fit([*asked, "--data", "xzoo.data.CIFAR10"]) == result
+    assert RecipeCLI(["--config", str(run / "config.yaml")]).sha == result["recipe_sha"]
 
 
 def test_the_folder_is_a_recipe_that_does_the_same(recipe, data, tmp_path):

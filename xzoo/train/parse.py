@@ -5,6 +5,7 @@ LightningCLI's parser, with the nearest names in its errors and without its habi
 
 import os
 import pydoc
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,7 +135,10 @@ class RecipeCLI(LightningCLI):
     def plain(self, changes_only: bool = False) -> dict[str, Any]:
         """The configuration in plain values, as a recipe that does the same; of `changes_only`, without defaults."""
         text = self.parser.dump(self.config, format="yaml", skip_unset=False, skip_default=changes_only)
-        return {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
+        plain = {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
+        # Run folders and hashes of recipes know the data modules by the names that xzoo.train has for them.
+        plain["data"]["class_path"] = re.sub(r"^xzoo\.data\.", "xzoo.train.", plain["data"]["class_path"])
+        return plain
 
     @property
     def name(self) -> str:
@@ -151,10 +155,7 @@ class RecipeCLI(LightningCLI):
     @property
     def sha(self) -> str:
         """Of what is computed: the recipe with its bases and overrides, wherever and however it runs."""
-        said = _without(self.plain(changes_only=True), PLACES | MEANS)
-        # By the name of the data module under which the first rows of results were hashed.
-        said["data"]["class_path"] = said["data"]["class_path"].replace("xzoo.data.", "xzoo.train.", 1)
-        return recipe_sha(said)
+        return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
 
 
 def _without(config: Any, keys: set[str], place: str = "") -> Any:
