@@ -281,7 +281,9 @@ def _registered(name: str, *arguments: Any) -> Tensor:
 
 
 def _is_batched(tensor: Tensor | None) -> bool:
-    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    if tensor is None or torch.compiler.is_compiling():  # Dynamo cannot trace the question
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _is_scattered(grad: Tensor) -> bool:
