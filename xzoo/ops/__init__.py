@@ -1,7 +1,7 @@
-"""The two operations of an X-layer, differentiable, and the choice of a backend: the only door to them.
+"""The two operations of an X-layer, differentiable, and the choice of a backend: their only door.
 
-    conv2d(x [B, C_in, H, W], weight [C_out, degree, kh, kw], neighbours [C_out / share, degree], ...)
-    linear(x [..., in],       weight [out, degree],           neighbours [out / share, degree], ...)
+    conv2d(x [B, C_in, H, W], weight [C_out, degree, kh, kw], neighbours [C_out / share, degree])
+    linear(x [..., in],       weight [out, degree],           neighbours [out / share, degree])
 
 operations.py has them.
 """

@@ -17,15 +17,16 @@ from . import native
 class GatherBounds(NamedTuple):
     """Where `gather` is taken."""
 
-    least_saving: int  # share * inputs / degree: how many times fewer the weights are, times the share
+    # Share * inputs / degree: how many times fewer the weights are, times the share.
+    least_saving: int
     most_copies: int  # of an input, one for each block that reads it
 
 
 # `gather` copies an input once for each block that reads it and leaves out the multiplications by
-# zero. At or above these figures, with no more copies than were measured, it won everywhere, forward
-# and training, at batch 1, 16 and 128: 1.4 to 13 times (tests/golden/auto.csv; 2026-11-24, torch
-# 2.14, one thread of a Zen 4, float32). Not so in channels_last (0.5 to 2.2 on two threads), nor for
-# 1x1 convolutions at batch 128 (0.2 to 2.7). Other devices and types: not measured.
+# zero. At or above these figures, with no more copies than were measured, it won everywhere,
+# forward and training, at batch 1, 16 and 128: 1.4 to 13 times (tests/golden/auto.csv; 2026-11-24,
+# torch 2.14, one thread of a Zen 4, float32). Not so in channels_last (0.5 to 2.2 on two threads),
+# nor for 1x1 convolutions at batch 128 (0.2 to 2.7). Other devices and types: not measured.
 GATHER = {"conv2d": GatherBounds(128, 4), "linear": GatherBounds(256, 8)}
 
 
@@ -119,7 +120,8 @@ NATIVE: dict[tuple[int, bool], tuple[NativeRule, ...]] = {
 
 
 def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
-    """The backend of an operation, or of one of its gradients (conv2d_input_grad), for such a layer.
+    """The backend of an operation, or of one of its gradients (conv2d_input_grad), for such a
+    layer.
 
     `geometry` is a convolution's stride, padding and dilation.
     """

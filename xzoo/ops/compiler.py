@@ -1,10 +1,12 @@
-"""From C++ source to a library that is loaded: with which compiler, by which flags, and where it is kept.
+"""From C++ source to a library that is loaded: with which compiler, by which flags, and where it is
+kept.
 
-A compiler is asked for the best that the caller knows, then for less, until it makes a library that loads: old
-ones do not know x86-64-v3, drivers for C do not link C++ by themselves. What came out is kept under XZOO_HOME,
-or where nothing can be kept there in a private folder, under a hash of everything it depends on; beside it a
-record (.json) with the hash of the library, how it was made and what was refused. A compiler whose library
-cannot be loaded, or that took too long, is remembered too, or every process would build for minutes again.
+A compiler is asked for the best that the caller knows, then for less, until it makes a library that
+loads: old ones do not know x86-64-v3, drivers for C do not link C++ by themselves. What came out is
+kept under XZOO_HOME, or where nothing can be kept there in a private folder, under a hash of
+everything it depends on; beside it a record (.json) with the hash of the library, how it was made
+and what was refused. A compiler whose library cannot be loaded, or that took too long, is
+remembered too, or every process would build for minutes again.
 
 Not here: what the source is and which flags suit this CPU (native.py).
 """
@@ -33,11 +35,13 @@ from ..home import home, private
 FORMAT = 1  # of the records
 PATIENCE = 3  # seconds, then it is said what a first call waits for
 LIMIT = 600  # seconds, then a compiler is given up
-MEMORY = 24 * 3600  # seconds that a failure is remembered: what was wrong may have been mended elsewhere
+# Seconds that a failure is remembered: what was wrong may have been mended elsewhere.
+MEMORY = 24 * 3600
 SPACE = 16 << 20  # bytes: preprocessed source, object and library are 3 MB
 
-# What the link needs, by itself or, where the compiler is one for C, by name. Undefined symbols are refused, so that
-# the library loads in every process and not only beside one that happens to have them.
+# What the link needs, by itself or, where the compiler is one for C, by name. Undefined symbols are
+# refused, so that the library loads in every process and not only beside one that happens to have
+# them.
 LINKS: tuple[list[str], ...] = (
     ["-Wl,-z,defs"],
     ["-Wl,-z,defs", "-lstdc++"],
@@ -51,7 +55,8 @@ LOADS = "import ctypes, sys; print('begun', flush=True); ctypes.CDLL(sys.argv[1]
 
 
 class BuildError(RuntimeError):
-    """No library. `lasting` where finding that out took a compilation, so that it should not be found out again."""
+    """No library. `lasting` where finding that out took a compilation, so that it should not be
+    found out again."""
 
     def __init__(self, message: str, lasting: bool = False) -> None:
         super().__init__(message)
@@ -59,7 +64,8 @@ class BuildError(RuntimeError):
 
 
 class Built(NamedTuple):
-    """A library that is loaded; `record` tells command, version, flags, level, and what was refused before.
+    """A library that is loaded; `record` tells command, version, flags, level, and what was refused
+    before.
 
     `skipped` are folders that came first and would not do, with the reason.
     """
@@ -97,7 +103,8 @@ def compilers() -> Iterator[list[str]]:
 
 
 def _words(given: str) -> list[str]:
-    """CXX as a shell reads it, which is what make does: launchers, flags, a variable set in front."""
+    """CXX as a shell reads it, which is what make does: launchers, flags, a variable set in
+    front."""
     if found := shutil.which(os.path.expanduser(given)):  # a path, perhaps with blanks in it
         return [os.path.abspath(found)]
     try:
@@ -108,12 +115,15 @@ def _words(given: str) -> list[str]:
         words = ["env", *words]
     found = shutil.which(os.path.expanduser(words[0])) if words else None
     if found is None:
-        raise BuildError(f"CXX={given!r} names no compiler that is there; unset it, or name one that is")
+        raise BuildError(
+            f"CXX={given!r} names no compiler that is there; unset it, or name one that is"
+        )
     return [os.path.abspath(found), *words[1:]]
 
 
 def _versioned() -> Iterator[str]:
-    """g++-12, clang++-19, x86_64-linux-gnu-g++ and the like, newest first: often all that is installed."""
+    """g++-12, clang++-19, x86_64-linux-gnu-g++ and the like, newest first: often all that is
+    installed."""
     form = re.compile(rf"({re.escape(platform.machine())}[\w-]*-)?(g\+\+|clang\+\+)(-(\d+))?")
     found: set[tuple[int, str]] = set()
     for folder in os.get_exec_path():
@@ -125,7 +135,8 @@ def _versioned() -> Iterator[str]:
 
 
 def _identity(words: Sequence[str]) -> list[Any]:
-    """Changes when a program of the command does. Not its --version: that is a process for every process."""
+    """Changes when a program of the command does. Not its --version: that is a process for every
+    process."""
     found = []
     for word in words:
         if path := None if word.startswith("-") else shutil.which(word):
@@ -137,7 +148,12 @@ def _identity(words: Sequence[str]) -> list[Any]:
 # ---- the library
 
 
-def build(source: Path, variants: Sequence[Variant], load: Callable[[Path], ctypes.CDLL], again: bool = False) -> Built:
+def build(
+    source: Path,
+    variants: Sequence[Variant],
+    load: Callable[[Path], ctypes.CDLL],
+    again: bool = False,
+) -> Built:
     """The source as a library: the kept one, or a new one by the first compiler that makes one.
 
     Args:
@@ -159,12 +175,15 @@ def build(source: Path, variants: Sequence[Variant], load: Callable[[Path], ctyp
             return built
         least = least or built  # this compiler knows no vectors; perhaps the next one does
     if least is None:
-        raise BuildError("; ".join(reasons) or "no C++ compiler: install g++ or clang++, or name one in CXX")
+        raise BuildError(
+            "; ".join(reasons) or "no C++ compiler: install g++ or clang++, or name one in CXX"
+        )
     return least
 
 
 def whole(source: Path, seen: set[Path] | None = None) -> str:
-    """All that the library is made of: the source, with each header beside it put where it is included first."""
+    """All that the library is made of: the source, with each header beside it put where it is
+    included first."""
     seen = set() if seen is None else seen
     lines = []
     for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -188,7 +207,8 @@ def _by(
 ) -> Built:
     """The library of one compiler, from the first folder that will do."""
     parts = [FORMAT, whole(source), variants, words, _identity(words), platform.machine(), _libc()]
-    if any("native" in word for word in words):  # -march=native: for this CPU, and a home may be of several machines
+    # -march=native: for this CPU, and a home may be of several machines.
+    if any("native" in word for word in words):
         parts.append(_cpu())
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     wrong: dict[Path, str] = {}
@@ -236,7 +256,8 @@ def _trust(folder: Path) -> None:
 
 
 def _kept(folder: Path, key: str, load: Callable[[Path], ctypes.CDLL], again: bool) -> Built | None:
-    """What this user or root made here before. Raises: OSError if that cannot be loaded, BuildError if it failed."""
+    """What this user or root made here before. Raises: OSError if that cannot be loaded, BuildError
+    if it failed."""
     for user in dict.fromkeys((os.getuid(), 0)):
         path = folder / f"{key}.{user}.so"
         try:
@@ -248,8 +269,11 @@ def _kept(folder: Path, key: str, load: Callable[[Path], ctypes.CDLL], again: bo
             continue
         if "failed" in record:
             if not again and abs(time.time() - file.stat().st_mtime) < MEMORY:
-                raise BuildError(f"{record['failed']} (this was found before; `xzoo doctor` tries again)")
-        elif hashlib.sha256(data).hexdigest() == record["sha256"]:  # one that was cut would end the process
+                raise BuildError(
+                    f"{record['failed']} (this was found before; `xzoo doctor` tries again)"
+                )
+        # One that was cut would end the process.
+        elif hashlib.sha256(data).hexdigest() == record["sha256"]:
             _trust(folder)
             return Built(load(path), path, record)
     return None
@@ -273,7 +297,8 @@ def _made(
     load: Callable[[Path], ctypes.CDLL],
     notice: "_Notice",
 ) -> Built:
-    """Compile, load, and keep what loads. Raises: BuildError, and remembers it if it is a lasting one."""
+    """Compile, load, and keep what loads. Raises: BuildError, and remembers it if it is a lasting
+    one."""
     stem = f"{key}.{os.getuid()}"
     for left in folder.glob(f"{stem}.*.tmp"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -284,7 +309,9 @@ def _made(
             try:
                 loaded = load(library)
             except OSError as error:
-                raise BuildError(f"{shlex.join(words)}: its library cannot be loaded: {error}", lasting=True) from None
+                raise BuildError(
+                    f"{shlex.join(words)}: its library cannot be loaded: {error}", lasting=True
+                ) from None
         except BuildError as error:
             if error.lasting:
                 _write(work, folder / f"{stem}.json", {"failed": str(error)})
@@ -304,7 +331,9 @@ def _write(work: Path, path: Path, record: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
-def _compiled(compiler: "_Compiler", source: Path, variants: Sequence[Variant]) -> tuple[Path, dict[str, Any]]:
+def _compiled(
+    compiler: "_Compiler", source: Path, variants: Sequence[Variant]
+) -> tuple[Path, dict[str, Any]]:
     """The best variant that this compiler knows: the library, which loads, and its record."""
     refused: list[str] = []
     failed: set[str] = set()
@@ -314,7 +343,9 @@ def _compiled(compiler: "_Compiler", source: Path, variants: Sequence[Variant]) 
             continue
         # First what takes no time: unknown flags, no headers, no compiler behind the name.
         quick = [flag for flag in flags if flag != "-shared"] + ["-w"]
-        if said := compiler.run([*quick, "-E", "-o", str(compiler.work / "native.ii"), str(source)]):
+        if said := compiler.run(
+            [*quick, "-E", "-o", str(compiler.work / "native.ii"), str(source)]
+        ):
             refused.append(f"{level}: {said}")
             continue
         said = compiler.run([*quick, "-c", "-o", str(code), str(source)])
@@ -332,15 +363,22 @@ def _compiled(compiler: "_Compiler", source: Path, variants: Sequence[Variant]) 
                 said = f"{compiler.name}: its library cannot be loaded: {reason}"
             wrong.append(said)
             if not said:
-                record = {"command": compiler.words, "version": compiler.version(), "flags": [*flags, *needs]}
+                record = {
+                    "command": compiler.words,
+                    "version": compiler.version(),
+                    "flags": [*flags, *needs],
+                }
                 digest = hashlib.sha256(library.read_bytes()).hexdigest()
                 return library, record | {"level": level, "refused": refused, "sha256": digest}
-        raise BuildError(next((said for said in wrong if "cannot be loaded" in said), wrong[0]), lasting=True)
+        raise BuildError(
+            next((said for said in wrong if "cannot be loaded" in said), wrong[0]), lasting=True
+        )
     raise BuildError(refused[-1].partition(": ")[2], lasting=bool(failed))
 
 
 def _loads(path: Path) -> str:
-    """What loading says, in a process of its own: a sanitizer's runtime would end this one. Empty if it works."""
+    """What loading says, in a process of its own: a sanitizer's runtime would end this one. Empty
+    if it works."""
     if not Path(sys.executable or "").name.startswith("python"):  # within another program
         return ""
     try:
@@ -364,10 +402,12 @@ class _Compiler:
         self.name, self.end = shlex.join(words), time.monotonic() + LIMIT
 
     def run(self, arguments: Iterable[str]) -> str:
-        """What is wrong, in one line; empty if nothing is. Raises: BuildError if no further try makes sense."""
+        """What is wrong, in one line; empty if nothing is. Raises: BuildError if no further try
+        makes sense."""
         # Messages in English, as they are searched; its own files where there is space.
         environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(self.work)}
-        with tempfile.TemporaryFile(dir=self.work) as file:  # no pipe: what a launcher leaves running would hold it
+        # No pipe: what a launcher leaves running would hold it.
+        with tempfile.TemporaryFile(dir=self.work) as file:
             try:
                 process = subprocess.Popen(
                     [*self.words, *arguments],
@@ -382,7 +422,8 @@ class _Compiler:
             try:
                 while process.poll() is None:
                     self.notice.after_a_while(
-                        f"is building its CPU kernels with {self.name}; this is done once, in up to a minute"
+                        f"is building its CPU kernels with {self.name}; "
+                        "this is done once, in up to a minute"
                     )
                     if time.monotonic() > self.end:
                         raise BuildError(f"{self.name} did not end within {LIMIT} s", lasting=True)
@@ -394,19 +435,30 @@ class _Compiler:
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             file.seek(0)
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line.strip()
+                for line in file.read().decode(errors="replace").splitlines()
+                if line.strip()
+            ]
         if not process.returncode:
             return ""
         errors = [line for line in lines if "error" in line.lower() or "undefined" in line]
-        said = f"{self.name} failed with code {process.returncode}: {(errors or lines or ['no message'])[0]}"
+        first = (errors or lines or ["no message"])[0]
+        said = f"{self.name} failed with code {process.returncode}: {first}"
         if process.returncode < 0 or any("Killed signal" in line for line in lines):
             raise BuildError(said, lasting=True)  # no memory: not again, with other flags
         return said
 
     def version(self) -> str:
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            said = subprocess.run([*self.words, "--version"], timeout=10, **pipes).stdout.decode(errors="replace")
+            said = subprocess.run([*self.words, "--version"], timeout=10, **pipes).stdout.decode(
+                errors="replace"
+            )
             return said.strip().partition("\n")[0]
         return ""
 

@@ -42,13 +42,27 @@ def conv2d(
 
 
 def conv2d_input_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
-    return conv2d_input(x.shape, scatter(weight, neighbours, x.shape[1]), grad, stride, padding, dilation)
+    return conv2d_input(
+        x.shape, scatter(weight, neighbours, x.shape[1]), grad, stride, padding, dilation
+    )
 
 
 def conv2d_weight_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     shape = [weight.shape[0], x.shape[1], *weight.shape[2:]]
     x, stride = only_read(x, weight, stride, padding)
@@ -68,34 +82,41 @@ def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tens
 
 
 def only_read(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Pair]:
-    """(x without the pixels that a 1x1 kernel passes over, stride 1); what is given, for other kernels.
+    """(x without the pixels that a 1x1 kernel passes over, stride 1); what is given, for other
+    kernels.
 
-    For a gradient of weights: oneDNN's own way of leaving them out writes outside its memory, or leaves the result
-    wrong, where x is channels_last and has fewer channels than a vector has floats (oneDNN#6035; torch 2.14).
+    For a gradient of weights: oneDNN's own way of leaving them out writes outside its memory, or
+    leaves the result wrong, where x is channels_last and has fewer channels than a vector has
+    floats (oneDNN#6035; torch 2.14).
     """
     if tuple(weight.shape[2:]) != (1, 1) or any(padding):
         return x, stride
     return x[:, :, :: stride[0], :: stride[1]], (1, 1)
 
 
-# Rows of a matrix, and whole kernels where those have several numbers: 2 to 10 times as fast on a CPU as an index for
-# each number of a weight with four dimensions.
+# Rows of a matrix, and whole kernels where those have several numbers: 2 to 10 times as fast on a
+# CPU as an index for each number of a weight with four dimensions.
 
 
 def scatter(weight: Tensor, neighbours: Tensor, n_in: int) -> Tensor:
-    """The dense weight [out, n_in, ...] of a compact one [out, degree, ...]: zero where there is no edge."""
+    """The dense weight [out, n_in, ...] of a compact one [out, degree, ...]: zero where there is no
+    edge."""
     n_out = weight.shape[0]
-    dense = torch.zeros([n_out, n_in] + list(weight.shape)[2:], dtype=weight.dtype, device=weight.device)  # noqa: RUF005
+    shape = [n_out, n_in] + list(weight.shape)[2:]  # noqa: RUF005 (TorchScript)
+    dense = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
     rows = index(neighbours, n_out)
     if weight.numel() == rows.numel():
         dense.view(n_out, n_in).scatter_(1, rows, weight.reshape(rows.shape))
     else:
-        dense.view(n_out * n_in, -1).index_copy_(0, edges(rows, n_in), weight.reshape(rows.numel(), -1))
+        dense.view(n_out * n_in, -1).index_copy_(
+            0, edges(rows, n_in), weight.reshape(rows.numel(), -1)
+        )
     return dense
 
 
 def gather(dense: Tensor, neighbours: Tensor) -> Tensor:
-    """The compact weight [out, degree, ...] of a dense one [out, n_in, ...]: what `scatter` would put there."""
+    """The compact weight [out, degree, ...] of a dense one [out, n_in, ...]: what `scatter` would
+    put there."""
     n_out, n_in = dense.shape[:2]
     rows = index(neighbours, n_out)
     if dense.numel() == n_out * n_in:

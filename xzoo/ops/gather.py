@@ -1,8 +1,8 @@
 """Each block's inputs side by side, then one grouped operation of the library.
 
 Copies the input degree * blocks / n_in times, so it pays where `share` is large. Keeps NaN to the
-outputs that are connected to it. The input gradient adds into channels in order on the CPU; on a GPU
-`index_add` adds in any order unless torch.use_deterministic_algorithms is on.
+outputs that are connected to it. The input gradient adds into channels in order on the CPU; on a
+GPU `index_add` adds in any order unless torch.use_deterministic_algorithms is on.
 """
 
 from collections.abc import Collection
@@ -31,14 +31,26 @@ def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geom
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     gathered = x.index_select(1, neighbours.flatten())  # [B, blocks * degree, H, W]
     return F.conv2d(gathered, weight, bias, stride, padding, dilation, groups=len(neighbours))
 
 
 def conv2d_input_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     shape = [x.shape[0], neighbours.numel(), *x.shape[2:]]
     gathered = conv2d_input(shape, weight, grad, stride, padding, dilation, groups=len(neighbours))
@@ -46,11 +58,19 @@ def conv2d_input_grad(
 
 
 def conv2d_weight_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     x, stride = only_read(x, weight, stride, padding)
     gathered = x.index_select(1, neighbours.flatten())
-    return conv2d_weight(gathered, weight.shape, grad, stride, padding, dilation, groups=len(neighbours))
+    return conv2d_weight(
+        gathered, weight.shape, grad, stride, padding, dilation, groups=len(neighbours)
+    )
 
 
 def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,7 +87,8 @@ def linear_input_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tenso
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-    blocks = _outputs(grad, neighbours).transpose(1, 2) @ _rows(x, neighbours)  # [blocks, share, degree]
+    # [blocks, share, degree].
+    blocks = _outputs(grad, neighbours).transpose(1, 2) @ _rows(x, neighbours)
     return blocks.reshape(weight.shape)
 
 
@@ -88,7 +109,8 @@ def _blocks(weight: Tensor, neighbours: Tensor) -> Tensor:
 
 def _add(columns: Tensor, x: Tensor, neighbours: Tensor) -> Tensor:
     """The sum of the columns [B, blocks * degree, ...] of each input, of x's shape."""
-    # Half types add in float32: one rounding for each reader would cost more digits than plain torch loses.
+    # Half types add in float32: one rounding for each reader would cost more digits than plain
+    # torch loses.
     dtype = torch.promote_types(columns.dtype, torch.float32)
     zeros = torch.zeros(x.shape, dtype=dtype, device=x.device)
     return zeros.index_add(1, neighbours.flatten(), columns.to(dtype)).to(columns.dtype)

@@ -1,9 +1,10 @@
 """Our own kernels, native/native.cpp: float32 on CPUs, 3x3 and 1x1 convolutions and linear layers.
 
-They are compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler, and kept
-under XZOO_HOME (compiler.py). They know neither torch nor Python: a function gets addresses and sizes, and the
-address of OpenMP's entry, so that it works in torch's pool of threads and in no second one. Without a compiler,
-or where compiling fails, `available` says why, once, and the library's backends do the work.
+They are compiled at the first call (some 5 s), for the widest vectors of this CPU and its compiler,
+and kept under XZOO_HOME (compiler.py). They know neither torch nor Python: a function gets
+addresses and sizes, and the address of OpenMP's entry, so that it works in torch's pool of threads
+and in no second one. Without a compiler, or where compiling fails, `available` says why, once, and
+the library's backends do the work.
 
 Not here: anything but float32, other kernels, paddings and strides (`missing`); those are dense's.
 """
@@ -29,8 +30,12 @@ from .rows import Pair, checked
 
 SOURCE = Path(__file__).parent / "native" / "native.cpp"
 # No -march=native: a home folder may be shared by machines of which one lacks what another has.
-LEVELS = {"v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "v3": {"avx2", "bmi2", "fma", "f16c"}}
-HELD = {"avx2": ["v3"], "default": []}  # what ATEN_CPU_CAPABILITY, torch's own variable, leaves of them
+LEVELS = {
+    "v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "v3": {"avx2", "bmi2", "fma", "f16c"},
+}
+# What ATEN_CPU_CAPABILITY, torch's own variable, leaves of them.
+HELD = {"avx2": ["v3"], "default": []}
 
 _LAYER = struct.Struct("12q")  # layer.h's
 _CODES = {"": 0, "relu": 1, "relu6": 2}  # of the activations, done in the store of a result
@@ -59,7 +64,9 @@ def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geom
 
 def _has_kernel(operation: str, x: Tensor, weight: Tensor, *geometry: Any) -> bool:
     """For any neighbours."""
-    if not x.is_cpu or x.dtype != torch.float32 or x.layout != torch.strided or weight.layout != torch.strided:
+    if not x.is_cpu or x.dtype != torch.float32:
+        return False
+    if x.layout != torch.strided or weight.layout != torch.strided:
         return False
     if operation == "linear":
         return True
@@ -85,11 +92,19 @@ def conv2d(
     shape = [batch, len(weight), (height - 1) // step + 1, (width - 1) // step + 1]
     y = _empty(shape, x)
     name = "xzoo_point" if point else "xzoo_conv3"
-    return _call(name, y, x, y, weight, neighbours, step, x, weight, neighbours, bias, activation=activation)
+    return _call(
+        name, y, x, y, weight, neighbours, step, x, weight, neighbours, bias, activation=activation
+    )
 
 
 def conv2d_input_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     grad, point = laid_out(grad), weight.shape[2] == 1
     dx = _empty(x[:, :, :: stride[0], :: stride[1]].shape if point else x.shape, x)
@@ -103,7 +118,13 @@ def conv2d_input_grad(
 
 
 def conv2d_weight_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    neighbours: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     x, grad = _seen(x, weight, stride), laid_out(grad)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -111,19 +132,25 @@ def conv2d_weight_grad(
     return _call(name, dw, x, grad, weight, neighbours, _step(weight, stride), grad, x, neighbours)
 
 
-def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None, activation: str = ""
+) -> Tensor:
     x, y = laid_out(x), x.new_empty(x.shape[0], weight.shape[0])
-    return _call("xzoo_point", y, x, y, weight, neighbours, 1, x, weight, neighbours, bias, activation=activation)
+    tensors = (x, weight, neighbours, bias)
+    return _call("xzoo_point", y, x, y, weight, neighbours, 1, *tensors, activation=activation)
 
 
 def linear_input_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad = laid_out(grad)
-    return _call("xzoo_point_input_grad", dx, dx, grad, weight, neighbours, 1, grad, weight, neighbours)
+    return _call(
+        "xzoo_point_input_grad", dx, dx, grad, weight, neighbours, 1, grad, weight, neighbours
+    )
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-    x, grad, dw = laid_out(x), laid_out(grad), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    x, grad = laid_out(x), laid_out(grad)
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return _call("xzoo_point_weight_grad", dw, x, grad, weight, neighbours, 1, grad, x, neighbours)
 
 
@@ -138,7 +165,8 @@ def _call(
     *tensors: Tensor | None,
     activation: str = "",
 ) -> Tensor:
-    """The function of native.cpp on the addresses of `tensors` and of `result`; x and y give the layer's sizes."""
+    """The function of native.cpp on the addresses of `tensors` and of `result`; x and y give the
+    layer's sizes."""
     sizes, (n_out, degree, *_) = (*x.shape, 1, 1)[:4], weight.shape
     if not sizes[0]:
         return result.zero_()
@@ -171,10 +199,12 @@ def _call(
 
 
 def readable(t: Tensor) -> Tensor:
-    """A tensor whose numbers lie in memory as they are, for functions that get an address and nothing else.
+    """A tensor whose numbers lie in memory as they are, for functions that get an address and
+    nothing else.
 
-    A bit that says "negative" and zeros without memory are written out. Raises RuntimeError where memory was given
-    back, or is too small for the tensor's sizes; torch itself would read past its end.
+    A bit that says "negative" and zeros without memory are written out. Raises RuntimeError where
+    memory was given back, or is too small for the tensor's sizes; torch itself would read past its
+    end.
     """
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype)
@@ -182,7 +212,9 @@ def readable(t: Tensor) -> Tensor:
     for size, step in zip(t.shape, t.stride()):  # noqa: B905 (a microsecond of a small layer's 10)
         end += (size - 1) * step
     if t.untyped_storage().nbytes() < t.element_size() * end and t.numel():
-        raise RuntimeError(f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized")
+        raise RuntimeError(
+            f"a tensor of {list(t.shape)} lacks its memory: the storage was freed or resized"
+        )
     return t.resolve_neg() if t.is_neg() else t
 
 
@@ -192,7 +224,9 @@ def _refusal(answer: int, x: list[int], weight: list[int], share: int) -> Except
         return IndexError(f"neighbours must be from 0 to {x[1] - 1}, the inputs there are")
     layer = f"a layer of x {x}, weight {weight}, share {share}"
     if answer == 2:
-        return MemoryError(f"no memory for what the native kernels keep of {layer}: take a smaller batch")
+        return MemoryError(
+            f"no memory for what the native kernels keep of {layer}: take a smaller batch"
+        )
     return XzooError(f"the native kernels do not support {layer}; use backend 'dense'")
 
 
@@ -215,7 +249,9 @@ def laid_out(x: Tensor) -> Tensor:
 
 def _last(x: Tensor) -> bool:
     """As torch.channels_last, and not both ways."""
-    return not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if x.is_contiguous() or x.dim() != 4:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _empty(shape: Any, like: Tensor) -> Tensor:
@@ -225,10 +261,12 @@ def _empty(shape: Any, like: Tensor) -> Tensor:
 
 # ---- building and loading
 
-# LEVELS in words that GCC before 11 and clang before 12 know; then what the source cannot do without.
+# LEVELS in words that GCC before 11 and clang before 12 know; then what the source cannot do
+# without.
 SPELLED = {
     "v4": [
-        "-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mavx2 -mfma -mbmi -mbmi2 -mf16c -mlzcnt -mmovbe",
+        "-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl"
+        " -mavx2 -mfma -mbmi -mbmi2 -mf16c -mlzcnt -mmovbe",
         "-mavx512f -mavx2 -mfma",
     ],
     "v3": ["-mavx2 -mfma -mbmi -mbmi2 -mf16c -mlzcnt -mmovbe", "-mavx2 -mfma"],
@@ -254,7 +292,9 @@ def available() -> bool:
             if not _loaded:
                 _first()
                 if isinstance(_found[0], str):
-                    _logger.warning("xzoo's own CPU kernels are not available, torch's are used: %s", _found[0])
+                    _logger.warning(
+                        "xzoo's own CPU kernels are not available, torch's are used: %s", _found[0]
+                    )
     return _loaded[0] is not None
 
 
@@ -264,7 +304,8 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def examine() -> Built | str:
-    """How the kernels were built, or why there are none. A failure, also a remembered one, is tried again."""
+    """How the kernels were built, or why there are none. A failure, also a remembered one, is tried
+    again."""
     with _lock:
         if not _loaded or _loaded[0] is None:
             _first(again=True)
@@ -303,7 +344,8 @@ def _flags() -> list[str]:
 
 
 def levels() -> list[str]:
-    """Those of LEVELS that this CPU has, the best first; fewer where torch is told to use less (HELD)."""
+    """Those of LEVELS that this CPU has, the best first; fewer where torch is told to use less
+    (HELD)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
     has: set[str] = set()
@@ -317,14 +359,17 @@ def levels() -> list[str]:
 
 
 def _variants(flags: list[str]) -> list[Variant]:
-    """These flags, and what to ask a compiler for that does not take them: other words, then lower levels."""
+    """These flags, and what to ask a compiler for that does not take them: other words, then lower
+    levels."""
     wanted = flags[-1].removeprefix("-march=x86-64-")
     if wanted not in SPELLED:
         return [Variant("", flags)]
     common, found = flags[:-1], []
     for level in list(SPELLED)[list(SPELLED).index(wanted) :]:
         found.append(Variant(level, [*common, f"-march=x86-64-{level}"]))
-        found += [Variant(level, [*common, "-march=x86-64", *words.split()]) for words in SPELLED[level]]
+        found += [
+            Variant(level, [*common, "-march=x86-64", *words.split()]) for words in SPELLED[level]
+        ]
     return [*found, Variant("", common)]
 
 

@@ -1,12 +1,13 @@
 """The two operations, their derivatives, and how torch knows them.
 
-What is right is defined by `dense`. A backend (backends.py) only computes. The operations are registered
-with torch (`torch.ops.xzoo.*`), so that one node stands for them under torch.compile and torch.export,
-and torch.fx records a call of the functions here; which backend runs is decided when the node runs.
-TorchScript and ONNX know neither and get the `dense` form.
+What is right is defined by `dense`. A backend (backends.py) only computes. The operations are
+registered with torch (`torch.ops.xzoo.*`), so that one node stands for them under torch.compile and
+torch.export, and torch.fx records a call of the functions here; which backend runs is decided when
+the node runs. TorchScript and ONNX know neither and get the `dense` form.
 
-Whatever way a call takes, it ends in `run` of `_register`, which checks its tensors before a backend sees them; and
-whatever derives it (autograd, torch.func, forward mode, any number of times), ends in `_Product`.
+Whatever way a call takes, it ends in `run` of `_register`, which checks its tensors before a
+backend sees them; and whatever derives it (autograd, torch.func, forward mode, any number of
+times), ends in `_Product`.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ from .auto import choose
 from .backends import BACKENDS, known
 from .rows import checked, output_shape, unfit
 
-# A plain module variable: torch.compile guards on it, and the backward pass, which may run in another
-# thread, is told what the forward pass used.
+# A plain module variable: torch.compile guards on it, and the backward pass, which may run in
+# another thread, is told what the forward pass used.
 _forced = os.environ.get("XZOO_BACKEND", "auto")
 
 
@@ -40,9 +41,9 @@ _forced = os.environ.get("XZOO_BACKEND", "auto")
 def backend(name: str) -> Iterator[None]:
     """Use one backend for everything inside: `with xzoo.ops.backend("dense"): ...`.
 
-    `name` is one of `available()` or "auto"; the environment variable XZOO_BACKEND does the same for a
-    process. A graph made by torch.export keeps what was set while it was made. Raises XzooError for
-    other names.
+    `name` is one of `available()` or "auto"; the environment variable XZOO_BACKEND does the same
+    for a process. A graph made by torch.export keeps what was set while it was made. Raises
+    XzooError for other names.
     """
     global _forced
     if name != "auto":
@@ -69,7 +70,8 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "",
 ) -> Tensor:
-    """2-D convolution in which output o reads the inputs neighbours[o // share] (torch's F.conv2d otherwise).
+    """2-D convolution in which output o reads the inputs neighbours[o // share] (torch's F.conv2d
+    otherwise).
 
     Args:
         x: [B, C_in, H, W], floating point; B may be 0.
@@ -79,10 +81,13 @@ def conv2d(
         stride, padding, dilation: two integers each, for H and W.
         activation: "relu", "relu6" or none (""), done to the result.
 
-    Returns: [B, C_out, H', W'], channels_last where x is (and not contiguous as well), else contiguous.
+    Returns: [B, C_out, H', W'], channels_last where x is (and not contiguous as well), else
+        contiguous.
     """
     if torch.jit.is_scripting():
-        return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
+        return activate(
+            dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation
+        )
     if has_torch_function((x, weight)):
         if not torch.compiler.is_dynamo_compiling():  # torch.fx: a leaf
             args = (x, weight, neighbours, bias, stride, padding, dilation, activation)
@@ -90,14 +95,18 @@ def conv2d(
         x = _unwrapped(x)
     x, weight, bias = _autocast(x, weight, bias)
     if _exports():
-        return activate(dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation)
+        return activate(
+            dense.conv2d(x, weight, neighbours, bias, stride, padding, dilation), activation
+        )
     args = (x, weight, neighbours, bias, stride, padding, dilation, _forced)
     if _differentiated(x, weight, bias):
         return activate(_product("conv2d", *args), activation)
     return _do("conv2d", *args, activation)
 
 
-def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = None, activation: str = ""
+) -> Tensor:
     """x @ W.T + bias, where row o of W has its weights at the inputs neighbours[o // share].
 
     Args:
@@ -115,7 +124,9 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None = 
         return activate(y.reshape(shape), activation)
     if has_torch_function((x, weight)):
         if not torch.compiler.is_dynamo_compiling():
-            return handle_torch_function(linear, (x, weight), x, weight, neighbours, bias, activation)
+            return handle_torch_function(
+                linear, (x, weight), x, weight, neighbours, bias, activation
+            )
         x = _unwrapped(x)
     x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -136,17 +147,21 @@ def activate(y: Tensor, activation: str) -> Tensor:
         return F.relu(y)
     if activation == "relu6":
         return F.relu6(y)
-    raise ValueError("activation '{}' is not relu, relu6 or none ('')".format(activation))  # noqa: UP032 (TorchScript)
+    said = "activation '{}' is not relu, relu6 or none ('')"  # no f-string in TorchScript
+    raise ValueError(said.format(activation))
 
 
 # ---- derivatives
 #
-# All six operations come from one form, <grad, op(x, weight)>, which is linear in grad, in x and in weight. The
-# operation itself is its derivative by grad (slot 0), the gradients those by x and by weight (slots 1 and 2). So a
-# derivative of one of them is another one in which one tensor is exchanged, for every order.
+# All six operations come from one form, <grad, op(x, weight)>, which is linear in grad, in x and in
+# weight. The operation itself is its derivative by grad (slot 0), the gradients those by x and by
+# weight (slots 1 and 2). So a derivative of one of them is another one in which one tensor is
+# exchanged, for every order.
 
 _PARTS = ("", "_input_grad", "_weight_grad")  # of a name, by slot
-_PLACES = {name + part: (name, slot) for name in ("conv2d", "linear") for slot, part in enumerate(_PARTS)}
+_PLACES = {
+    name + part: (name, slot) for name in ("conv2d", "linear") for slot, part in enumerate(_PARTS)
+}
 
 
 def _product(name: str, *arguments: Any) -> Tensor:
@@ -172,8 +187,8 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 class _Product(torch.autograd.Function):
     """One of the six operations, by name, with every kind of derivative.
 
-    Takes the name, then the operation's own arguments with the backend. The tensor of a gradient's own slot, of
-    which only the shape matters, has no derivative.
+    Takes the name, then the operation's own arguments with the backend. The tensor of a gradient's
+    own slot, of which only the shape matters, has no derivative.
     """
 
     @staticmethod
@@ -191,7 +206,8 @@ class _Product(torch.autograd.Function):
         *tensors, neighbours = ctx.saved_tensors
         tensors[ctx.slot] = grad
         needed = ctx.needs_input_grad
-        # One that holds several: of autograd's is_grads_batched, whose vmap is another one than torch.func's.
+        # One that holds several: of autograd's is_grads_batched, whose vmap is another one than
+        # torch.func's.
         call = _registered if any(map(_is_batched, tensors)) else _product
         if call is _product and _is_scattered(grad):
             tensors[ctx.slot] = native.laid_out(grad)  # once for both gradients
@@ -222,8 +238,8 @@ class _Product(torch.autograd.Function):
 
 
 class _Backward(_Product):
-    """The same for ordinary backward passes: torch inspects the signature of a Function that has a setup_context at
-    each call, which takes 20 us."""
+    """The same for ordinary backward passes: torch inspects the signature of a Function that has a
+    setup_context at each call, which takes 20 us."""
 
     @staticmethod
     def forward(ctx: Any, name: str, *arguments: Any) -> Tensor:  # type: ignore[override]
@@ -234,7 +250,8 @@ class _Backward(_Product):
 
 
 def _remember(ctx: Any, name: str, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """Save what the derivatives of an operation need: its place in the form, and its tensors, which are returned."""
+    """Save what the derivatives of an operation need: its place in the form, and its tensors, which
+    are returned."""
     ctx.operation, ctx.slot = _PLACES[name]
     if ctx.slot:
         tensors, ctx.rest = arguments[:4], arguments[4:]
@@ -244,12 +261,16 @@ def _remember(ctx: Any, name: str, *arguments: Any) -> tuple[Tensor | None, ...]
     return tensors
 
 
-# The slots that an operation has derivatives by, and their places among its arguments, by its own slot.
+# The slots that an operation has derivatives by, and their places among its arguments, by its own
+# slot.
 _INPUTS = (((1, 0), (2, 1)), ((0, 0), (2, 2)), ((0, 0), (1, 1)))
 
 
-def _derivative(ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbours: Tensor, call: Callable) -> Tensor:
-    """The form's derivative by one slot, where grad, x and weight are `tensors`; `call` computes an operation."""
+def _derivative(
+    ctx: Any, slot: int, tensors: Sequence[Tensor | None], neighbours: Tensor, call: Callable
+) -> Tensor:
+    """The form's derivative by one slot, where grad, x and weight are `tensors`; `call` computes an
+    operation."""
     if slot:
         return call(ctx.operation + _PARTS[slot], *tensors, neighbours, *ctx.rest)
     return call(ctx.operation, *tensors[1:], neighbours, None, *ctx.rest)
@@ -260,22 +281,28 @@ def _registered(name: str, *arguments: Any) -> Tensor:
 
 
 def _is_batched(tensor: Tensor | None) -> bool:
-    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    if tensor is None or torch.compiler.is_compiling():  # Dynamo cannot trace the question
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _is_scattered(grad: Tensor) -> bool:
     """Whether a kernel would copy a gradient first: an expanded one, such as that of a sum."""
     if grad.layout is not torch.strided or grad.is_contiguous() or not grad.is_cpu:
         return False
-    return type(grad) is Tensor and not (torch.is_grad_enabled() or _watched() or torch.compiler.is_compiling())
+    if type(grad) is not Tensor or torch.is_grad_enabled() or _watched():
+        return False
+    return not torch.compiler.is_compiling()
 
 
 def _batched(
     call: Callable[..., Tensor], name: str, info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[Tensor, int]:
-    """torch.vmap's rule, for the operation `call` of this name: its result, and the dimension that is mapped.
+    """torch.vmap's rule, for the operation `call` of this name: its result, and the dimension that
+    is mapped.
 
-    Samples of several are samples of one; weights and graphs of several are done one after the other.
+    Samples of several are samples of one; weights and graphs of several are done one after the
+    other.
     """
     moved, mapped = list(arguments), set()
     for i, dim in enumerate(in_dims[:4]):  # the tensors
@@ -300,10 +327,11 @@ def _batched(
 
 
 def _do(name: str, *arguments: Any) -> Tensor:
-    """A registered operation; its function itself where nothing looks on that has to see one operation.
+    """A registered operation; its function itself where nothing looks on that has to see one
+    operation.
 
-    torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold: a quarter of a
-    small network's time at batch 1 (x_vgg16_c8, Zen 4).
+    torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold:
+    a quarter of a small network's time at batch 1 (x_vgg16_c8, Zen 4).
     """
     first, second, *rest = arguments
     plain = type(first) is Tensor and type(second) in (Tensor, Parameter)
@@ -318,12 +346,14 @@ def _watched() -> bool:
     return transformed or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
 
 
-# The registered operations. A gradient takes the tensor x or weight even where only its shape matters:
-# that keeps one signature, and a fake tensor then knows the layout of the result.
+# The registered operations. A gradient takes the tensor x or weight even where only its shape
+# matters: that keeps one signature, and a fake tensor then knows the layout of the result.
 
-# A fragment, because a notebook that imports xzoo again finds them registered: `_register` then leaves them.
+# A fragment, because a notebook that imports xzoo again finds them registered: `_register` then
+# leaves them.
 _LIBRARY = torch.library.Library("xzoo", "FRAGMENT")
-_TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode  # off inside the operations that torch.func runs
+# Off inside the operations that torch.func runs.
+_TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 _TENSORS = {
     "": "Tensor x, Tensor weight, Tensor neighbours, Tensor? bias",
     "_input_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
@@ -342,7 +372,8 @@ def _register(operation: str, part: str) -> None:
     def door(
         first: Tensor, second: Tensor, third: Tensor, fourth: Any, *geometry: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, weight and neighbours of what was given; RuntimeError where the tensors do not go together."""
+        """x, weight and neighbours of what was given; RuntimeError where the tensors do not go
+        together."""
         if part:
             x, weight, neighbours = second, third, fourth
             said = unfit(operation, x, weight, neighbours, None, first, *geometry)
@@ -353,21 +384,29 @@ def _register(operation: str, part: str) -> None:
             raise RuntimeError(f"xzoo.ops.{name}: {said}")
         return x, weight, neighbours
 
-    def chosen(x: Tensor, weight: Tensor, neighbours: Tensor, other: Tensor | None, geometry: Any) -> str:
-        """The backend that `auto` takes, for tensors that go together; `other` is the bias, or a gradient's grad.
+    def chosen(x: Tensor, weight: Tensor, neighbours: Tensor, other: Any, geometry: Any) -> str:
+        """The backend that `auto` takes, for tensors that go together; `other` is the bias, or a
+        gradient's grad.
 
-        Remembered for tensors of the same kind, which answers both questions in a third of the time.
+        Remembered for tensors of the same kind, which answers both questions in a third of the
+        time.
         """
         key = None
         if x.is_cpu and x.layout is weight.layout is torch.strided:
             kind = (name, geometry, native.loaded(), x.shape, x.dtype, x.is_contiguous())
-            weights = (weight.shape, weight.dtype, weight.is_cpu, neighbours.shape, neighbours.dtype, neighbours.is_cpu)
-            key = (kind, weights, other is not None and (other.shape, other.dtype, other.is_cpu))
+            weights = weight.shape, weight.dtype, weight.is_cpu
+            graph = neighbours.shape, neighbours.dtype, neighbours.is_cpu
+            rest = other is not None and (other.shape, other.dtype, other.is_cpu)
+            key = (kind, weights, graph, rest)
             if known := _CHOSEN.get(key):
                 return known
-        door(*((other, x, weight, neighbours) if part else (x, weight, neighbours, other)), *geometry)
+        if part:
+            door(other, x, weight, neighbours, *geometry)
+        else:
+            door(x, weight, neighbours, other, *geometry)
         known = choose(name, x, weight, neighbours, *geometry)
-        if key is not None and native.loaded() is key[0][2]:  # the first call of all loads the kernels
+        # The first call of all loads the kernels.
+        if key is not None and native.loaded() is key[0][2]:
             if len(_CHOSEN) >= 4096:  # sizes that change with each call
                 _CHOSEN.clear()
             _CHOSEN[key] = known
@@ -375,13 +414,15 @@ def _register(operation: str, part: str) -> None:
 
     def run(*args: Any) -> Tensor:
         """What every call ends in; only `fake` stands in for it, where tensors have no numbers."""
-        tensors, backend, activation = args[:count], args[count], args[count + 1 :]  # torch leaves out a default
+        # Torch leaves out an activation that is the default.
+        tensors, backend, activation = args[:count], args[count], args[count + 1 :]
         geometry = tensors[4:]
         if geometry and type(geometry[0]) is list:  # from torch's dispatcher
             geometry = tuple(map(tuple, geometry))
         if backend == "auto":
             x, weight, neighbours = tensors[1:4] if part else tensors[:3]
-            module = BACKENDS[chosen(x, weight, neighbours, tensors[0] if part else tensors[3], geometry)]
+            other = tensors[0] if part else tensors[3]
+            module = BACKENDS[chosen(x, weight, neighbours, other, geometry)]
         else:
             x, weight, neighbours = door(*tensors)
             module = known(backend)
@@ -396,7 +437,9 @@ def _register(operation: str, part: str) -> None:
         else:
             y = function(*tensors, *activation)
         like = weight if part == "_weight_grad" else x
-        return y if y.is_contiguous() and like.is_contiguous() else y.contiguous(memory_format=_format(like))
+        if y.is_contiguous() and like.is_contiguous():
+            return y
+        return y.contiguous(memory_format=_format(like))
 
     def fake(*args: Any) -> Tensor:
         x, weight, _ = door(*args[:count])
@@ -405,19 +448,23 @@ def _register(operation: str, part: str) -> None:
         return like.new_empty(shape).contiguous(memory_format=_format(like))
 
     def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        """One multiply and one add for each weight and output position, in each of the three products."""
+        """One multiply and one add for each weight and output position, in each of the three
+        products."""
         y, weight = (args[0], args[2]) if part else (out_shape, args[1])
         return 2 * math.prod(weight) * y[0] * math.prod(y[2:])
 
     def derived(*args: Any) -> Tensor:
-        """Where autograd meets the operation itself: in an exported program, in a compiled graph."""
+        """Where autograd meets the operation itself: in an exported program, in a compiled
+        graph."""
         if not _differentiated(*args[:4]):
             with torch._C._AutoDispatchBelowAutograd():
                 return getattr(torch.ops.xzoo, name)(*args)
         if args[count + 1 :] not in ((), ("",)):
-            raise RuntimeError(f"{name} with an activation has no derivative here; export the model before xzoo.deploy")
+            said = "with an activation has no derivative here; export the model before xzoo.deploy"
+            raise RuntimeError(f"{name} {said}")
         if torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS):
-            raise RuntimeError(f"torch.func cannot transform torch.ops.xzoo.{name} itself; use xzoo.ops.{operation}")
+            said = f"torch.func cannot transform torch.ops.xzoo.{name} itself"
+            raise RuntimeError(f"{said}; use xzoo.ops.{operation}")
         return _Product.apply(name, *args[: count + 1])
 
     def mapped(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
@@ -445,24 +492,35 @@ for _operation in _GEOMETRY:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if x.is_contiguous() or x.dim() != 4:
+        return torch.contiguous_format
+    last = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    """Without a subclass that only carries a name (torchvision's Image): registered operations take none."""
-    if type(x) in (Tensor, Parameter) or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    """Without a subclass that only carries a name (torchvision's Image): registered operations take
+    none."""
+    if (
+        type(x) in (Tensor, Parameter)
+        or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
         return x
     return x.as_subclass(Tensor)
 
 
 def _exports() -> bool:
     """Whether the call is recorded in a form that knows no operation of ours."""
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    return torch.jit.is_tracing() or (
+        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    )
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The casts that torch.autocast does for F.conv2d and F.linear: all to its dtype, unless x is float64."""
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The casts that torch.autocast does for F.conv2d and F.linear: all to its dtype, unless x is
+    float64."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, weight, bias

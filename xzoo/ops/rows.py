@@ -1,7 +1,8 @@
-"""What a call of an operation has to be, and the graph as backends read it, made once for each tensor of neighbours.
+"""What a call of an operation has to be, and the graph as backends read it, made once for each
+tensor of neighbours.
 
-Not here: what a backend has a kernel for (`missing` of each), and whether rows are sorted and have no repetition:
-no operation needs that, a layer does (xzoo.layers).
+Not here: what a backend has a kernel for (`missing` of each), and whether rows are sorted and have
+no repetition: no operation needs that, a layer does (xzoo.layers).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,23 +32,34 @@ def unfit(
 ) -> str:
     """Why these tensors do not go together, with what each of them is; empty where they do.
 
-    Looks at types, devices and sizes alone, which takes some 2 us; values are the backends' to look at.
+    Looks at types, devices and sizes alone, which takes some 2 us; values are the backends' to look
+    at.
     """
-    dtype, cpu = x.dtype, x.is_cpu  # two CPU tensors are on one device; comparing devices takes thrice the time
+    # Two CPU tensors are on one device; comparing devices takes thrice the time.
+    dtype, cpu = x.dtype, x.is_cpu
     if weight.dtype != dtype or not ((cpu and weight.is_cpu) or weight.device == x.device):
         return _apart(x, "weight", weight)
-    if bias is not None and (bias.dtype != dtype or not ((cpu and bias.is_cpu) or bias.device == x.device)):
+    if bias is not None and (
+        bias.dtype != dtype or not ((cpu and bias.is_cpu) or bias.device == x.device)
+    ):
         return _apart(x, "bias", bias)
-    if grad is not None and (grad.dtype != dtype or not ((cpu and grad.is_cpu) or grad.device == x.device)):
+    if grad is not None and (
+        grad.dtype != dtype or not ((cpu and grad.is_cpu) or grad.device == x.device)
+    ):
         return _apart(x, "grad", grad)
     if not ((cpu and neighbours.is_cpu) or neighbours.device == x.device):
-        return f"x is on {x.device}, neighbours on {neighbours.device}; they must be on the same device"
+        given = f"x is on {x.device}, neighbours on {neighbours.device}"
+        return f"{given}; they must be on the same device"
     if neighbours.dtype not in INTEGERS:
         return f"neighbours are of {neighbours.dtype}; they must be integers, such as torch.int32"
     dims = 4 if operation == "conv2d" else 2
     sizes, rows, inputs = weight.shape, neighbours.shape, x.shape
     if len(inputs) != dims or len(sizes) != dims or len(rows) != 2:
-        form = "[B, C_in, H, W], weight [C_out, degree, kh, kw]" if dims == 4 else "[B, in], weight [out, degree]"
+        form = (
+            "[B, C_in, H, W], weight [C_out, degree, kh, kw]"
+            if dims == 4
+            else "[B, in], weight [out, degree]"
+        )
         given = f"x {list(inputs)}, weight {list(sizes)}, neighbours {list(rows)}"
         return f"{given}; they must be {form}, neighbours [outputs / share, degree]"
     if not x.numel() and 0 in inputs[1:]:
@@ -55,7 +67,8 @@ def unfit(
     n_out, degree = sizes[0], sizes[1]
     if rows[1] != degree or not rows[0] or n_out % rows[0] or not degree or not n_out:
         given = f"weight {list(sizes)}, neighbours {list(rows)}"
-        return f"{given}; the degree (second size) must be the same, 1 or more, and the first sizes divide evenly"
+        must = "the degree (second size) must be the same, 1 or more"
+        return f"{given}; {must}, and the first sizes divide evenly"
     if bias is not None and bias.shape != (n_out,):
         return f"bias is {list(bias.shape)}; {n_out} outputs need [{n_out}]"
     if grad is not None:
@@ -87,8 +100,11 @@ def output_shape(
     return x.shape[0], weight.shape[0], *size
 
 
-def remembered(table: WeakTensorKeyDictionary, neighbours: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
-    """make(), or what it gave for this tensor and key, if torch has counted no change of it since."""
+def remembered(
+    table: WeakTensorKeyDictionary, neighbours: Tensor, key: tuple, make: Callable[[], Any]
+) -> Any:
+    """make(), or what it gave for this tensor and key, if torch has counted no change of it
+    since."""
     if neighbours.is_inference():  # torch counts no changes of these
         return make()
     key = (*key, neighbours._version, neighbours.data_ptr())
@@ -99,7 +115,8 @@ def remembered(table: WeakTensorKeyDictionary, neighbours: Tensor, key: tuple, m
 
 
 def checked(neighbours: Tensor, n_in: int) -> Tensor:
-    """neighbours as int32, dense in memory. Waits for a GPU once a graph. IndexError where an input is missing."""
+    """neighbours as int32, dense in memory. Waits for a GPU once a graph. IndexError where an input
+    is missing."""
 
     def make() -> Tensor | None:
         check_range(neighbours, n_in)

@@ -1,31 +1,37 @@
-"""Our own GPU kernels, triton_kernels.py: implicit GEMM on tensor cores for layers whose share is a multiple of 8.
+"""Our own GPU kernels, triton_kernels.py: implicit GEMM on tensor cores for layers whose share is a
+multiple of 8.
 
-A block of `share` outputs reads the same inputs, so it is one product [pixels x K] @ [K x share], K = degree * taps,
-whose left side is gathered from x while the loop runs: no copy of x is made, and any strides of it are read as they
-are. bfloat16 and float16 (summed in float32) and float32, which goes through TF32 where torch may do so: by
-torch.backends.cudnn.conv.fp32_precision for convolutions, torch.backends.cuda.matmul.fp32_precision for linear
-layers (and the older switches that set these). All three products give the same bits in every run.
+A block of `share` outputs reads the same inputs, so it is one product [pixels x K] @ [K x share], K
+= degree * taps, whose left side is gathered from x while the loop runs: no copy of x is made, and
+any strides of it are read as they are. bfloat16 and float16 (summed in float32) and float32, which
+goes through TF32 where torch may do so: by torch.backends.cudnn.conv.fp32_precision for
+convolutions, torch.backends.cuda.matmul.fp32_precision for linear layers (and the older switches
+that set these). All three products give the same bits in every run.
 
-**Not measured on a GPU yet.** What an H100 could reach at most, derived for two-byte types (4096 FLOP a cycle and
-multiprocessor on tensor cores; a load of 32 lanes takes a cycle for each line of 128 bytes that it touches; L2
-5.5 TB/s of 989 TFLOP/s), as the part of its peak that a dense layer of the same sizes would have to reach to be as
-fast; it reaches some 0.6. c = inputs / degree.
+**Not measured on a GPU yet.** What an H100 could reach at most, derived for two-byte types (4096
+FLOP a cycle and multiprocessor on tensor cores; a load of 32 lanes takes a cycle for each line of
+128 bytes that it touches; L2 5.5 TB/s of 989 TFLOP/s), as the part of its peak that a dense layer
+of the same sizes would have to reach to be as fast; it reaches some 0.6. c = inputs / degree.
 
-    gather, channels_last  32 channels of a pixel span c / 2 lines: 64 share FLOP in c / 2 cycles. Share 8: 0.25,
-                           share 16: 0.5, whatever c is. The density is paid for in lines that are read for nothing
-    gather, contiguous     32 pixels of a channel span 1 to 2 lines: 64 share FLOP in 1 or 2 cycles. Share 8: c / 16
-                           to c / 8; share 16: c / 8 to c / 4
-    L2                     share * taps FLOP a byte in the first case for the dense layer, c times that in the second:
-                           for 1x1 and share 16, 0.09 and 0.09 c; for 3x3, nine times that if L1 keeps the taps
-    tensor cores           share 16: c; share 8: c / 2, as reading the left side of a step from shared memory takes as
-                           long as 16 outputs need
-    input gradient         all the products of the dense layer, as a tile of 64 channels meets nearly every block:
-                           1, and for share 8 half of it (K is 8 of 16). Less work for `group` and `shuffle` only
+    gather, channels_last  32 channels of a pixel span c / 2 lines: 64 share FLOP in c / 2 cycles.
+                           Share 8: 0.25, share 16: 0.5, whatever c is. The density is paid for in
+                           lines that are read for nothing
+    gather, contiguous     32 pixels of a channel span 1 to 2 lines: 64 share FLOP in 1 or 2 cycles.
+                           Share 8: c / 16 to c / 8; share 16: c / 8 to c / 4
+    L2                     share * taps FLOP a byte in the first case for the dense layer, c times
+                           that in the second: for 1x1 and share 16, 0.09 and 0.09 c; for 3x3, nine
+                           times that if L1 keeps the taps
+    tensor cores           share 16: c; share 8: c / 2, as reading the left side of a step from
+                           shared memory takes as long as 16 outputs need
+    input gradient         all the products of the dense layer, as a tile of 64 channels meets
+                           nearly every block: 1, and for share 8 half of it (K is 8 of 16). Less
+                           work for `group` and `shuffle` only
 
-So channels_last is not expected to win below share 32, and contiguous 3x3 layers from c = 8 (share 16) or 16
-(share 8) on are where a GPU should be asked first. The input gradient will not win.
+So channels_last is not expected to win below share 32, and contiguous 3x3 layers from c = 8 (share
+16) or 16 (share 8) on are where a GPU should be asked first. The input gradient will not win.
 
-Not here: small shares, dilation other than 1, float64, GPUs before Ampere, second derivatives (`missing`).
+Not here: small shares, dilation other than 1, float64, GPUs before Ampere, second derivatives
+(`missing`).
 """
 
 import contextlib
@@ -44,10 +50,12 @@ from .rows import Pair, checked, remembered
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Tiles: pixels, inputs and input channels of a program. With 8 warps no kernel spills a register (ptxas, sm_90).
+# Tiles: pixels, inputs and input channels of a program. With 8 warps no kernel spills a register
+# (ptxas, sm_90).
 PIXELS, INPUTS, CHANNELS = 128, 32, 64
 SUMMED = 64  # pixels, where the sum goes over them
-PROGRAMS = 1024  # of a weight gradient, at least, where there are pixels enough: some 8 for each multiprocessor
+# Of a weight gradient, at least, where there are pixels enough: some 8 for each multiprocessor.
+PROGRAMS = 1024
 
 _readers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -59,10 +67,15 @@ CHECKS_NEIGHBOURS = True
 
 
 def possible() -> bool:
-    """Whether there is Triton, and a GPU for it or its interpreter (TRITON_INTERPRET=1). Imports nothing."""
+    """Whether there is Triton, and a GPU for it or its interpreter (TRITON_INTERPRET=1). Imports
+    nothing."""
     if importlib.util.find_spec("triton") is None:
         return False
-    gpu = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    gpu = (
+        torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
     return gpu or _interpreted()
 
 
@@ -79,13 +92,15 @@ def _lacking(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geo
     if not possible():
         return "Triton and a GPU of compute capability 8.0 or more: this machine lacks one of them"
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        return f"x of {x.dtype} and weight of {weight.dtype}; it takes one of bfloat16, float16, float32 for both"
+        given = f"x of {x.dtype} and weight of {weight.dtype}"
+        return f"{given}; it takes one of bfloat16, float16, float32 for both"
     if share % 8:
         return f"share {share}; it needs a multiple of 8"
     if operation == "conv2d" and tuple(geometry[2]) != (1, 1):
         return f"dilation {tuple(geometry[2])}; it needs 1"
     if len(x) * math.prod(x.shape[2:]) >= 2**31 or weight.numel() >= 2**31:
-        return f"x of {list(x.shape)} and weight of {list(weight.shape)}; it counts pixels and weights in 31 bits"
+        given = f"x of {list(x.shape)} and weight of {list(weight.shape)}"
+        return f"{given}; it counts pixels and weights in 31 bits"
     return ""
 
 
@@ -114,11 +129,18 @@ def conv2d(
     dilation: Pair,
     precision: Any = _CONV,
 ) -> Tensor:
-    size = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)]
+    size = [
+        (s + 2 * p - k) // t + 1
+        for s, p, k, t in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
+    ]
     y = _empty([len(x), len(weight), *size], x)
     if not y.numel():
         return y
-    weight, rows, share = weight.contiguous(), checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
+    weight, rows, share = (
+        weight.contiguous(),
+        checked(neighbours, x.shape[1]),
+        len(weight) // len(neighbours),
+    )
     pixels, columns = len(y) * math.prod(size), _power(share, 8, 64)
     programs = _ceil(pixels, PIXELS) * len(rows) * _ceil(share, columns)
     shapes = (*x.shape[1:], *size, pixels, weight.shape[1], len(rows))
@@ -126,7 +148,16 @@ def conv2d(
         _kernels().forward[(programs,)](
             *(x, weight, rows, x if bias is None else bias.contiguous(), y),
             *(*shapes, *x.stride(), *y.stride(), *weight.shape[2:], *stride, *padding, *dilation),
-            *(share, bias is not None, _last(x), _last(y), *_arithmetic(x, precision), PIXELS, columns, INPUTS),
+            *(
+                share,
+                bias is not None,
+                _last(x),
+                _last(y),
+                *_arithmetic(x, precision),
+                PIXELS,
+                columns,
+                INPUTS,
+            ),
             num_warps=8,
         )
     return y
@@ -156,7 +187,15 @@ def conv2d_input_grad(
         _kernels().input_grad[(programs,)](
             *(grad, weight, slots, readers, counts, dx),
             *(*shapes, *grad.stride(), *dx.stride(), *weight.shape[2:], *stride, *padding),
-            *(share, _last(grad), _last(dx), *_arithmetic(x, precision), PIXELS, channels, _power(share, 16, 64)),
+            *(
+                share,
+                _last(grad),
+                _last(dx),
+                *_arithmetic(x, precision),
+                PIXELS,
+                channels,
+                _power(share, 16, 64),
+            ),
             num_warps=8,
         )
     return dx
@@ -177,16 +216,39 @@ def conv2d_weight_grad(
     rows, share = checked(neighbours, x.shape[1]), len(weight) // len(neighbours)
     pixels, columns = len(grad) * math.prod(grad.shape[2:]), _power(share, 8, 64)
     inputs = _power(weight.shape[1], 16, 64)
-    programs = len(rows) * _ceil(share, columns) * _ceil(weight.shape[1], inputs) * math.prod(weight.shape[2:])
+    programs = (
+        len(rows)
+        * _ceil(share, columns)
+        * _ceil(weight.shape[1], inputs)
+        * math.prod(weight.shape[2:])
+    )
     # By the sizes alone, and not by the GPU: the order of a sum is then the same everywhere.
-    steps = _ceil(pixels, SUMMED * max(1, min(_ceil(PROGRAMS, programs), _ceil(pixels, 4 * SUMMED))))
+    steps = _ceil(
+        pixels, SUMMED * max(1, min(_ceil(PROGRAMS, programs), _ceil(pixels, 4 * SUMMED)))
+    )
     splits = _ceil(pixels, SUMMED * steps)
     parts = torch.empty([splits, *weight.shape], dtype=torch.float32, device=x.device)
-    shapes = (*x.shape[1:], *grad.shape[2:], pixels, weight.shape[1], len(rows), steps, weight.numel())
+    shapes = (
+        *x.shape[1:],
+        *grad.shape[2:],
+        pixels,
+        weight.shape[1],
+        len(rows),
+        steps,
+        weight.numel(),
+    )
     with _on(x):
         _kernels().weight_grad[(programs * splits,)](
             *(grad, x, rows, parts),
-            *(*shapes, *grad.stride(), *x.stride(), *weight.shape[2:], *stride, *padding, *dilation),
+            *(
+                *shapes,
+                *grad.stride(),
+                *x.stride(),
+                *weight.shape[2:],
+                *stride,
+                *padding,
+                *dilation,
+            ),
             *(share, _last(grad), _last(x), *_arithmetic(x, precision), SUMMED, columns, inputs),
         )
     return parts.sum(0).to(weight.dtype)
@@ -201,11 +263,15 @@ def linear(x: Tensor, weight: Tensor, neighbours: Tensor, bias: Tensor | None) -
 
 
 def linear_input_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-    return conv2d_input_grad(_pixel(grad), _pixel(x), _pixel(weight), neighbours, *_POINT)[:, :, 0, 0]
+    return conv2d_input_grad(_pixel(grad), _pixel(x), _pixel(weight), neighbours, *_POINT)[
+        :, :, 0, 0
+    ]
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-    return conv2d_weight_grad(_pixel(grad), _pixel(x), _pixel(weight), neighbours, *_POINT)[:, :, 0, 0]
+    return conv2d_weight_grad(_pixel(grad), _pixel(x), _pixel(weight), neighbours, *_POINT)[
+        :, :, 0, 0
+    ]
 
 
 def _pixel(x: Tensor) -> Tensor:
@@ -216,7 +282,8 @@ def _pixel(x: Tensor) -> Tensor:
 
 
 def _arithmetic(x: Tensor, precision: Any) -> tuple[str, bool]:
-    """tl.dot's precision for float32, and whether to cast to it before (the interpreter has no bfloat16)."""
+    """tl.dot's precision for float32, and whether to cast to it before (the interpreter has no
+    bfloat16)."""
     tf32 = precision.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee", _interpreted() and x.dtype == torch.bfloat16
 
@@ -255,7 +322,9 @@ def _transposed(neighbours: Tensor, n_in: int, channels: int) -> tuple[Tensor, T
         rows = checked(neighbours, n_in).long()
         (blocks, degree), tiles = rows.shape, _ceil(n_in, channels)
         slots = torch.full([blocks, tiles * channels], -1, dtype=torch.int32, device=rows.device)
-        slots.scatter_(1, rows, torch.arange(degree, dtype=torch.int32, device=rows.device).expand_as(rows))
+        slots.scatter_(
+            1, rows, torch.arange(degree, dtype=torch.int32, device=rows.device).expand_as(rows)
+        )
         reads = (slots >= 0).unflatten(1, (tiles, channels)).any(2).t()  # [tiles, blocks]
         counts = reads.sum(1, dtype=torch.int32)
         readers = reads.logical_not().int().argsort(dim=1, stable=True)[:, : int(counts.max())]

@@ -1,11 +1,13 @@
-"""The three kernels of the `triton` backend; importing this file imports Triton, so triton.py does it on first use.
+"""The three kernels of the `triton` backend; importing this file imports Triton, so triton.py does
+it on first use.
 
-A linear layer is a convolution of one pixel. The names: x [B, C, H, W], y and its gradient [B, out, OH, OW],
-weight [out, degree, KH, KW] and neighbours [blocks, degree], the last two dense in memory. Strides (`xb`: x along
-B) are in elements and may be any; X_LAST says that channels, and not pixels, lie side by side in x, and decides
-in which order lanes walk over a tile. Sums are float32, in an order that depends on the sizes alone. Every access
-is masked: a neighbour that does not exist is not read. PRECISION is tl.dot's for float32; WIDE casts to float32
-before tl.dot, for Triton's interpreter, which has no bfloat16 there.
+A linear layer is a convolution of one pixel. The names: x [B, C, H, W], y and its gradient [B, out,
+OH, OW], weight [out, degree, KH, KW] and neighbours [blocks, degree], the last two dense in memory.
+Strides (`xb`: x along B) are in elements and may be any; X_LAST says that channels, and not pixels,
+lie side by side in x, and decides in which order lanes walk over a tile. Sums are float32, in an
+order that depends on the sizes alone. Every access is masked: a neighbour that does not exist is
+not read. PRECISION is tl.dot's for float32; WIDE casts to float32 before tl.dot, for Triton's
+interpreter, which has no bfloat16 there.
 """
 
 import triton
@@ -16,9 +18,17 @@ import triton.language as tl
 def _tile(pointer, rows, columns, rows_ok, columns_ok, LAST: tl.constexpr, WIDE: tl.constexpr):
     """[rows, columns] at pointer + row + column, and zero where either is not ok."""
     if LAST:
-        tile = tl.load(pointer + rows[:, None] + columns[None, :], rows_ok[:, None] & columns_ok[None, :], other=0.0)
+        tile = tl.load(
+            pointer + rows[:, None] + columns[None, :],
+            rows_ok[:, None] & columns_ok[None, :],
+            other=0.0,
+        )
     else:
-        turned = tl.load(pointer + columns[:, None] + rows[None, :], columns_ok[:, None] & rows_ok[None, :], other=0.0)
+        turned = tl.load(
+            pointer + columns[:, None] + rows[None, :],
+            columns_ok[:, None] & rows_ok[None, :],
+            other=0.0,
+        )
         tile = tl.trans(turned)
     if WIDE:
         tile = tile.to(tl.float32)
@@ -29,9 +39,15 @@ def _tile(pointer, rows, columns, rows_ok, columns_ok, LAST: tl.constexpr, WIDE:
 def _put(pointer, tile, rows, columns, rows_ok, columns_ok, LAST: tl.constexpr):
     tile = tile.to(pointer.dtype.element_ty)
     if LAST:
-        tl.store(pointer + rows[:, None] + columns[None, :], tile, rows_ok[:, None] & columns_ok[None, :])
+        tl.store(
+            pointer + rows[:, None] + columns[None, :], tile, rows_ok[:, None] & columns_ok[None, :]
+        )
     else:
-        tl.store(pointer + columns[:, None] + rows[None, :], tl.trans(tile), columns_ok[:, None] & rows_ok[None, :])
+        tl.store(
+            pointer + columns[:, None] + rows[None, :],
+            tl.trans(tile),
+            columns_ok[:, None] & rows_ok[None, :],
+        )
 
 
 @triton.jit
@@ -42,12 +58,15 @@ def forward(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     SHARE: tl.constexpr, BIASED: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A program: BM output pixels (of M = B * OH * OW) by BN outputs of one block; mirrors dense.conv2d.
+    """A program: BM output pixels (of M = B * OH * OW) by BN outputs of one block; mirrors
+    dense.conv2d.
 
-    The loop goes over the block's inputs, BK at a time, and inside over the taps, which read nearly the same
-    pixels again. Programs of one tile of pixels follow each other, so that its inputs stay in the L2 cache.
+    The loop goes over the block's inputs, BK at a time, and inside over the taps, which read nearly
+    the same pixels again. Programs of one tile of pixels follow each other, so that its inputs stay
+    in the L2 cache.
     """
     parts = tl.cdiv(SHARE, BN)
     tile, column = tl.program_id(0) // (blocks * parts), tl.program_id(0) % (blocks * parts)
@@ -67,8 +86,12 @@ def forward(
         dh, dw = tap // KW * DH, tap % KW * DW
         inside = (m < M) & (top + dh >= 0) & (top + dh < H) & (left + dw >= 0) & (left + dw < W)
         there = (channel >= 0) & (channel < C)
-        a = _tile(x, pixel + dh * xh + dw * xw, channel.to(tl.int64) * xc, inside, there, X_LAST, WIDE)
-        f = _tile(weight, j * (KH * KW) + tap, o * (degree * KH * KW), j < degree, s < SHARE, True, WIDE)
+        a = _tile(
+            x, pixel + dh * xh + dw * xw, channel.to(tl.int64) * xc, inside, there, X_LAST, WIDE
+        )
+        f = _tile(
+            weight, j * (KH * KW) + tap, o * (degree * KH * KW), j < degree, s < SHARE, True, WIDE
+        )
         sums = tl.dot(a, f, sums, input_precision=PRECISION)
     if BIASED:
         sums += tl.load(bias + o, s < SHARE, other=0.0).to(tl.float32)[None, :]
@@ -84,13 +107,16 @@ def input_grad(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr,
     SHARE: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A program: BM input pixels by BC input channels, which no other program writes; mirrors dense.conv2d_input_grad.
+    """A program: BM input pixels by BC input channels, which no other program writes; mirrors
+    dense.conv2d_input_grad.
 
-    slots [blocks, C] int16: the place of a channel among the inputs of a block, or -1. readers [channels / BC,
-    width] int32: the blocks that read a tile of channels, ascending, and counts how many they are. The pixels of
-    a program have one remainder by the stride in each direction: only the taps that meet them are computed.
+    slots [blocks, C] int16: the place of a channel among the inputs of a block, or -1. readers
+    [channels / BC, width] int32: the blocks that read a tile of channels, ascending, and counts how
+    many they are. The pixels of a program have one remainder by the stride in each direction: only
+    the taps that meet them are computed.
     """
     tiles = tl.cdiv(C, BC)
     tile, rest = tl.program_id(0) // (tiles * SH * SW), tl.program_id(0) % (tiles * SH * SW)
@@ -119,11 +145,22 @@ def input_grad(
             o = block * SHARE + s
             up, back = i // steps // across, i // steps % across
             inside = ok & (oh - up >= 0) & (oh - up < OH) & (ow - back >= 0) & (ow - back < OW)
-            g = _tile(grad, pixel - up * gh - back * gw, o.to(tl.int64) * gc, inside, s < SHARE, G_LAST, WIDE)
+            g = _tile(
+                grad,
+                pixel - up * gh - back * gw,
+                o.to(tl.int64) * gc,
+                inside,
+                s < SHARE,
+                G_LAST,
+                WIDE,
+            )
             tap = (kh + up * SH) * KW + kw + back * SW
-            f = _tile(weight, o * (degree * KH * KW), j * (KH * KW) + tap, s < SHARE, j >= 0, True, WIDE)
+            f = _tile(
+                weight, o * (degree * KH * KW), j * (KH * KW) + tap, s < SHARE, j >= 0, True, WIDE
+            )
             part = tl.dot(g, f, part, input_precision=PRECISION)
-        # Not all of the tile's channels are read by this block: a NaN of its gradient stays away from the others.
+        # Not all of the tile's channels are read by this block: a NaN of its gradient stays away
+        # from the others.
         sums += tl.where(j[None, :] >= 0, part, 0.0)
     h, w = p * SH + rh, q * SW + rw
     at = b.to(tl.int64) * xb + h.to(tl.int64) * xh + w.to(tl.int64) * xw
@@ -138,12 +175,14 @@ def weight_grad(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     SHARE: tl.constexpr, G_LAST: tl.constexpr, X_LAST: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """A program: one tap of BJ inputs by BN outputs of one block, over `steps` times BM of the M output pixels.
+    """A program: one tap of BJ inputs by BN outputs of one block, over `steps` times BM of the M
+    output pixels.
 
-    dw [splits, out, degree, KH, KW] float32: a part of the sum for each range of pixels, `size` elements apart.
-    Mirrors dense.conv2d_weight_grad.
+    dw [splits, out, degree, KH, KW] float32: a part of the sum for each range of pixels, `size`
+    elements apart. Mirrors dense.conv2d_weight_grad.
     """
     parts = tl.cdiv(SHARE, BN)
     chunks = tl.cdiv(degree, BJ)

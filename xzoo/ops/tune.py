@@ -1,10 +1,12 @@
 """The stop-watch: how long each backend takes for each of the three products of one layer.
 
-Times on a busy machine mean little, so what is compared takes turns within one run, and a ratio is that of medians
-or, better, the median of the ratios of neighbours. On one thread of a CPU a time is the thread's own, which leaves out
-what others do meanwhile; it is the clock's on several threads and on a device, which is waited for.
+Times on a busy machine mean little, so what is compared takes turns within one run, and a ratio is
+that of medians or, better, the median of the ratios of neighbours. On one thread of a CPU a time is
+the thread's own, which leaves out what others do meanwhile; it is the clock's on several threads
+and on a device, which is waited for.
 
-Nothing here chooses: the rule of `auto` is written down in auto.py, and its test holds it against times from here.
+Nothing here chooses: the rule of `auto` is written down in auto.py, and its test holds it against
+times from here.
 """
 
 import math
@@ -63,7 +65,8 @@ class Tensors(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a call in each round, and minor page faults of a call: memory that had to be mapped afresh."""
+    """Seconds of a call in each round, and minor page faults of a call: memory that had to be
+    mapped afresh."""
 
     seconds: list[float]
     faults: float
@@ -103,12 +106,18 @@ def tune(
                 except XzooError:  # it has no kernel for this layer
                     continue
             calls[name] = call
-        rows += [Row(product, name, times) for name, times in alternate(calls, rounds, seconds, device).items()]
+        rows += [
+            Row(product, name, times)
+            for name, times in alternate(calls, rounds, seconds, device).items()
+        ]
     return rows
 
 
-def tensors(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32, graph: str = "biregular") -> Tensors:
-    """A layer of these sizes with random values: x [batch, n_in, size, size], or [batch, n_in] of a linear one."""
+def tensors(
+    layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32, graph: str = "biregular"
+) -> Tensors:
+    """A layer of these sizes with random values: x [batch, n_in, size, size], or [batch, n_in] of a
+    linear one."""
     kernel, n_in, n_out, size, stride, degree, share, batch, last = layer
     random = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=random, device=device, dtype=dtype)
@@ -116,7 +125,10 @@ def tensors(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float3
     if not kernel:
         return Tensors(draw(batch, n_in), draw(n_out, degree), neighbours, draw(batch, n_out), ())
     form = torch.channels_last if last else torch.contiguous_format
-    x, weight = draw(batch, n_in, size, size).to(memory_format=form), draw(n_out, degree, kernel, kernel)
+    x, weight = (
+        draw(batch, n_in, size, size).to(memory_format=form),
+        draw(n_out, degree, kernel, kernel),
+    )
     grad = draw(batch, n_out, *[(size - 1) // stride + 1] * 2).to(memory_format=form)
     return Tensors(x, weight, neighbours, grad, ([stride] * 2, [kernel // 2] * 2, [1, 1]))
 
@@ -124,9 +136,11 @@ def tensors(layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float3
 def alternate(
     calls: Mapping[Name, Callable[[], Any]], rounds: int, seconds: float = 0.0, device: str = "cpu"
 ) -> dict[Name, Times]:
-    """Let all take turns, for `rounds` rounds at least and until `seconds` have gone by; the first does not count.
+    """Let all take turns, for `rounds` rounds at least and until `seconds` have gone by; the first
+    does not count.
 
-    What a call returns is dropped within its turn, as the next layer of a model drops it: outputs are fresh.
+    What a call returns is dropped within its turn, as the next layer of a model drops it: outputs
+    are fresh.
     """
     now, faults = _clock(device), dict.fromkeys(calls, 0.0)
     taken: dict[Name, list[float]] = {name: [] for name in calls}
