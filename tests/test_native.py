@@ -31,7 +31,7 @@ from xzoo.errors import XzooError
 from xzoo.ops import native
 from xzoo.ops.auto import choose, library
 from xzoo.ops.compiler import whole
-from xzoo.ops.tune import PRODUCTS, Layer, tune
+from xzoo.ops.tune import PRODUCTS, LayerShape, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
 # Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
@@ -536,7 +536,7 @@ def test_auto_takes_native_only_where_it_was_measured_faster(lanes, fast, monkey
 # The table of `auto`: how many times slower what it took before (dense or gather) is than `native`, in the same
 # layout, for the operation and for each of its gradients.
 
-COLUMNS = ("lanes", "fast", *Layer._fields, *PRODUCTS)
+COLUMNS = ("lanes", "fast", *LayerShape._fields, *PRODUCTS)
 SHAPES = [
     *((3, 64, 64, 32, 1), (3, 256, 256, 8, 1), (3, 512, 512, 4, 1), (3, 512, 512, 2, 1), (3, 256, 256, 14, 1)),
     *((3, 512, 512, 7, 1), (3, 128, 256, 16, 2), (1, 64, 256, 28, 1), (1, 256, 64, 28, 1), (1, 512, 512, 7, 1)),
@@ -547,7 +547,7 @@ SHAPES = [
 
 def shapes(row):
     """(x, weight, neighbours, geometry) of a row, as shapes of tensors."""
-    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in Layer._fields)
+    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in LayerShape._fields)
     taps, pixels = ([kernel, kernel], [size, size]) if kernel else ([], [])
     x = torch.empty([batch, n_in, *pixels])
     if last:
@@ -569,7 +569,7 @@ def measure():
     for shape, part, share, batch, last in itertools.product(SHAPES, (2, 4, 16), (1, 4), (1, 4, 8, 16, 64), (0, 1)):
         kernel, n_in, *_ = shape
         if not (last and kernel == 0):
-            layer = Layer(*shape, n_in // part, share, batch, last)
+            layer = LayerShape(*shape, n_in // part, share, batch, last)
             yield native.lanes(), int(native.fast()), *layer, *ratios(layer)
 
 

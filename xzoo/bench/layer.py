@@ -19,7 +19,7 @@ from ..errors import XzooError
 from ..ops import dense as definition
 from ..ops import native, operations
 from ..ops.auto import choose
-from ..ops.tune import PRODUCTS, Layer, Tensors, Times, alternate, tensors
+from ..ops.tune import PRODUCTS, LayerShape, Tensors, Times, alternate, tensors
 from .figures import Figure, faster, lasting, ratios, watched
 
 ROUNDS = 3  # to find the faster memory format, before the pairs that count
@@ -30,7 +30,7 @@ CALL = 30e6  # multiply-accumulates that would take as long as calling an operat
 class LayerCase(NamedTuple):
     """A layer, one of its products, and the least part of `ideal` wanted with vectors of 16 and of 8 floats."""
 
-    layer: Layer
+    layer: LayerShape
     product: str = "forward"
     bars: tuple[float, float] | None = None
 
@@ -44,7 +44,7 @@ class LayerCase(NamedTuple):
         return 5 * (n_in * n_out * max(kernel, 1) ** 2 * self.layer.batch * (size // stride) ** 2 + CALL)
 
 
-def name(layer: Layer) -> str:
+def name(layer: LayerShape) -> str:
     """Such as "3x3 256->256 14x14 b16 d64 s1"; with a stride "/2" after the pixels, and "last" at the end."""
     kernel, n_in, n_out, size, stride, degree, share, batch, last = layer
     kind = f"{kernel}x{kernel} {n_in}->{n_out} {size}x{size}" if kernel else f"linear {n_in}->{n_out}"
@@ -55,13 +55,13 @@ def name(layer: Layer) -> str:
 _NAME = re.compile(r"(?:(\d+)x\1|linear) (\d+)->(\d+)(?: (\d+)x\4(?:/(\d+))?)? b(\d+) d(\d+) s(\d+)( last)?")
 
 
-def named(text: str) -> Layer | None:
+def named(text: str) -> LayerShape | None:
     """The layer that `name` calls so."""
     found = _NAME.fullmatch(text)
     if found is None or (found[1] is None) != (found[4] is None) or int(found[1] or 1) % 2 == 0:
         return None
     kernel, n_in, n_out, size, stride, batch, degree, share = (int(number or 0) for number in found.groups()[:-1])
-    layer = Layer(kernel, n_in, n_out, size or 1, stride or 1, degree, share, batch, bool(found[9]))
+    layer = LayerShape(kernel, n_in, n_out, size or 1, stride or 1, degree, share, batch, bool(found[9]))
     graphs.check("biregular", n_in, n_out, degree, share, 0)
     return layer
 
@@ -383,7 +383,7 @@ def share(pairs: int = 15) -> Iterator[Figure]:
     return _share([layer for text in CLASSES for s in SHARES if (layer := named(f"{text} s{s}"))], pairs)
 
 
-def _share(chosen: list[Layer], pairs: int) -> Iterator[Figure]:
+def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
     for layer in watched(chosen, name, lambda layer: LayerCase(layer).work * pairs * 2):
         drawn = tensors(layer)
         found = theory.spectrum(theory.Graph(drawn.neighbours.numpy(), layer.n_in, layer.share))

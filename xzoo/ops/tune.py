@@ -30,7 +30,7 @@ PRODUCTS = {"forward": "", "input_grad": "_input_grad", "weight_grad": "_weight_
 TURN = 5e-4  # seconds that a turn lasts at least: a call of microseconds is repeated within it
 
 
-class Layer(NamedTuple):
+class LayerShape(NamedTuple):
     """Sizes of a layer. Kernel 0 is a linear one, of size and stride 1; `last` is channels_last."""
 
     kernel: int
@@ -72,20 +72,20 @@ class Times(NamedTuple):
     faults: float
 
 
-class Row(NamedTuple):
+class Timing(NamedTuple):
     product: str
     backend: str
     times: Times
 
 
 def tune(
-    layer: Layer,
+    layer: LayerShape,
     backends: Iterable[str] | None = None,
     rounds: int = 5,
     seconds: float = 0.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> list[Row]:
+) -> list[Timing]:
     """Measure the forward pass and both gradients of a layer by each backend that can run it.
 
     Args:
@@ -107,14 +107,17 @@ def tune(
                     continue
             calls[name] = call
         rows += [
-            Row(product, name, times)
+            Timing(product, name, times)
             for name, times in alternate(calls, rounds, seconds, device).items()
         ]
     return rows
 
 
 def tensors(
-    layer: Layer, device: str = "cpu", dtype: torch.dtype = torch.float32, graph: str = "biregular"
+    layer: LayerShape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    graph: str = "biregular",
 ) -> Tensors:
     """A layer of these sizes with random values: x [batch, n_in, size, size], or [batch, n_in] of a
     linear one."""
