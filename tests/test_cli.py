@@ -53,6 +53,9 @@ def test_help_of_all_and_of_each(capsys):
         (["inspect", "x_resnet5"], "unknown model"),
         (["recipes", "lsit"], "recipes lsit: did you mean list?"),
         (["recipes", "list", "cifar10/x_vgg99"], "no recipe is called cifar10/x_vgg99; did you mean cifar10/x_vgg"),
+        (["recipes", "x_vgg*"], "no recipe is called x_vgg*; `xzoo recipes` lists them"),
+        (["fit", "cifar10/x_vgg16_2+gruop"], "no setting is called gruop; did you mean group?"),
+        (["fit", "cifar10/x_vgg16_2+air+short"], "air and short both set the training; take one"),
         (["recipes", "copy"], "copy needs the name of a recipe"),
         (["recipes", "copy", "cifar10/x_vgg99"], "there is no recipe cifar10/x_vgg99; did you mean cifar10/x_vgg"),
         (["export", "/nowhere", "/tmp/x"], "/nowhere is no finished run: it has no model/config.json"),
@@ -293,16 +296,22 @@ def test_the_real_command_finetunes(make_folder, tmp_path):
 
 
 def test_recipes_are_listed_and_copied(capsys, tmp_path):
-    code, out, _ = run(capsys, "recipes", "list", "cifar10/x_vgg16_2*")
+    code, out, _ = run(capsys, "recipes", "list", "cifar10/x_vgg16_[12]")
     lines = out.strip().splitlines()
-    assert code == 0 and lines[0].split() == ["recipe", "what", "it", "trains"]
-    assert lines[1].startswith("cifar10/x_vgg16_2 ") and "X-VGG16-2, CIFAR-10, 32 px" in lines[1]
+    assert code == 0 and lines[0].split() == ["recipe", "px", "epochs", "weights", "MACs", "settings"]
+    counts = ["32", "60", "1.14", "M", "110", "M"]
+    settings = ["+dense", "+group", "+random", "+shuffle", "+air", "+fast", "+paper", "+short"]
+    assert [line.split()[0] for line in lines[1:]] == ["cifar10/x_vgg16_1", "cifar10/x_vgg16_2"]
+    assert lines[2].split()[1:] == [*counts, *settings]
+    # With a plus, the product; and of one recipe all that it says.
+    code, out, _ = run(capsys, "recipes", "cifar10/x_vgg16_2+dense+p*")
+    lines = out.splitlines()
+    assert code == 0 and lines[1].split() == ["cifar10/x_vgg16_2+dense+paper", "32", "300", "14.98", "M", "313", "M"]
+    assert lines[3] == "xzoo fit cifar10/x_vgg16_2+dense+paper --data.root DATA" and "  compression: 1" in lines
+    code, out, _ = run(capsys, "recipes", "hardware/*")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()][1] == "hardware/gpu1"
     code, out, _ = run(capsys, "recipes", "copy", "cifar10/x_vgg16_2_dense", tmp_path / "mine")
-    assert code == 0 and [Path(line).name for line in out.split()] == [
-        "base.yaml",
-        "x_vgg16_2.yaml",
-        "x_vgg16_2_dense.yaml",
-    ]
+    assert code == 0 and [Path(line).name for line in out.split()] == ["x_vgg16_2+dense.yaml"]
 
 
 def test_compare_draws_the_published_figures(capsys, tmp_path):

@@ -29,12 +29,12 @@ COMMANDS = {
     "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
     "inspect": ("a model layer by layer, and its graphs against the theory", "xzoo inspect x_vgg16_c8 --pictures out"),
     "finetune": ("train a model on your images", "xzoo finetune photos --model x_resnet50 --minutes 30"),
-    "fit": ("train by a recipe", "xzoo fit --config cifar10/x_vgg16_2 --data.root DATA --out runs/vgg"),
-    "validate": ("judge a run's weights on its validation images", "xzoo validate --config RECIPE --out runs/vgg"),
-    "test": ("judge a run's weights on the data set's test part", "xzoo test --config RECIPE --ckpt_path FILE"),
-    "predict": ("write the predicted class of each test image", "xzoo predict --config RECIPE --out runs/vgg"),
+    "fit": ("train by a recipe", "xzoo fit cifar10/x_vgg16_2+air --data.root DATA --out runs/vgg"),
+    "validate": ("judge a run's weights on its validation images", "xzoo validate RECIPE --out runs/vgg"),
+    "test": ("judge a run's weights on the data set's test part", "xzoo test RECIPE --ckpt_path FILE"),
+    "predict": ("write the predicted class of each test image", "xzoo predict RECIPE --out runs/vgg"),
     "queue": ("start what is open of a list of runs, or tell how far it is", "xzoo queue recipes/QUEUE.md --list"),
-    "recipes": ("list the recipes, or copy one to change it", "xzoo recipes copy cifar10/x_vgg16_2 mine"),
+    "recipes": ("list the recipes with their counts, or copy one to change it", "xzoo recipes 'cifar10/*+air'"),
     "export": ("write a run's model as a folder to publish", "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75"),
     "card": ("write the cards of exported folders anew", "xzoo card hub_cards/x_vgg16_2.cifar10_q75"),
     "publish": ("send an exported folder or a run to the Hub", "xzoo publish runs/photos --repo me/my-flowers"),
@@ -326,13 +326,12 @@ def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("what", nargs="?", default="list", help="list, or copy")
+    what = "list, copy, or a pattern such as 'cifar10/*+air'"
+    parser.add_argument("what", nargs="?", default="list", help=what)
     parser.add_argument("recipe", nargs="?", default=None, help="with list, a pattern; with copy, a name or a file")
     parser.add_argument("to", nargs="?", default=".", help="with copy, the folder")
 
     def run(args: Namespace) -> None:
-        from fnmatch import fnmatch
-
         from .train import recipes
 
         if args.what == "copy":
@@ -340,20 +339,46 @@ def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
                 raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
             for path in recipes.copy(args.recipe, args.to):
                 print(shown(path))
-            return
-        if args.what != "list":
+        elif args.what == "list":
+            _list_recipes(args.recipe or "*")
+        elif "/" in args.what or "*" in args.what:
+            _list_recipes(args.what)
+        else:
             raise XzooError(f"recipes {args.what}: {nearest(args.what, ('list', 'copy'))}")
-        pattern = args.recipe or "*"
-        found = [name for name in recipes.names() if fnmatch(name, pattern)]
-        if not found:
-            raise XzooError(f"no recipe is called {pattern}; {nearest(pattern, recipes.names())}")
-        table = _table("recipe", "what it trains")
-        table.columns[1].justify = "left"
-        for name in found:
-            table.add_row(name, recipes.title(recipes.find(name)))
-        _console().print(table)
 
     return run
+
+
+def _list_recipes(pattern: str) -> None:
+    """A line as soon as it is counted, since all of them take a minute; of a single recipe all that it says."""
+    from fnmatch import fnmatch
+
+    from .train import queue, recipes
+    from .train.parse import RecipeCLI
+    from .train.run import quiet
+
+    known = recipes.names() if "+" in pattern else recipes.plain_names()
+    found = [name for name in known if fnmatch(name, pattern)]
+    places = [name for name in recipes.hardware() if fnmatch(name, pattern)]
+    if not found and not places:
+        raise XzooError(f"no recipe is called {pattern}; {recipes.hint(pattern, recipes.names())}")
+    width = max(map(len, found + places))
+    if found:
+        print(f"{'recipe':{width}}    px  epochs     weights        MACs  settings")
+    for name in found:
+        with quiet():
+            cli = RecipeCLI([name])
+        size, epochs = queue.size_of(cli), cli.config.trainer.max_epochs
+        counts = queue.counts(cli, size)
+        weights, macs = f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
+        more = [] if "+" in name else [f"+{part.name}" for part in recipes.settings_of(name)]
+        line = f"{name:{width}}  {size:4}  {epochs:6}  {weights:>10}  {macs:>10}  {' '.join(more)}"
+        print(line.rstrip(), flush=True)
+    for name in places:
+        print(f"{name:{width}}  {recipes.find(name).layers[0].notes.partition(chr(10))[0]}")
+    if len(found) == 1:
+        (layer,) = recipes.find(found[0]).layers
+        print(f"\nxzoo fit {found[0]} --data.root DATA\n\n{recipes.text(layer)}", end="")
 
 
 def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:

@@ -35,7 +35,7 @@ WARM = 2  # turns of both forms before the first that counts
 # Steps in a turn. The CPU has done a step when it returns; a device is waited for at both ends of a turn, which a turn
 # of one step would pay for in full.
 TURN_CPU, TURN_DEVICE = 1, 20
-# Of recipes/cifar10/base.yaml; the averaged weights are left out, as they are work and not the loop's.
+# Of recipes/cifar10.yaml; the averaged weights are left out, as they are work and not the loop's.
 OPTIMIZER: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
 SCHEDULE: dict[str, Any] = {"schedule": "linear", "warmup": 0.2}
 SMOOTHING = 0.1

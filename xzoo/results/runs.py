@@ -34,7 +34,7 @@ class Row:
     """One run, as its line in the table. Raises: XzooError for a value that cannot be, naming the column."""
 
     model: str
-    recipe: str  # its file
+    recipe: str  # its name and overrides, as after `xzoo fit`; in old rows its file
     recipe_sha: str  # recipe_sha() of what that says
     dataset: str  # a key of DATASETS
     split: str  # the part of it that top1 is of

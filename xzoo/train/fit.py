@@ -1,8 +1,8 @@
 """`xzoo fit`: a recipe on Lightning's Trainer, in a run folder of its own.
 
-A recipe is YAML for `Classifier`, a data module and the Trainer, under LightningCLI's names, and may name another one
-as its base (recipes.py). Later files and flags win, key by key. The same command continues a run that was
-interrupted, and tells the result of one that is finished.
+A recipe is YAML for `Classifier`, a data module and the Trainer, under LightningCLI's names, composed by name or in a
+file (recipes.py). Later files and flags win, key by key. The same command continues a run that was interrupted, and
+tells the result of one that is finished.
 
 What is reported is the accuracy of what is saved: the averaged weights, where there is an average, at the end of
 the last epoch, read back from the model folder. Not the best epoch, which is chosen by the images that judge it.
@@ -10,6 +10,7 @@ the last epoch, read back from the model folder. Not the best epoch, which is ch
 
 import datetime
 import json
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -61,7 +62,7 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Train by a recipe; returns the result (as in result.json), on the first process alone.
 
     Args:
-        arguments: of the command line: --config RECIPE ... --data.root FOLDER --out RUN --key value ...
+        arguments: of the command line: RECIPE --config MORE --data.root FOLDER --out RUN --key value ...
     Raises: XzooError for what cannot be run or is another run's folder; KeyboardInterrupt after Ctrl-C.
     """
     console = Console(stderr=True)
@@ -196,7 +197,7 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
     steps = steps_of_epoch(trainer, data) * (trainer.max_epochs or 0)
     return {
         "model": cli.config.model.name,
-        "recipe": f"recipes/{cli.name}.yaml" if "/" in cli.name else cli.name,
+        "recipe": shlex.join([cli.name, *cli.overrides]),
         "recipe_sha": cli.sha,
         "dataset": data.dataset,
         "split": "holdout" if data.holdout else part or "val",

@@ -3,11 +3,12 @@
 LightningCLI's parser, with the nearest names in its errors and without its habit of making everything at once.
 """
 
+import json
 import os
 import pydoc
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ..errors import XzooError
+from ..names import to_yaml
 from ..options import explain
 from ..results.runs import recipe_sha
 from . import recipes
@@ -34,10 +36,12 @@ MEANS = {
     *("trainer.precision", "trainer.sync_batchnorm", "trainer.benchmark", "trainer.deterministic"),
     *("model.compile", "model.channels_last", "data.init_args.channels_last", "data.init_args.eval_batch_size"),
 }
+# What is drawn; with columns of their own too.
+SEEDS = {"seed_everything", "model.graph_seed"}
 # The data modules, by the names that recipes use.
 DATA = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageFolder")
 # Of one call, and no part of what the run is.
-OF_CALL = ("config", "base", "out", "results", "ckpt_path", "trust")
+OF_CALL = ("config", "out", "results", "ckpt_path", "trust")
 
 
 class RecipeCLI(LightningCLI):
@@ -47,7 +51,7 @@ class RecipeCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str], verb: str = "fit") -> None:
-        self.recipe: Path | None = None  # the file that says what is trained
+        self.recipe: recipes.Recipe | None = None  # what is trained: the first one
         with warnings.catch_warnings():
             # It has arguments of its own, and would rather have the process's.
             warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter")
@@ -59,13 +63,15 @@ class RecipeCLI(LightningCLI):
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_kwargs={"prog": f"xzoo {verb}", "exit_on_error": False, "allow_abbrev": False},
-                args=self._with_bases(arguments),
+                args=self._composed(arguments),
                 run=False,
             )
 
-    def _with_bases(self, arguments: Sequence[str]) -> list[str]:
-        """Each --config by its path, after its bases."""
+    def _composed(self, arguments: Sequence[str]) -> list[str]:
+        """Each recipe, whether the first argument or after --config, as all that it says."""
         given, found = list(arguments), []
+        if given and not given[0].startswith("-"):
+            given[0] = f"--config={given[0]}"
         while given:
             flag, _, value = given.pop(0).partition("=")
             if flag not in ("--config", "-c"):
@@ -73,18 +79,16 @@ class RecipeCLI(LightningCLI):
                 continue
             if not (value or given):
                 raise XzooError("--config: a recipe is needed after it; `xzoo recipes` lists them")
-            path = recipes.find(value or given.pop(0))
+            recipe = recipes.find(value or given.pop(0))
             if self.recipe is None:
-                self.recipe = path
-            files = recipes.chain(path)
-            for file in files if "--trust" not in arguments else ():  # before the parser imports what they name
-                recipes.check_trusted(file)
-            found += [f"--config={file}" for file in files]
+                self.recipe = recipe
+            if "--trust" not in arguments:  # before the parser imports what it names
+                recipes.check_trusted(recipe)
+            found += [f"--config={to_yaml(layer.content)}" for layer in recipe.layers]
         return found
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights in a step")
-        parser.add_argument("--base", type=str | None, default=None, help="the recipe that this one differs from")
         parser.add_argument("--out", type=str | None, default=None, help="run folder; by default runs/RECIPE")
         parser.add_argument("--results", type=str | None, default=None, help="append the result to this table")
         parser.add_argument("--trust", action="store_true", help="let recipes name classes of any package")
@@ -134,23 +138,40 @@ class RecipeCLI(LightningCLI):
 
     def plain(self, changes_only: bool = False) -> dict[str, Any]:
         """The configuration in plain values, as a recipe that does the same; of `changes_only`, without defaults."""
-        text = self.parser.dump(self.config, format="yaml", skip_unset=False, skip_default=changes_only)
+        return self._plain(self.config, changes_only)
+
+    def _plain(self, config: Namespace, changes_only: bool = False) -> dict[str, Any]:
+        text = self.parser.dump(config, format="yaml", skip_unset=False, skip_default=changes_only)
         plain = {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
         # Run folders and hashes of recipes know the data modules by the names that xzoo.train has for them.
         plain["data"]["class_path"] = re.sub(r"^xzoo\.data\.", "xzoo.train.", plain["data"]["class_path"])
         return plain
 
     @property
+    def overrides(self) -> list[str]:
+        """What was asked for beside the recipe, of what its hash is of: ["--trainer.max_epochs=30"]."""
+        layers = () if self.recipe is None else self.recipe.layers
+        config = self.plain()
+        try:
+            alone = self._plain(self.parser.parse_args([f"--config={to_yaml(layer.content)}" for layer in layers]))
+        except ArgumentError:  # the recipe is complete with the rest alone, so that all of it counts
+            config, alone = self.plain(changes_only=True), {}
+        found, free = [], PLACES | MEANS | SEEDS
+        for key, value in _differences(_without(config, free), _without(alone, free)):
+            option = key.replace("data.init_args.", "data.").replace("data.class_path", "data")
+            text = value if isinstance(value, str) else json.dumps(value)
+            found.append(f"--{option}={text}")
+        return found
+
+    @property
     def name(self) -> str:
-        """The recipe's own, such as cifar10/x_vgg16_2, or of a file elsewhere its stem."""
-        if self.recipe is None:
-            return self.config.model.name
-        path, home = self.recipe.resolve(), recipes.folder().resolve()
-        return path.relative_to(home).with_suffix("").as_posix() if path.is_relative_to(home) else path.stem
+        """The recipe's own, such as cifar10/x_vgg16_2+air, or of a file its stem."""
+        return self.config.model.name if self.recipe is None else self.recipe.name
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.config.out or Path("runs") / self.name.replace("/", "-")).expanduser()
+        name = self.name if self.recipe is None else self.recipe.run
+        return Path(self.config.out or Path("runs") / name).expanduser()
 
     @property
     def sha(self) -> str:
@@ -163,6 +184,16 @@ def _without(config: Any, keys: set[str], place: str = "") -> Any:
         return config
     here = {key: f"{place}.{key}" if place else key for key in config}
     return {key: _without(config[key], keys, name) for key, name in here.items() if name not in keys}
+
+
+def _differences(config: Any, other: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys that are different in the other, with the value here."""
+    for key, value in config.items():
+        name, theirs = f"{place}.{key}" if place else key, other.get(key)
+        if isinstance(value, dict) and isinstance(theirs, dict | None):
+            yield from _differences(value, theirs or {}, name)
+        elif value != theirs:
+            yield name, value
 
 
 def is_first() -> bool:

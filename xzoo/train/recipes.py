@@ -1,26 +1,100 @@
-"""Finding recipes: YAML files for `xzoo fit`, each saying only what differs from the one that it names as its base.
+"""Recipes by composition: a name is a data set, a model and settings.
 
-    base: x_vgg16_2.yaml          # of the same folder; read first
-    model: {compression: 1}       # the dense twin, under the same recipe
+    cifar10/x_vgg16_2+group+air    recipes/cifar10.yaml, settings/group.yaml, settings/air.yaml
+
+Later files win, key by key. A recipe of one's own is a YAML file that may name another as its base:
+
+    base: cifar10/x_vgg16_2+air    # or a file beside it; read first
+    trainer: {max_epochs: 30}
 
 Not here: what the keys mean (fit.py, and the docstrings of what is built).
 """
 
 import difflib
+import functools
+import itertools
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import XzooError
-from ..files import reason
+from ..files import reason, write_text
+from ..models import list_models
+from ..names import to_yaml
+from ..options import nearest
 
 HARDWARE = "hardware"  # the folder of files that say where a recipe runs, not what it computes
 
-TRUSTED = ("xzoo", "torch", "timm", "pytorch_lightning", "lightning")  # packages whose classes a recipe may name
+# Packages whose classes a recipe may name.
+TRUSTED = ("xzoo", "torch", "timm", "pytorch_lightning", "lightning")
+
+# Of names from when each recipe was a file, those that are not today's with "_" for "+": the dense
+# twin of four MobileNets is one network.
+_OLD = {"x_mobilenet050+dense": "x_mobilenet050_c2+dense"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The file of a data set or of a setting. Patterns are those of `fnmatch`.
+
+    Attributes:
+        kind: what a setting sets, "graph" or "training"; a recipe has at most one of each kind.
+        fits: what it is for: models for a data set, data set/model for a setting.
+        excluded: what it is not for all the same.
+        always: what has this setting without being asked.
+        content: what it says, in the keys of a recipe.
+        where: what else it says of those that match a pattern, in this order.
+        notes: the comment at its head.
+    """
+
+    name: str
+    kind: str
+    fits: tuple[str, ...]
+    excluded: tuple[str, ...]
+    always: tuple[str, ...]
+    content: dict[str, Any]
+    where: dict[str, dict[str, Any]]
+    notes: str
+
+    def fits_to(self, name: str) -> bool:
+        return _matches(name, self.fits) and not _matches(name, self.excluded)
+
+    def of(self, name: str) -> dict[str, Any]:
+        """All that it says of this one."""
+        content = self.content
+        for pattern, more in self.where.items():
+            if fnmatchcase(name, pattern):
+                content = merged(content, more)
+        return content
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a file of one's own says, or (without a path) all that a name is composed of."""
+
+    path: Path | None
+    content: dict[str, Any]
+    notes: str  # the comments at the head
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained and how.
+
+    Attributes:
+        name: such as "cifar10/x_vgg16_2+group+air"; the stem of a file of one's own.
+        run: the name of its run folder. Old names have the old ones, so that their runs continue.
+        layers: later ones win, key by key; a file has one for each base too.
+    """
+
+    name: str
+    run: str
+    layers: tuple[Layer, ...]
 
 
 def folder() -> Path:
@@ -29,62 +103,260 @@ def folder() -> Path:
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
 
-def names() -> list[str]:
-    """Of the installation's recipes, such as "cifar10/x_vgg16_2"; bases that train nothing are left out."""
-    files = (path.relative_to(folder()).with_suffix("") for path in folder().rglob("*.yaml"))
-    return sorted(path.as_posix() for path in files if not path.name.startswith("base"))
+# ---- the product
 
 
-def find(name: str) -> Path:
-    """The file of a recipe: a path, or a name ("cifar10/x_vgg16_2") among the installation's own.
+@functools.cache
+def data_sets() -> dict[str, Part]:
+    return {path.stem: _part(path) for path in sorted(folder().glob("*.yaml"))}
+
+
+@functools.cache
+def settings() -> dict[str, Part]:
+    """By kind, and then by name: their order in the name of a recipe."""
+    parts = [_part(path) for path in folder().glob("settings/*.yaml")]
+    return {part.name: part for part in sorted(parts, key=lambda part: (part.kind, part.name))}
+
+
+@functools.cache
+def plain_names() -> tuple[str, ...]:
+    """Those without a setting, such as "cifar10/x_vgg16_2"."""
+    found = []
+    for name, part in data_sets().items():
+        found += [f"{name}/{model}" for model in list_models("x_*") if part.fits_to(model)]
+    return tuple(found)
+
+
+def settings_of(plain_name: str) -> list[Part]:
+    """The settings that can be added to a name."""
+    kinds = {part.kind for part in settings().values() if _matches(plain_name, part.always)}
+    fitting = [part for part in settings().values() if part.fits_to(plain_name)]
+    return [part for part in fitting if part.kind not in kinds]
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """The whole product, such as "cifar10/x_vgg16_2+group+air"."""
+    found: list[str] = []
+    for name in plain_names():
+        choices: dict[str, list[str]] = {}
+        for part in settings_of(name):
+            choices.setdefault(part.kind, [""]).append(f"+{part.name}")
+        found += [name + "".join(chosen) for chosen in itertools.product(*choices.values())]
+    return tuple(found)
+
+
+def compose(name: str) -> Recipe:
+    """The recipe of a name, of today or from when it was a file ("cifar10/x_vgg16_2_short").
 
     Raises: XzooError with the nearest names.
     """
-    short = name.removeprefix("recipes/").removesuffix(".yaml")
-    for path in (Path(name).expanduser(), folder() / f"{short}.yaml"):
-        if path.is_file():
-            return path
-    near = difflib.get_close_matches(short, names(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`xzoo recipes` lists them"
-    raise XzooError(f"there is no recipe {name}; {hint}")
+    short = _short(name)
+    today = _today(short)
+    plain_name, *asked = today.split("+")
+    if plain_name not in plain_names():
+        place = f"{plain_name.partition('/')[0]}/"
+        same = [known for known in plain_names() if known.startswith(place)]
+        raise XzooError(f"there is no recipe {name}; {hint(plain_name, same or plain_names())}")
+    chosen = _chosen(name, plain_name, asked)
+    place, _, model = plain_name.partition("/")
+    content = merged(data_sets()[place].of(model), {"model": {"name": model}})
+    for part in chosen:
+        content = merged(content, part.of(plain_name))
+    added = [f"+{part.name}" for part in chosen if not _matches(plain_name, part.always)]
+    canonical = plain_name + "".join(added)
+    run = canonical if today == short else short
+    notes = "\n".join([data_sets()[place].notes, *(part.notes for part in chosen)])
+    return Recipe(canonical, run.replace("/", "-"), (Layer(None, content, notes),))
 
 
-def title(path: Path) -> str:
-    """The first comment line of a recipe: what it trains, on what."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+def _chosen(name: str, plain_name: str, asked: Sequence[str]) -> list[Part]:
+    """The settings that are always there and those that were asked for, in their order."""
+    always = [part.name for part in settings().values() if _matches(plain_name, part.always)]
+    fitting = [part.name for part in settings().values() if part.fits_to(plain_name)]
+    chosen: dict[str, Part] = {}
+    for setting in (*always, *asked):
+        if setting not in settings():
+            near = nearest(setting, fitting)
+            raise XzooError(f"there is no recipe {name}: no setting is called {setting}; {near}")
+        part = settings()[setting]
+        other = chosen.setdefault(part.kind, part)
+        if other is not part:
+            raise XzooError(f"{name}: {other.name} and {setting} both set the {part.kind}; take one")
+        if setting not in fitting:
+            raise XzooError(
+                f"there is no recipe {name}: {setting} is not for {plain_name}; there are {', '.join(fitting)}"
+            )
+    return [part for part in settings().values() if part in chosen.values()]
 
 
-def chain(path: Path) -> list[Path]:
-    """The recipe and its bases, in the order in which they are read: the recipe last.
+def _today(short: str) -> str:
+    """Today's name of an old one ("cifar10/x_vgg16_2_group_air"); any other as it is."""
+    place, slash, rest = short.partition("/")
+    known = "|".join(map(re.escape, settings()))
+    while "+" not in short and (old := re.fullmatch(rf"(\w+)_({known})((?:\+\w+)*)", rest)):
+        rest = f"{old[1]}+{old[2]}{old[3]}"
+    for old_start, start in _OLD.items():
+        if rest == old_start or rest.startswith(f"{old_start}+"):
+            rest = start + rest.removeprefix(old_start)
+    return place + slash + rest
 
-    Raises: XzooError for a file that is no YAML mapping, a base that is missing, or a circle.
+
+def _short(name: str) -> str:
+    return name.removeprefix("recipes/").removesuffix(".yaml")
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """What to say of a name that is not known: those like it, or where they are listed."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "`xzoo recipes` lists them"
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def merged(content: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, key by key, and `more` where they differ."""
+    both = dict(content)
+    for key, value in more.items():
+        old = both.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = merged(old, value)
+        both[key] = value
+    return both
+
+
+# ---- files
+
+
+def find(name: str) -> Recipe:
+    """A recipe by its name, or by the path of its file.
+
+    Raises: XzooError with the nearest names; for a file that is no YAML mapping, a base that is
+        missing, or a circle of bases.
     """
-    found = [path]
-    while base := _content(found[0]).get("base"):
-        first = found[0].parent / str(base)
-        if not first.is_file():
-            raise XzooError(f"{found[0]}: its base {base} is not beside it; copy it too (`xzoo recipes copy NAME`)")
-        if first.resolve() in [path.resolve() for path in found]:
-            raise XzooError(f"{found[0]}: its base {base} is based on it in turn")
-        found.insert(0, first)
-    return found
+    short = _short(name)
+    ours = folder() / f"{short}.yaml"
+    if Path(name).expanduser().is_file():
+        return _of_file(Path(name).expanduser())
+    if not short.startswith(f"{HARDWARE}/"):
+        return compose(name)
+    if not ours.is_file():
+        raise XzooError(f"there is no recipe {name}; {hint(short, hardware())}")
+    return _of_file(ours)
 
 
-def check_trusted(path: Path) -> None:
-    """Raise XzooError for a recipe that runs other code than xzoo's, torch's, timm's or Lightning's.
+def hardware() -> list[str]:
+    return sorted(f"{HARDWARE}/{path.stem}" for path in folder().glob(f"{HARDWARE}/*.yaml"))
 
-    A recipe that came with a model is data, but its parser imports whatever class or function it names.
+
+def _of_file(path: Path) -> Recipe:
+    layers: list[Layer] = []
+    file: Path | None = path
+    while file is not None:
+        if file.resolve() in [layer.path.resolve() for layer in layers if layer.path]:
+            raise XzooError(f"{layers[0].path}: its base {file.name} is based on it in turn")
+        content = read(file)
+        base = content.pop("base", None)
+        layers.insert(0, Layer(file, content, head(file)))
+        beside = file.parent / str(base)
+        if base is not None and not beside.is_file():
+            layers = [*_composed_base(file, str(base)), *layers]
+        file = beside if base is not None and beside.is_file() else None
+    return Recipe(path.stem, path.stem, tuple(layers))
+
+
+def _composed_base(file: Path, base: str) -> tuple[Layer, ...]:
+    try:
+        return compose(base).layers
+    except XzooError as error:
+        raise XzooError(f"{file}: its base {base} is not beside it; {error}") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file says. Raises: XzooError if it is no YAML mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise XzooError(f"{path} cannot be read as YAML: {told}") from error
+    if not isinstance(content, dict):
+        raise XzooError(f"{path} is no recipe: it has no keys")
+    return content
+
+
+def head(path: Path) -> str:
+    """The comment at the head of a file, without its signs: the first line says what it is."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.removeprefix("#").strip() for line in comment)
+
+
+def _part(path: Path) -> Part:
+    content = read(path)
+    return Part(
+        name=path.stem,
+        kind=content.pop("kind", ""),
+        fits=tuple(content.pop("for")),
+        excluded=tuple(content.pop("except", ())),
+        always=tuple(content.pop("always", ())),
+        where=content.pop("where", {}),
+        content=content,
+        notes=head(path),
+    )
+
+
+def text(layer: Layer) -> str:
+    """A file that says the same."""
+    if layer.path is not None:
+        return layer.path.read_text(encoding="utf-8")
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in layer.notes.splitlines())
+    return comment + to_yaml(layer.content)
+
+
+def copy(name: str, to: Path | str) -> list[Path]:
+    """Write a recipe as one file into a folder, to be changed there; a file with those it is based on.
+
+    Raises: XzooError if there is no such recipe, another file of that name is there, or it cannot
+        be written.
     """
-    content = _content(path)
-    for section in ("data", "model", "trainer"):
-        value = content.get(section)
-        if isinstance(value, str) and re.search(r"[./\\]", value):  # a class, or a file that names one
-            raise XzooError(f"{path}: {section} is {value!r}, not written out; add --trust if you trust that file")
-        for key, text in _texts(value):
-            dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) and text.partition(".")[0] not in TRUSTED
-            if dotted and key != "root" and (section, key) != ("model", "name"):
-                raise XzooError(f"{path}: {key} is {text!r}, code of others; add --trust if you trust that file")
+    recipe, to = find(name), Path(to)
+    files = {to / layer.path.name: layer for layer in recipe.layers if layer.path}
+    if not files:
+        files = {to / f"{recipe.name.rpartition('/')[2]}.yaml": recipe.layers[0]}
+    try:
+        for file, layer in files.items():
+            if file.exists() and (not file.is_file() or file.read_text(encoding="utf-8") != text(layer)):
+                raise XzooError(f"{file} exists and is another file; choose another folder")
+        to.mkdir(parents=True, exist_ok=True)
+        for file, layer in files.items():
+            write_text(file, text(layer))
+    except OSError as error:
+        raise XzooError(f"cannot copy to {to}: {reason(error)}") from error
+    return list(files)
+
+
+# ---- trust
+
+
+def check_trusted(recipe: Recipe) -> None:
+    """Raise XzooError for a recipe that runs code other than xzoo's, torch's, timm's or Lightning's.
+
+    A recipe that came with a model is data, but its parser imports what class or function it names.
+    """
+    for layer in recipe.layers:
+        place = layer.path or recipe.name
+        for section in ("data", "model", "trainer"):
+            value = layer.content.get(section)
+            if isinstance(value, str) and re.search(r"[./\\]", value):  # a class, or a file of one
+                raise XzooError(f"{place}: {section} is {value!r}, not written out; add --trust if you trust that file")
+            for key, named in _texts(value):
+                if key == "root" or (section, key) == ("model", "name"):
+                    continue
+                dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", named)
+                if dotted and named.partition(".")[0] not in TRUSTED:
+                    raise XzooError(f"{place}: {key} is {named!r}, code of others; add --trust if you trust that file")
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -97,32 +369,3 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner, key)
-
-
-def copy(name: str, to: Path | str) -> list[Path]:
-    """Copy a recipe and its bases into a folder, to be changed there; returns the new files.
-
-    Raises: XzooError if there is no such recipe, a file of that name is there and differs, or it cannot be written.
-    """
-    files, to = chain(find(name)), Path(to)
-    for file in files:
-        there = to / file.name
-        if there.exists() and (not there.is_file() or there.read_bytes() != file.read_bytes()):
-            raise XzooError(f"{there} exists and is another file; choose another folder")
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-        return [Path(shutil.copyfile(file, to / file.name)) for file in files]
-    except shutil.SameFileError:
-        raise XzooError(f"{to} is where {name} stands; choose another folder") from None
-    except OSError as error:
-        raise XzooError(f"cannot copy to {to}: {reason(error)}") from error
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise XzooError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise XzooError(f"{path} is no recipe: it has no keys")
-    return content
