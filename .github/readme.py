@@ -21,7 +21,9 @@ def weights_short() -> list[list[str]]:
     rows = [["model", "data set", "top-1, %", "weights", "MACs", "file"]]
     for name, card in _cards().items():
         row = [f"`{name}`", DATASETS[card["dataset"]].title, f"{card['top1']:.2f}"]
-        rows.append([*row, _millions(card["weights"], 2), _millions(card["macs"]), _megabytes(card)])
+        rows.append(
+            [*row, _millions(card["weights"], 2), _millions(card["macs"]), _megabytes(card)]
+        )
     return rows
 
 
@@ -34,8 +36,16 @@ def weights_full() -> list[list[str]]:
         counted = str(runs["n"]) if runs["sd"] is None else f"{runs['n']}: {_spread(runs)}"
         low, *_, high = card["sigma_2"]
         recipe = card["recipe"].removeprefix("recipes/").removesuffix(".yaml")
-        row = [f"`{name}`", f"{card['n_val']:,} {card['split']} images, {DATASETS[card['dataset']].title}"]
-        row += [f"{card['top1']:.2f}", counted, _millions(card["weights"], 2), _millions(card["macs"])]
+        row = [
+            f"`{name}`",
+            f"{card['n_val']:,} {card['split']} images, {DATASETS[card['dataset']].title}",
+        ]
+        row += [
+            f"{card['top1']:.2f}",
+            counted,
+            _millions(card["weights"], 2),
+            _millions(card["macs"]),
+        ]
         row += [_megabytes(card), f"{low:.2f} to {high:.2f}"]
         rows.append([*row, f"{latency['dense_times']:.1f}x ({latency['on']})", f"`{recipe}`"])
     return rows
@@ -43,11 +53,32 @@ def weights_full() -> list[list[str]]:
 
 def fine_tuning() -> list[list[str]]:
     """recipes/finetune.csv: a row for a checkpoint, a data set, and a number of its images."""
-    groups: dict[tuple, dict[str, list[float]]] = {}  # what is compared -> pretrained -> top-1 of each seed
+    # what is compared -> pretrained -> top-1 of each seed
+    groups: dict[tuple, dict[str, list[float]]] = {}
     for run in _csv("finetune.csv"):
-        key = (run["model"], run["data"], int(run["train_images"]), float(run["minutes"]), run["n_val"], run["on"])
-        groups.setdefault(key, {"true": [], "false": []})[run["pretrained"]].append(float(run["top1"]))
-    rows = [["checkpoint", "training images", "fine-tuned, %", "from scratch, %", "runs", "test images", "each", "on"]]
+        key = (
+            run["model"],
+            run["data"],
+            int(run["train_images"]),
+            float(run["minutes"]),
+            run["n_val"],
+            run["on"],
+        )
+        groups.setdefault(key, {"true": [], "false": []})[run["pretrained"]].append(
+            float(run["top1"])
+        )
+    rows = [
+        [
+            "checkpoint",
+            "training images",
+            "fine-tuned, %",
+            "from scratch, %",
+            "runs",
+            "test images",
+            "each",
+            "on",
+        ]
+    ]
     for (model, data, images, minutes, n_val, machine), top1 in groups.items():
         row = [f"`{model}`", f"{images:,} of {data}"]
         for pretrained in ("true", "false"):
@@ -66,7 +97,9 @@ def models() -> list[list[str]]:
         ours, size = xzoo.profile(model), model.pretrained_cfg["input_size"][-1]
         dense = xzoo.profile(xzoo.create_model(name, device="meta", compression=1))
         row = [f"`{name}`", str(size), _millions(ours.weights, 2), _millions(ours.macs)]
-        rows.append([*row, f"{dense.weights / ours.weights:.1f}x", f"{dense.macs / ours.macs:.1f}x"])
+        rows.append(
+            [*row, f"{dense.weights / ours.weights:.1f}x", f"{dense.macs / ours.macs:.1f}x"]
+        )
     return rows
 
 
@@ -84,11 +117,21 @@ def results() -> list[list[str]]:
 
 
 def speed_short() -> list[list[str]]:
-    rows = [["model", "fewer MACs", "inference, batch 1", "training step", "group convolution, training"]]
+    rows = [
+        [
+            "model",
+            "fewer MACs",
+            "inference, batch 1",
+            "training step",
+            "group convolution, training",
+        ]
+    ]
     for name, cases in speed_cases().items():
         if name in ("x_vgg16_c16", "x_vgg16_2", "x_resnet50_c4", "x_mobilenet050_c8"):
             one, _, training = cases
-            rows.append([f"`{name}`", f"{one['ideal']}x", _times(one, "dense"), _times(training, "dense")])
+            rows.append(
+                [f"`{name}`", f"{one['ideal']}x", _times(one, "dense"), _times(training, "dense")]
+            )
             rows[-1].append(_times(training, "group"))
     return rows
 
@@ -116,7 +159,9 @@ def speed_cases() -> dict[str, list[dict[str, str]]]:
     for row in _csv("speed.csv"):
         if row["part"] == "model":
             name, _, case = row["what"].partition(", ")
-            cases = found.setdefault(name, {}).setdefault(case, {"case": case, "ideal": row["ideal"]})
+            cases = found.setdefault(name, {}).setdefault(
+                case, {"case": case, "ideal": row["ideal"]}
+            )
             cases[row["against"]] = row["median"]
             cases["ideal"] = row["ideal"] if row["against"] == "dense" else cases["ideal"]
     return {name: sorted(cases.values(), key=_order) for name, cases in found.items()}

@@ -41,15 +41,23 @@ def real_data() -> Path:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """Draw class folders: noisy images, each class of its own colour, so that a net learns them in a few steps."""
+    """Draw class folders: noisy images, each class of its own colour, so that a net learns them in
+    a few steps.
+    """
 
     def make(
-        classes: tuple[str, ...] = ("ant", "bee"), each: int = 12, side: int = 24, where: str = "photos", seed: int = 0
+        classes: tuple[str, ...] = ("ant", "bee"),
+        each: int = 12,
+        side: int = 24,
+        where: str = "photos",
+        seed: int = 0,
     ) -> Path:
         root, draw = tmp_path / where, np.random.default_rng(seed)
         for number, name in enumerate(classes):
             (root / name).mkdir(parents=True)
-            color = np.array([(number * 97) % 256, (number * 57 + 120) % 256, 255 - (number * 97) % 256])
+            color = np.array(
+                [(number * 97) % 256, (number * 57 + 120) % 256, 255 - (number * 97) % 256]
+            )
             for i in range(each):
                 noise = draw.integers(-40, 40, (side, side + 4, 3))
                 pixels = np.clip(color + noise, 0, 255).astype(np.uint8)
@@ -61,7 +69,9 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that each request was given, in order; what they add up to is the longest that a call can wait."""
+    """The seconds that each request was given, in order; what they add up to is the longest that a
+    call can wait.
+    """
     seconds, in_time = [], network._in_time
 
     def spy(limit: float, work: Any) -> Any:

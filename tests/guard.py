@@ -1,4 +1,5 @@
-"""Random layers, and memory that ends where its numbers end: test_guard.py runs it, in processes of their own.
+"""Random layers, and memory that ends where its numbers end: test_guard.py runs it, in processes of
+their own.
 
     python tests/guard.py pages LEVEL     every array and all scratch of the kernels between pages that cannot be read
     python tests/guard.py scratch LEVEL   each request for scratch refused once
@@ -6,10 +7,11 @@
     python tests/guard.py asan LEVEL      the kernels under AddressSanitizer (which has to be preloaded)
     python tests/guard.py backends        native, gather and dense against float64, through the door of xzoo.ops
 
-Options: --cases (or --seconds), --seed, and --first, the number of the first case: a case is its seed and its number,
-so that one can be had again. A LEVEL is what -march= takes, or "plain512": the kernels of AVX-512 with its instructions
-in plain code (avx512.h), for every CPU; "plain512fast" are those that there are for FAST ones. Prints one line
-for each fault and one at the end; a crash is told with the case that it came in.
+Options: --cases (or --seconds), --seed, and --first, the number of the first case: a case is its
+seed and its number, so that one can be had again. A LEVEL is what -march= takes, or "plain512": the
+kernels of AVX-512 with its instructions in plain code (avx512.h), for every CPU; "plain512fast" are
+those that there are for FAST ones. Prints one line for each fault and one at the end; a crash is
+told with the case that it came in.
 """
 
 import argparse
@@ -38,7 +40,8 @@ HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float32).eps
 PARTS = ("", "_input_grad", "_weight_grad")
 
-# In place of memory.h's: made anew at each request, as long as asked, and full of NaN (as an index, of -1).
+# In place of memory.h's: made anew at each request, as long as asked, and full of NaN (as an index,
+# of -1).
 SCRATCH = r"""
 #include <initializer_list>
 extern "C" { int xzoo_guard_begin; long xzoo_scratch_asked, xzoo_scratch_refused; }
@@ -71,13 +74,21 @@ struct Scratch {
 """
 
 # So that small layers fill them, and are done in parts.
-SMALL_CACHES = {"FAST_L2 = 800 << 10;": "FAST_L2 = 32 << 10;", "FAST_L1 = 52 << 10;": "FAST_L1 = 24 << 10;"}
+SMALL_CACHES = {
+    "FAST_L2 = 800 << 10;": "FAST_L2 = 32 << 10;",
+    "FAST_L1 = 52 << 10;": "FAST_L1 = 24 << 10;",
+}
 
 
 def built(level: str, sanitize: bool = False, change: tuple[str, str] | None = None) -> ctypes.CDLL:
-    """The kernels with guarded scratch; `change` replaces a piece of them (to see that the fault is found)."""
+    """The kernels with guarded scratch; `change` replaces a piece of them (to see that the fault is
+    found).
+    """
     source = whole(native.SOURCE)
-    begin, end = source.index("// Scratch of one thread"), source.index("thread_local Scratch scratch")
+    begin, end = (
+        source.index("// Scratch of one thread"),
+        source.index("thread_local Scratch scratch"),
+    )
     source = source[:begin] + SCRATCH + source[end:]
     if change:
         assert source.count(change[0]) == 1
@@ -132,29 +143,68 @@ class Case(NamedTuple):
     def __str__(self):
         tensors = {"x": self.x, "weight": self.weight, "rows": self.rows, "grad": self.grad}
         shapes = " ".join(f"{name} {list(t.shape)} {t.stride()}" for name, t in tensors.items())
-        return f"{shapes} {self.geometry} {self.activation!r} bias {self.bias is not None} threads {self.threads}"
+        return (
+            f"{shapes} {self.geometry} {self.activation!r} bias {self.bias is not None} threads "
+            f"{self.threads}"
+        )
 
 
-SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 21, 28, 31, 32, 33, 35, 40, 56, 65]
+SIZES = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+    17,
+    20,
+    21,
+    28,
+    31,
+    32,
+    33,
+    35,
+    40,
+    56,
+    65,
+]
 BATCHES = [1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65, 66, 97, 128, 130, 257]
 INPUTS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 257]
 
 
-def drawn(seed: int, numbers: tuple[int, ...] = (20_000,) * 5 + (60_000,) * 4 + (300_000, 2_000_000)) -> Case:
+def drawn(
+    seed: int, numbers: tuple[int, ...] = (20_000,) * 5 + (60_000,) * 4 + (300_000, 2_000_000)
+) -> Case:
     """The layer of a seed; `numbers` are what its largest activation may have, one of them taken."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     limit = draw.choice(numbers)
     kind, threads = draw.choice(["linear", "1", "1", "3", "3", "3s"]), draw.choice([1, 1, 2, 3, 5])
-    share, blocks = draw.choice([1, 1, 2, 3, 4, 5, 6, 7, 8, 16]), draw.choice([1, 1, 2, 3, 4, 5, 7, 12, 17, 40])
-    n_in, batch, height, width = (draw.choice(choices) for choices in (INPUTS, BATCHES, SIZES, SIZES))
+    share, blocks = (
+        draw.choice([1, 1, 2, 3, 4, 5, 6, 7, 8, 16]),
+        draw.choice([1, 1, 2, 3, 4, 5, 7, 12, 17, 40]),
+    )
+    n_in, batch, height, width = (
+        draw.choice(choices) for choices in (INPUTS, BATCHES, SIZES, SIZES)
+    )
     if kind == "linear":
         height = width = 1
         batch *= draw.choice([1, 1, 8])
     n_out, taps = share * blocks, 9 if kind[0] == "3" else 1
     if limit > 300_000:  # the largest that may be, not only the largest that happens
         grow = int(math.sqrt(limit / (batch * max(n_in, n_out) * height * width)))
-        height, width = (height, width) if kind == "linear" else (max(1, height * grow), max(1, width * grow))
+        height, width = (
+            (height, width) if kind == "linear" else (max(1, height * grow), max(1, width * grow))
+        )
     while batch * max(n_in, n_out) * height * width > limit and batch > 1:
         batch //= 2
     while batch * max(n_in, n_out) * height * width > limit:
@@ -167,15 +217,40 @@ def drawn(seed: int, numbers: tuple[int, ...] = (20_000,) * 5 + (60_000,) * 4 + 
         rows = rows.sort(1).values
     if draw.random() < 0.1:
         rows, distinct = torch.randint(0, n_in, (blocks, degree)).int(), degree == 1
-    bias, activation = torch.randn(n_out) if draw.random() < 0.5 else None, draw.choice(["", "relu", "relu6"])
+    bias, activation = (
+        torch.randn(n_out) if draw.random() < 0.5 else None,
+        draw.choice(["", "relu", "relu6"]),
+    )
     if kind == "linear":
-        x, weight, grad, geometry = torch.randn(batch, n_in), torch.randn(n_out, degree), torch.randn(batch, n_out), ()
-        return Case(x, weight, rows, bias, grad, geometry, activation, distinct, threads, batch * n_in * n_out)
-    kernel, stride = int(kind[0]), 2 if kind == "3s" else draw.choice([1, 1, 2, 3]) if kind == "1" else 1
+        x, weight, grad, geometry = (
+            torch.randn(batch, n_in),
+            torch.randn(n_out, degree),
+            torch.randn(batch, n_out),
+            (),
+        )
+        return Case(
+            x,
+            weight,
+            rows,
+            bias,
+            grad,
+            geometry,
+            activation,
+            distinct,
+            threads,
+            batch * n_in * n_out,
+        )
+    kernel, stride = (
+        int(kind[0]),
+        2 if kind == "3s" else draw.choice([1, 1, 2, 3]) if kind == "1" else 1,
+    )
     geometry = ((stride, stride), (kernel // 2, kernel // 2), (1, 1))
     x, weight = torch.randn(batch, n_in, height, width), torch.randn(n_out, degree, kernel, kernel)
     grad = torch.randn(batch, n_out, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    x, grad = (t.contiguous(memory_format=torch.channels_last) if draw.random() < 0.4 else t for t in (x, grad))
+    x, grad = (
+        t.contiguous(memory_format=torch.channels_last) if draw.random() < 0.4 else t
+        for t in (x, grad)
+    )
     products = batch * n_in * n_out * height * width * taps
     return Case(x, weight, rows, bias, grad, geometry, activation, distinct, threads, products)
 
@@ -191,18 +266,26 @@ def drawn_distinct(seed: int, numbers: tuple[int, ...]) -> tuple[Case, int]:
 
 def exact(case: Case, part: str) -> Tensor:
     """In float64, by `dense`, or `gather` where an output reads an input twice."""
-    tensors = [t.double() if t is not None and t.is_floating_point() else t for t in case.tensors(part)]
-    result = getattr(dense if case.distinct else gather, case.operation + part)(*tensors, *case.geometry)
+    tensors = [
+        t.double() if t is not None and t.is_floating_point() else t for t in case.tensors(part)
+    ]
+    result = getattr(dense if case.distinct else gather, case.operation + part)(
+        *tensors, *case.geometry
+    )
     return result if part else activate(result, case.activation)
 
 
 def tolerance(case: Case, part: str) -> float:
-    """Of float32 sums of numbers of a normal distribution: one product less, or one too many, is further off."""
+    """Of float32 sums of numbers of a normal distribution: one product less, or one too many, is
+    further off.
+    """
     taps = case.weight[0, 0].numel()
     if part == "_weight_grad":
         terms = case.grad.numel() // case.grad.shape[1]
     elif part == "_input_grad":
-        terms = int(case.rows.flatten().bincount().max()) * (len(case.weight) // len(case.rows)) * taps
+        terms = (
+            int(case.rows.flatten().bincount().max()) * (len(case.weight) // len(case.rows)) * taps
+        )
     else:
         terms = case.weight.shape[1] * taps
     return 2 * EPS * (terms + 32)
@@ -229,7 +312,9 @@ class Region:
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        base = libc.mmap(None, self.size + 2 * self.guard, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        base = libc.mmap(
+            None, self.size + 2 * self.guard, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+        )
         assert base not in (None, 2**64 - 1)
         self.begin = base + self.guard
         assert libc.mprotect(self.begin, self.size, mmap.PROT_READ | mmap.PROT_WRITE) == 0
@@ -244,7 +329,11 @@ class Region:
         if not size:
             return t
         buffer = (ctypes.c_char * size).from_address(self.address(size, False))
-        return torch.frombuffer(buffer, dtype=t.dtype).as_strided(t.shape, t.contiguous().stride()).copy_(t)
+        return (
+            torch.frombuffer(buffer, dtype=t.dtype)
+            .as_strided(t.shape, t.contiguous().stride())
+            .copy_(t)
+        )
 
 
 CANARY = b"\x5a" * 4096
@@ -253,7 +342,8 @@ CANARY = b"\x5a" * 4096
 class Guarded:
     """A library of kernels whose functions get copies of their arrays, each in a region of its own.
 
-    Copying reads what a kernel may read of an array by the sizes it is told, so that one that is shorter crashes here.
+    Copying reads what a kernel may read of an array by the sizes it is told, so that one that is
+    shorter crashes here.
     """
 
     def __init__(self, library: ctypes.CDLL, report):
@@ -262,20 +352,30 @@ class Guarded:
 
     def __getattr__(self, name):
         function = getattr(self.library, name)
-        return function if name in ("xzoo_lanes", "xzoo_fast") else lambda *args: self.call(name, function, *args)
+        return (
+            function
+            if name in ("xzoo_lanes", "xzoo_fast")
+            else lambda *args: self.call(name, function, *args)
+        )
 
     def call(self, name, function, layer, *addresses):
         batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", layer)
         pixels, results = height * width, ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
         x, y, rows = batch * n_in * pixels, batch * n_out * results, n_out // share * degree
         weight = n_out * degree * (9 if "conv3" in name else 1)
-        counts = {"": (x, weight, rows, n_out, y), "input": (y, weight, rows, x), "weight": (y, x, rows, weight)}
+        counts = {
+            "": (x, weight, rows, n_out, y),
+            "input": (y, weight, rows, x),
+            "weight": (y, x, rows, weight),
+        }
         part = "input" if "input" in name else "weight" if "weight" in name else ""
         sizes = [4 * count for count in counts[part]]
         ctypes.c_int.in_dll(self.library, "xzoo_guard_begin").value = self.begin
         places = [
             address and region.address(size, self.begin)
-            for region, size, address in zip(self.regions[: len(sizes)], sizes, addresses, strict=True)
+            for region, size, address in zip(
+                self.regions[: len(sizes)], sizes, addresses, strict=True
+            )
         ]
         given = [(place, size) for place, size in zip(places[:-1], sizes, strict=False) if place]
         for place, size, address in zip(places[:-1], sizes, addresses, strict=False):
@@ -305,7 +405,11 @@ class Run:
 
     def seeds(self):
         began, number = time.monotonic(), self.args.first
-        while time.monotonic() < began + self.args.seconds if self.args.seconds else self.done < self.args.cases:
+        while (
+            time.monotonic() < began + self.args.seconds
+            if self.args.seconds
+            else self.done < self.args.cases
+        ):
             yield self.args.seed * 10**7 + number
             number, self.done = number + 1, self.done + 1
 
@@ -362,7 +466,9 @@ def asan(run: Run, library: ctypes.CDLL) -> None:
 def scratch(run: Run, library: ctypes.CDLL) -> None:
     """No request for scratch that is refused ends the process, and the next call is as ever."""
     native._loaded[:] = [library]
-    asked, refused = (ctypes.c_long.in_dll(library, f"xzoo_scratch_{name}") for name in ("asked", "refused"))
+    asked, refused = (
+        ctypes.c_long.in_dll(library, f"xzoo_scratch_{name}") for name in ("asked", "refused")
+    )
     for seed in run.seeds():
         case = drawn(seed, numbers=(20_000,))
         run.begin(case, seed)
@@ -370,13 +476,16 @@ def scratch(run: Run, library: ctypes.CDLL) -> None:
         for part in PARTS:
             asked.value = refused.value = 0
             want = native_result(case, part)
-            # With threads, one more or less may be asked for each time: what is never reached is not refused.
+            # With threads, one more or less may be asked for each time: what is never reached is
+            # not refused.
             for number in range(1, asked.value + 1):
                 asked.value, refused.value = 0, number
                 with contextlib.suppress(MemoryError):
                     native_result(case, part)
                     if asked.value >= number:
-                        run.report(f"{case.operation}{part} does not say that scratch {number} was refused")
+                        run.report(
+                            f"{case.operation}{part} does not say that scratch {number} was refused"
+                        )
                 refused.value = 0
                 if not torch.equal(native_result(case, part), want):
                     run.report(f"{case.operation}{part} differs after scratch {number} was refused")
@@ -387,22 +496,29 @@ def results(case: Case, backend: str, dtype=torch.float32) -> tuple[Tensor | Non
     x, weight = (t.to(dtype).detach().requires_grad_() for t in (case.x, case.weight))
     bias = None if case.bias is None else case.bias.to(dtype).detach().requires_grad_()
     with ops.backend(backend):
-        y = getattr(ops, case.operation)(x, weight, case.rows, bias, *case.geometry, activation=case.activation)
+        y = getattr(ops, case.operation)(
+            x, weight, case.rows, bias, *case.geometry, activation=case.activation
+        )
         y.backward(case.grad.to(dtype))
     return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad
 
 
 def backends(run: Run) -> None:
-    """native, gather and dense in turn against float64, with 1 to 5 threads in turn, in one process."""
+    """native, gather and dense in turn against float64, with 1 to 5 threads in turn, in one
+    process.
+    """
     assert native.available()
     for seed in run.seeds():
         case, seed = drawn_distinct(seed, (3_000,) * 8 + (20_000, 60_000))
         run.begin(case, seed)
         torch.set_num_threads(seed % 5 + 1)
-        # A value at the bend of an activation rounds to either side of it, and its gradient is let through or not.
+        # A value at the bend of an activation rounds to either side of it, and its gradient is let
+        # through or not.
         if case.activation:
             value, near = exact(case._replace(activation=""), ""), tolerance(case, "")
-            case = case._replace(grad=case.grad * ((value.abs() > near) & ((value - 6).abs() > near)))
+            case = case._replace(
+                grad=case.grad * ((value.abs() > near) & ((value - 6).abs() > near))
+            )
         want = results(case, "dense", torch.float64)
         allowed = [tolerance(case, part) for part in PARTS]
         allowed.append(2 * EPS * (case.grad.numel() // case.grad.shape[1] + 32))
@@ -421,12 +537,28 @@ REFUSED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 
 def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
     """What is wrong, and the arguments x, weight, rows, bias and grad with it."""
-    given = {"x": case.x, "weight": case.weight, "rows": case.rows, "bias": case.bias, "grad": case.grad}
+    given = {
+        "x": case.x,
+        "weight": case.weight,
+        "rows": case.rows,
+        "bias": case.bias,
+        "grad": case.grad,
+    }
     name = draw.choice([name for name, t in given.items() if t is not None])
     t = given[name]
-    what = draw.choice(["dtype", "shape", "shape", "value", "storage", "expanded", "negated", "empty"])
+    what = draw.choice(
+        ["dtype", "shape", "shape", "value", "storage", "expanded", "negated", "empty"]
+    )
     if what == "dtype":
-        types = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int16, torch.uint8, torch.complex64]
+        types = [
+            torch.float16,
+            torch.bfloat16,
+            torch.float64,
+            torch.int64,
+            torch.int16,
+            torch.uint8,
+            torch.complex64,
+        ]
         given[name] = t.to(draw.choice(types))
         return f"{name} is {given[name].dtype}", given
     if what == "shape":
@@ -438,7 +570,9 @@ def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
             given[name] = t[None] if draw.random() < 0.5 else t[0]
     elif what == "value":
         rows = case.rows.to(draw.choice([torch.int32, torch.int64]))
-        far = [-1, case.x.shape[1], 2**31 - 1, -(2**31)] + [2**32, 2**40 + 1] * (rows.dtype == torch.int64)
+        far = [-1, case.x.shape[1], 2**31 - 1, -(2**31)] + [2**32, 2**40 + 1] * (
+            rows.dtype == torch.int64
+        )
         rows.data[draw.randrange(len(rows)), draw.randrange(rows.shape[1])] = draw.choice(far)
         name, given["rows"] = "rows", rows
     elif what == "storage":
@@ -456,7 +590,9 @@ def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
 
 
 def hostile(run: Run, library: ctypes.CDLL) -> None:
-    """Arguments that are wrong in one place are refused, or computed as `dense` does; nothing else is read."""
+    """Arguments that are wrong in one place are refused, or computed as `dense` does; nothing else
+    is read.
+    """
     native._loaded[:] = [Guarded(library, run.report)]
     regions = [Region() for _ in range(5)]
     for seed in run.seeds():
@@ -465,7 +601,12 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
         run.begin(f"{what}, of {case}", seed)
         torch.set_num_threads(case.threads)
         for region, (name, t) in zip(regions, given.items(), strict=True):
-            if t is not None and t.untyped_storage().nbytes() and t.is_contiguous() and not t.is_neg():
+            if (
+                t is not None
+                and t.untyped_storage().nbytes()
+                and t.is_contiguous()
+                and not t.is_neg()
+            ):
                 given[name] = region.place(t)
         calls = {
             "": (given["x"], given["weight"], given["rows"], given["bias"]),
@@ -479,16 +620,22 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
             for backend in ("native", "auto", "dense")[: 1 if gone else 3]:
                 name = case.operation + part
                 try:
-                    found[backend] = getattr(torch.ops.xzoo, name)(*tensors, *case.geometry, backend)
+                    found[backend] = getattr(torch.ops.xzoo, name)(
+                        *tensors, *case.geometry, backend
+                    )
                 except REFUSED as error:
                     found[backend] = type(error).__name__
             want = found.get("dense", "no storage")
             for backend, got in found.items():
                 if isinstance(got, Tensor) and isinstance(want, str):
-                    run.report(f"{backend} {case.operation}{part} accepts what dense refuses ({want})")
+                    run.report(
+                        f"{backend} {case.operation}{part} accepts what dense refuses ({want})"
+                    )
                 elif isinstance(got, Tensor):
                     wrong = difference(
-                        got, want.double(), 1e-3 * max(1, float(want.abs().max()) if want.numel() else 1)
+                        got,
+                        want.double(),
+                        1e-3 * max(1, float(want.abs().max()) if want.numel() else 1),
                     )
                     if wrong:
                         run.report(f"{backend} {case.operation}{part} {wrong}")
@@ -499,7 +646,9 @@ RUNS = {"pages": pages, "scratch": scratch, "hostile": hostile, "asan": asan}
 
 def main() -> int:
     faulthandler.enable()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=[*RUNS, "backends"])
     parser.add_argument("level", nargs="?", default="")
     parser.add_argument("--cases", type=int, default=100)
@@ -516,7 +665,10 @@ def main() -> int:
         library = built(args.level, args.what == "asan", args.change)
         began = time.monotonic()
         RUNS[args.what](run, library)
-    print(f"{args.what} {args.level}: {run.done} cases, {run.faults} faults, {time.monotonic() - began:.0f} s")
+    print(
+        f"{args.what} {args.level}: {run.done} cases, {run.faults} faults, "
+        f"{time.monotonic() - began:.0f} s"
+    )
     return int(run.faults > 0)
 
 

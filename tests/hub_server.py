@@ -1,14 +1,16 @@
-"""A small Hugging Face Hub on 127.0.0.1, for the unmodified clients: huggingface_hub, timm, the `hf` command.
+"""A small Hugging Face Hub on 127.0.0.1, for the unmodified clients: huggingface_hub, timm, the
+`hf` command.
 
     with Hub() as hub:
         hub.account("secret", "ann", orgs=("lab",))
         run(environment=hub.environment(tmp_path, token="secret"))      # a process that uses the real client
         hub.fault("GET /storage/.*", flip=100)                          # and what goes wrong
 
-Two servers: the Hub and, on another port, the storage that large files are redirected to and uploaded to. It has the
-endpoints that uploading a folder, downloading, listing, tags and branches need, with private and gated repositories,
-error codes, Range and faults; it has no datasets, no pull requests, no xet (HF_HUB_DISABLE_XET=1 is in `environment`).
-Everything is kept in memory; `requests` lists what was asked for.
+Two servers: the Hub and, on another port, the storage that large files are redirected to and
+uploaded to. It has the endpoints that uploading a folder, downloading, listing, tags and branches
+need, with private and gated repositories, error codes, Range and faults; it has no datasets, no
+pull requests, no xet (HF_HUB_DISABLE_XET=1 is in `environment`). Everything is kept in memory;
+`requests` lists what was asked for.
 """
 
 import base64
@@ -28,7 +30,8 @@ from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
-LARGE = (".safetensors", ".bin", ".png")  # stored as the Hub stores large files, whatever their size
+# stored as the Hub stores large files, whatever their size
+LARGE = (".safetensors", ".bin", ".png")
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,15 @@ class Repo:
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    readers: set[str] = field(default_factory=set)  # accounts that accepted a gated repository's terms
+    # accounts that accepted a gated repository's terms
+    readers: set[str] = field(default_factory=set)
 
     def commit(self, title: str, files: Mapping[str, Stored], branch: str = "main") -> str:
         parent = self.branches.get(branch)
         content = {path: file.oid for path, file in sorted(files.items())}
-        oid = hashlib.sha1(json.dumps([title, parent, len(self.commits), content]).encode()).hexdigest()
+        oid = hashlib.sha1(
+            json.dumps([title, parent, len(self.commits), content]).encode()
+        ).hexdigest()
         self.commits[oid] = Commit(title, dict(files), parent)
         self.branches[branch] = oid
         return oid
@@ -109,14 +115,17 @@ class Hub:
         self.accounts: dict[str, Account] = {}
         self.blobs: dict[str, bytes] = {}  # large files that were uploaded, by sha256
         self.parts: dict[tuple[str, int], bytes] = {}  # of those that are on their way
-        self.part_size, self.page = 1 << 30, 1000  # bytes of a part of an upload; entries in an answer of the tree
+        # bytes of a part of an upload; entries in an answer of the tree
+        self.part_size, self.page = 1 << 30, 1000
         self.requests: list[str] = []
         self.ranges: list[str] = []  # parts of files that were asked for
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self._stop = threading.Event()
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler(self)) for _ in range(2)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.endpoint, self.storage = (
+            f"http://127.0.0.1:{server.server_port}" for server in self._servers
+        )
 
     def __enter__(self) -> Self:
         for server in self._servers:
@@ -130,10 +139,14 @@ class Hub:
             server.shutdown()
             server.server_close()
 
-    def account(self, token: str, name: str, orgs: tuple[str, ...] = (), write: bool = True) -> None:
+    def account(
+        self, token: str, name: str, orgs: tuple[str, ...] = (), write: bool = True
+    ) -> None:
         self.accounts[token] = Account(name, orgs, write)
 
-    def add(self, name: str, files: Mapping[str, bytes], private: bool = False, gated: bool = False) -> str:
+    def add(
+        self, name: str, files: Mapping[str, bytes], private: bool = False, gated: bool = False
+    ) -> str:
         """A repository with one commit more, without any client; returns the commit."""
         repo = self.repos.setdefault(name, Repo(name, private, gated))
         head = repo.branches.get("main")
@@ -144,19 +157,36 @@ class Hub:
     def fault(self, pattern: str, times: int = 1, **what: Any) -> None:
         """The next `times` requests that match ("GET /storage/.*") go wrong.
 
-        status: answer with it and no body. headers: changed, or with None taken away. delay: seconds before the
-        answer. drop: close after that many bytes of the body. stall: send no more after that many. flip: turn a bit
-        of that byte. cut: leave out the body's last bytes and say so honestly. reset: break the connection. lose: do
-        what was asked for, then close without an answer. rate: bytes a second.
+        status: answer with it and no body. headers: changed, or with None taken away. delay:
+        seconds before the answer. drop: close after that many bytes of the body. stall: send no
+        more after that many. flip: turn a bit of that byte. cut: leave out the body's last bytes
+        and say so honestly. reset: break the connection. lose: do what was asked for, then close
+        without an answer. rate: bytes a second.
         """
         self.faults.append(Fault(pattern, times, **what))
 
     def environment(self, home: Path, token: str | None = None, **more: str) -> dict[str, str]:
         """Of a process whose client talks to this Hub, with its caches in `home`."""
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
-        places = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home / "hf"), "XZOO_HOME": str(home / "xzoo")}
-        quiet = ("DISABLE_XET", "DISABLE_TELEMETRY", "DISABLE_UPDATE_CHECK", "DISABLE_PROGRESS_BARS")
-        flags = {f"HF_HUB_{name}": "1" for name in quiet} | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING_FACE"))
+        }
+        places = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home / "hf"),
+            "XZOO_HOME": str(home / "xzoo"),
+        }
+        quiet = (
+            "DISABLE_XET",
+            "DISABLE_TELEMETRY",
+            "DISABLE_UPDATE_CHECK",
+            "DISABLE_PROGRESS_BARS",
+        )
+        flags = {f"HF_HUB_{name}": "1" for name in quiet} | {
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
         return own | places | flags | ({"HF_TOKEN": token} if token else {}) | more
 
     def wait(self, seconds: float) -> None:
@@ -225,16 +255,26 @@ class Handler(BaseHTTPRequestHandler):
         for method, pattern, name in ROUTES:
             found = re.fullmatch(pattern, raw)
             if found and self.command in method.split("|"):
-                getattr(self, name)(body, *(unquote(part) for part in found.groups() if part is not None))
+                getattr(self, name)(
+                    body, *(unquote(part) for part in found.groups() if part is not None)
+                )
                 return
         raise RefusedError(404, "", f"no such endpoint: {self.command} {raw}")
 
     # ---- answers
 
-    def _json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+    def _json(
+        self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._send(
+            status,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str], length: int | None = None) -> None:
+    def _send(
+        self, status: int, body: bytes, headers: Mapping[str, str], length: int | None = None
+    ) -> None:
         fault = self.fault or Fault("", 0)
         if fault.lose:
             self._close()
@@ -243,7 +283,11 @@ class Handler(BaseHTTPRequestHandler):
             body = body[: fault.flip] + bytes([body[fault.flip] ^ 1]) + body[fault.flip + 1 :]
         if fault.cut is not None:
             body = body[: -fault.cut]
-        told = {"Content-Length": str(len(body) if length is None else length), **headers, **fault.headers}
+        told = {
+            "Content-Length": str(len(body) if length is None else length),
+            **headers,
+            **fault.headers,
+        }
         self.send_response(status)
         for name, value in told.items():
             if value is not None:
@@ -285,7 +329,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and not own):
             raise RefusedError(404 if account else 401, "RepoNotFound", "Repository not found")
         if write and not (own and account and account.write):
-            raise RefusedError(403 if account else 401, "", "You have no right to write to this repository")
+            raise RefusedError(
+                403 if account else 401, "", "You have no right to write to this repository"
+            )
         return repo
 
     def _commit(self, repo: Repo, revision: str) -> str:
@@ -317,14 +363,20 @@ class Handler(BaseHTTPRequestHandler):
         owner = asked.get("organization") or account.name
         name = f"{owner}/{asked['name']}"
         if owner not in (account.name, *account.orgs) or not account.write:
-            raise RefusedError(403, "", f"You don't have the rights to create a model under the namespace {owner!r}")
+            raise RefusedError(
+                403,
+                "",
+                f"You don't have the rights to create a model under the namespace {owner!r}",
+            )
         told = {"url": f"{self.hub.endpoint}/{name}", "name": name}
         if name in self.hub.repos:
             self._json(told | {"error": "You already created this model repo"}, 409)
             return
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         repo = self.hub.repos[name] = Repo(name, private)
-        repo.commit("initial commit", {".gitattributes": Stored(b"*.safetensors filter=lfs\n", False)})
+        repo.commit(
+            "initial commit", {".gitattributes": Stored(b"*.safetensors filter=lfs\n", False)}
+        )
         self._json(told)
 
     def delete(self, body: bytes) -> None:
@@ -347,7 +399,13 @@ class Handler(BaseHTTPRequestHandler):
                     known["lfs"] = {"sha256": file.oid, "size": len(file.data), "pointerSize": 130}  # type: ignore[assignment]
             siblings.append(known)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        told = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": repo.private}
+        told = {
+            "id": name,
+            "modelId": name,
+            "sha": commit,
+            "siblings": siblings,
+            "private": repo.private,
+        }
         told |= {"gated": "auto" if repo.gated else False, "tags": [], "downloads": 0, "likes": 0}
         self._json(told | {"lastModified": now, "createdAt": now})
 
@@ -355,14 +413,21 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         files = repo.commits[self._commit(repo, revision)].files
         under = under.strip("/")
-        inside = {path: file for path, file in files.items() if not under or path.startswith(f"{under}/")}
+        inside = {
+            path: file for path, file in files.items() if not under or path.startswith(f"{under}/")
+        }
         deep = self.query.get("recursive", ["false"])[0].lower() == "true"
         found: dict[str, dict[str, Any]] = {}
         for path, file in inside.items():
             rest = path[len(under) + 1 :] if under else path
             if "/" in rest:
                 folder = f"{under}/{rest.partition('/')[0]}".strip("/")
-                found[folder] = {"type": "directory", "path": folder, "oid": git_sha1(folder.encode()), "size": 0}
+                found[folder] = {
+                    "type": "directory",
+                    "path": folder,
+                    "oid": git_sha1(folder.encode()),
+                    "size": 0,
+                }
             if deep or "/" not in rest:
                 found[path] = self._entry(path, file)
         begin = int(self.query.get("cursor", ["0"])[0])
@@ -375,15 +440,26 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         files = repo.commits[self._commit(repo, revision)].files
         asked = parse_qs(body.decode())
-        self._json([self._entry(path, files[path]) for path in asked.get("paths", []) if path in files])
+        self._json(
+            [self._entry(path, files[path]) for path in asked.get("paths", []) if path in files]
+        )
 
     def refs(self, body: bytes, name: str) -> None:
         repo = self._repo(name)
 
         def told(kind: str, table: Mapping[str, str]) -> list[dict[str, str]]:
-            return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid} for n, oid in table.items()]
+            return [
+                {"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid}
+                for n, oid in table.items()
+            ]
 
-        self._json({"branches": told("heads", repo.branches), "tags": told("tags", repo.tags), "converts": []})
+        self._json(
+            {
+                "branches": told("heads", repo.branches),
+                "tags": told("tags", repo.tags),
+                "converts": [],
+            }
+        )
 
     def history(self, body: bytes, name: str, revision: str) -> None:
         repo, told = self._repo(name), []
@@ -391,7 +467,15 @@ class Handler(BaseHTTPRequestHandler):
         while oid:
             commit = repo.commits[oid]
             date = "2026-01-01T00:00:00.000Z"
-            told.append({"id": oid, "title": commit.title, "message": "", "date": date, "authors": [{"user": "ann"}]})
+            told.append(
+                {
+                    "id": oid,
+                    "title": commit.title,
+                    "message": "",
+                    "date": date,
+                    "authors": [{"user": "ann"}],
+                }
+            )
             oid = commit.parent
         self._json(told)
 
@@ -408,7 +492,11 @@ class Handler(BaseHTTPRequestHandler):
         told = []
         for asked in json.loads(body)["files"]:
             large = asked["path"].endswith(LARGE)
-            known = {"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            known = {
+                "path": asked["path"],
+                "uploadMode": "lfs" if large else "regular",
+                "shouldIgnore": False,
+            }
             there = files.get(asked["path"])
             told.append(known | ({"oid": there.oid} if there else {}))
         self._json({"files": told})
@@ -474,7 +562,9 @@ class Handler(BaseHTTPRequestHandler):
             if key == "header":
                 title = value["summary"]
                 if value.get("parentCommit", head) != head:
-                    raise RefusedError(412, "", "A commit has happened since. Please refresh and try again.")
+                    raise RefusedError(
+                        412, "", "A commit has happened since. Please refresh and try again."
+                    )
             elif key == "file":
                 files[value["path"]] = Stored(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
@@ -486,7 +576,13 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 raise RefusedError(400, "", f"unknown operation {key}")
         oid = repo.commit(title, files, revision)
-        self._json({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{oid}", "commitOid": oid, "success": True})
+        self._json(
+            {
+                "commitUrl": f"{self.hub.endpoint}/{name}/commit/{oid}",
+                "commitOid": oid,
+                "success": True,
+            }
+        )
 
     def tag(self, body: bytes, name: str, revision: str) -> None:
         repo, asked = self._repo(name, write=True), json.loads(body or b"{}")
@@ -512,12 +608,18 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         account = self._account()
         if repo.gated and not (account and account.name in repo.readers):
-            raise RefusedError(403 if account else 401, "GatedRepo", f"Access to model {name} is restricted")
+            raise RefusedError(
+                403 if account else 401, "GatedRepo", f"Access to model {name} is restricted"
+            )
         commit = self._commit(repo, revision)
         file = repo.commits[commit].files.get(path)
         here = {"X-Repo-Commit": commit}
         if file is None:
-            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", **here}
+            headers = {
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": "Entry not found",
+                **here,
+            }
             self._json({"error": "Entry not found"}, 404, headers)
             return
         headers = {"ETag": f'"{file.oid}"', "Accept-Ranges": "bytes", **here}
@@ -549,7 +651,11 @@ class Handler(BaseHTTPRequestHandler):
         if low >= len(data):
             self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             return
-        self._send(206, data[low : high + 1], {**headers, "Content-Range": f"bytes {low}-{high}/{len(data)}"})
+        self._send(
+            206,
+            data[low : high + 1],
+            {**headers, "Content-Range": f"bytes {low}-{high}/{len(data)}"},
+        )
 
 
 _ID = r"([^/]+/[^/]+?)"

@@ -1,4 +1,6 @@
-"""All that a layer computes, for the tests of kernels: by a backend, or by torch on the dense weight."""
+"""All that a layer computes, for the tests of kernels: by a backend, or by torch on the dense
+weight.
+"""
 
 import torch.nn.functional as F
 
@@ -17,6 +19,10 @@ def results(case, backend, dtype):
         y = F.conv2d(x, dense, bias, *geometry) if geometry else F.linear(x, dense, bias)
     else:
         with ops.backend(backend):
-            y = ops.conv2d(x, weight, rows, bias, *geometry) if geometry else ops.linear(x, weight, rows, bias)
+            y = (
+                ops.conv2d(x, weight, rows, bias, *geometry)
+                if geometry
+                else ops.linear(x, weight, rows, bias)
+            )
     y.backward(grad.to(dtype))
     return y.detach(), x.grad, weight.grad, None if bias is None else bias.grad

@@ -1,4 +1,6 @@
-"""Augmentation of batches: against slow numpy, and as a function of nothing but seed, epoch and index."""
+"""Augmentation of batches: against slow numpy, and as a function of nothing but seed, epoch and
+index.
+"""
 
 from itertools import pairwise
 
@@ -20,7 +22,9 @@ SEEDS = st.integers(0, 2**31)
 
 
 def noise(n: int, side: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(seed)).byte()
+    return torch.randint(
+        0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(seed)
+    ).byte()
 
 
 def key(seed: int, epoch: int, stream: int, index: int) -> int:
@@ -33,7 +37,9 @@ def one_by_one(images: Tensor, index: Tensor, seed: int, epoch: int, knobs: Augm
     for image, i in zip(images.numpy(), index.tolist(), strict=True):
         p, side = knobs.shift, knobs.side
         padded = np.pad(image, ((0, 0), (p, p), (p, p)), mode="reflect")
-        y, x = (key(seed, epoch, s, i) * (2 * p + 1) >> 32 for s in (augment.SHIFT_Y, augment.SHIFT_X))
+        y, x = (
+            key(seed, epoch, s, i) * (2 * p + 1) >> 32 for s in (augment.SHIFT_Y, augment.SHIFT_X)
+        )
         image = padded[:, y : y + side, x : x + side]
         random = key(seed, epoch, augment.FLIP, i) >> 31
         alternating = ((key(seed, 0, augment.FLIP, i) >> 31) + epoch) % 2
@@ -65,24 +71,41 @@ def test_a_batch_is_what_each_image_gets_alone(
     ours = knobs(images, index, seed, epoch, PLAIN)
     assert ours.dtype == torch.float32
     # 1 / 255 is rounded twice in float32.
-    torch.testing.assert_close(ours.double(), one_by_one(images, index, seed, epoch, knobs), rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        ours.double(), one_by_one(images, index, seed, epoch, knobs), rtol=2e-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("crop", augment.CROPS)
 @pytest.mark.parametrize("img_size", [12, 19])
 def test_the_batch_an_image_is_in_changes_no_bit(crop: str, img_size: int) -> None:
     knobs = Augment(12, img_size, crop=crop, cutout=5)
-    images, index, colours = noise(23, 12), torch.arange(100, 123), colours_of((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    images, index, colours = (
+        noise(23, 12),
+        torch.arange(100, 123),
+        colours_of((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+    )
     whole = knobs(images, index, 5, 3, colours)
     for size in (1, 2, 9):
-        parts = [knobs(i, n, 5, 3, colours) for i, n in zip(images.split(size), index.split(size), strict=True)]
+        parts = [
+            knobs(i, n, 5, 3, colours)
+            for i, n in zip(images.split(size), index.split(size), strict=True)
+        ]
         assert torch.equal(torch.cat(parts), whole), f"batches of {size}"
-    assert not torch.equal(knobs(images, index, 5, 4, colours), whole), "another epoch shows the same"
-    assert not torch.equal(knobs(images, index, 6, 3, colours), whole), "another seed shows the same"
+    assert not torch.equal(knobs(images, index, 5, 4, colours), whole), (
+        "another epoch shows the same"
+    )
+    assert not torch.equal(knobs(images, index, 6, 3, colours), whole), (
+        "another seed shows the same"
+    )
 
 
 def test_alternating_flips_show_both_views_in_any_two_epochs() -> None:
-    images, index, knobs = noise(64, 8), torch.arange(64), Augment(8, 8, shift=0, flip="alternating")
+    images, index, knobs = (
+        noise(64, 8),
+        torch.arange(64),
+        Augment(8, 8, shift=0, flip="alternating"),
+    )
     views = [knobs(images, index, 1, epoch, PLAIN) for epoch in range(4)]
     for one, next_ in pairwise(views):
         assert torch.equal(one, next_.flip(3))
@@ -93,7 +116,10 @@ def test_alternating_flips_show_both_views_in_any_two_epochs() -> None:
 def test_choices_are_uniform_and_streams_independent() -> None:
     index = torch.arange(40_000)
     for seed, epoch in ((0, 0), (0, 1), (17, 200)):
-        dy, dx = (augment.randint(keys(seed, epoch, s, index), 9) for s in (augment.SHIFT_Y, augment.SHIFT_X))
+        dy, dx = (
+            augment.randint(keys(seed, epoch, s, index), 9)
+            for s in (augment.SHIFT_Y, augment.SHIFT_X)
+        )
         for choices, n in ((dy, 9), (dx, 9), (dy * 9 + dx, 81)):
             counts = torch.bincount(choices, minlength=n).numpy()
             # Deterministic: the same three seeds pass or fail for ever.
@@ -120,13 +146,21 @@ def test_a_resized_crop_of_everything_is_the_image(img_size: int) -> None:
 
 def test_a_resized_crop_is_the_box_that_was_drawn() -> None:
     line = torch.arange(32.0)
-    images = torch.stack([line[None, :].expand(32, 32), line[:, None].expand(32, 32), torch.zeros(32, 32)])
+    images = torch.stack(
+        [line[None, :].expand(32, 32), line[:, None].expand(32, 32), torch.zeros(32, 32)]
+    )
     draws = torch.tensor([[0.0, 0.5, 1.0], [0.5, 0.2, 0.9], [0.0, 0.5, 1.0], [1.0, 0.3, 0.0]])
     box = augment.boxes(draws, (0.25, 0.81), (0.5, 2.0))
     top, left, height, width = box
-    torch.testing.assert_close(height * width, torch.tensor([0.25, 0.53, 0.81]).clamp(max=height * width))
-    assert bool(((top >= 0) & (left >= 0) & (top + height <= 1 + 1e-6) & (left + width <= 1 + 1e-6)).all())
-    crops = augment.resized(images.expand(3, 3, 32, 32), box, torch.tensor([False, True, False]), 16)
+    torch.testing.assert_close(
+        height * width, torch.tensor([0.25, 0.53, 0.81]).clamp(max=height * width)
+    )
+    assert bool(
+        ((top >= 0) & (left >= 0) & (top + height <= 1 + 1e-6) & (left + width <= 1 + 1e-6)).all()
+    )
+    crops = augment.resized(
+        images.expand(3, 3, 32, 32), box, torch.tensor([False, True, False]), 16
+    )
     for i in range(3):
         columns = (left[i] + (torch.arange(16) + 0.5) / 16 * width[i]) * 32 - 0.5
         expected = columns.flip(0) if i == 1 else columns
@@ -189,7 +223,8 @@ def test_mixing_does_not_depend_on_the_ranks() -> None:
         for number in range(6):
             x, partner, share = mixed(images, labels, mixup, cutmix, 0, 0, number)
             parts = [
-                mixed(i, n, mixup, cutmix, 0, 0, number) for i, n in zip(images.split(4), labels.split(4), strict=True)
+                mixed(i, n, mixup, cutmix, 0, 0, number)
+                for i, n in zip(images.split(4), labels.split(4), strict=True)
             ]
             assert torch.equal(torch.cat([p[0] for p in parts]), x)
             assert torch.equal(torch.cat([p[1] for p in parts]), partner)
@@ -199,7 +234,9 @@ def test_mixing_does_not_depend_on_the_ranks() -> None:
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_are_distributed_as_beta(alpha: float) -> None:
     images, labels = torch.zeros(2, 1, 1, 1), torch.arange(2)
-    shares = [mixed(images, labels, alpha, 0.0, 0, epoch, b)[2] for epoch in range(20) for b in range(100)]
+    shares = [
+        mixed(images, labels, alpha, 0.0, 0, epoch, b)[2] for epoch in range(20) for b in range(100)
+    ]
     assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 0.001
 
 

@@ -1,4 +1,6 @@
-"""A state dict averaged by anybody's loop: the graph stays as it was, or the next forward pass or load says so."""
+"""A state dict averaged by anybody's loop: the graph stays as it was, or the next forward pass or
+load says so.
+"""
 
 import copy
 
@@ -11,13 +13,16 @@ from torch.optim.swa_utils import AveragedModel
 import xzoo
 from xzoo.errors import XzooError
 
-REFUSED = (XzooError, RuntimeError)  # load_state_dict collects what its layers raise in a RuntimeError
+# load_state_dict collects what its layers raise in a RuntimeError
+REFUSED = (XzooError, RuntimeError)
 
 
 def network():
     """Indices up to 511, of which many are no multiple of what a decay leaves exact."""
     torch.manual_seed(0)
-    return nn.Sequential(xzoo.ExpanderLinear(512, 64, degree=32, seed=3), nn.ReLU(), nn.Linear(64, 4))
+    return nn.Sequential(
+        xzoo.ExpanderLinear(512, 64, degree=32, seed=3), nn.ReLU(), nn.Linear(64, 4)
+    )
 
 
 def averaged_by(decay):
@@ -49,7 +54,9 @@ def by_data(model):
     """Through .data, which torch's version counter does not see."""
     other = copy.deepcopy(model)
     for name, value in other.state_dict().items():
-        value.data.copy_((value.double() * 0.9999).to(value.dtype) if name.endswith("neighbours") else value)
+        value.data.copy_(
+            (value.double() * 0.9999).to(value.dtype) if name.endswith("neighbours") else value
+        )
     return other
 
 
@@ -79,7 +86,8 @@ IN_PLACE = {
 }
 
 
-# A forward pass asks torch's version counter alone, so that it costs nothing; saving looks at the numbers.
+# A forward pass asks torch's version counter alone, so that it costs nothing; saving looks at the
+# numbers.
 @pytest.mark.parametrize("way", [way for way in IN_PLACE if way != "through .data"])
 def test_the_graph_stays_or_the_next_forward_refuses(way):
     model, x, told = network(), torch.randn(3, 512), ""
@@ -116,7 +124,10 @@ def mean(*states):
 def weighted(*states):
     """By decays of float32, whose sum is one but for rounding."""
     shares = torch.softmax(torch.arange(float(len(states))), 0)
-    return {name: sum(w * state[name].float() for w, state in zip(shares, states, strict=True)) for name in states[0]}
+    return {
+        name: sum(w * state[name].float() for w, state in zip(shares, states, strict=True))
+        for name in states[0]
+    }
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -131,8 +142,13 @@ def test_a_soup_of_one_graph_is_loaded(average, assign):
     assert state["0.neighbours"].is_floating_point()
     soup = network()
     soup.load_state_dict(state, assign=assign)
-    assert torch.equal(soup[0].neighbours, models[0][0].neighbours) and soup[0].neighbours.dtype == torch.int32
-    torch.testing.assert_close(soup[0].weight, average(*({"w": model[0].weight} for model in models))["w"])
+    assert (
+        torch.equal(soup[0].neighbours, models[0][0].neighbours)
+        and soup[0].neighbours.dtype == torch.int32
+    )
+    torch.testing.assert_close(
+        soup[0].weight, average(*({"w": model[0].weight} for model in models))["w"]
+    )
     assert soup(torch.randn(2, 512)).isfinite().all()
 
 
@@ -141,6 +157,10 @@ def test_a_soup_of_several_graphs_is_refused(share):
     one, other = network(), network()
     other[0] = xzoo.ExpanderLinear(512, 64, degree=32, seed=4)
     states = one.state_dict(), other.state_dict()
-    state = {name: (1 - share) * value + share * states[1][name] for name, value in states[0].items()}
-    with pytest.raises(RuntimeError, match=r"0\.neighbours: has dtype torch\.float32; a graph is integers"):
+    state = {
+        name: (1 - share) * value + share * states[1][name] for name, value in states[0].items()
+    }
+    with pytest.raises(
+        RuntimeError, match=r"0\.neighbours: has dtype torch\.float32; a graph is integers"
+    ):
         network().load_state_dict(state)

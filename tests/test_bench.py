@@ -1,4 +1,6 @@
-"""What `xzoo bench` measures: that both forms do the same work, and the arithmetic. No time is judged."""
+"""What `xzoo bench` measures: that both forms do the same work, and the arithmetic. No time is
+judged.
+"""
 
 import csv
 from math import isfinite
@@ -27,7 +29,8 @@ def measured(figure: Figure, n: int) -> None:
 
 
 def test_ratios_are_of_neighbours():
-    # A machine that gets three times slower half-way: the ratio of sums or of medians would be another.
+    # A machine that gets three times slower half-way: the ratio of sums or of medians would be
+    # another.
     assert bench.ratios([2.0, 3.0, 12.0], [1.0, 2.0, 6.0]) == (2.0, 1.5, 2.0)
     with pytest.raises(ValueError, match="shorter"):
         bench.ratios([1.0, 2.0], [1.0])
@@ -52,8 +55,17 @@ def test_the_file_says_what_the_table_says(tmp_path):
     with open(tmp_path / "bench.csv", newline="", encoding="utf-8") as file:
         first, second = csv.DictReader(file)
     assert {key: first[key] for key in figures[0].row()} == figures[0].row()
-    assert (first["what"], first["median"], first["bar"], first["met"]) == ("step, small", "1.250", "<= 1.100", "no")
-    assert (float(first["quartile 1"]), float(first["quartile 3"]), first["n"]) == (1.125, 1.375, "3")
+    assert (first["what"], first["median"], first["bar"], first["met"]) == (
+        "step, small",
+        "1.250",
+        "<= 1.100",
+        "no",
+    )
+    assert (float(first["quartile 1"]), float(first["quartile 3"]), first["n"]) == (
+        1.125,
+        1.375,
+        "3",
+    )
     assert (second["median"], second["bar"], second["met"]) == ("25000", "", "")
     assert second["torch"] == torch.__version__ and "thread" in second["machine"]
     with pytest.raises(XzooError, match="cannot write"):
@@ -61,9 +73,13 @@ def test_the_file_says_what_the_table_says(tmp_path):
 
 
 def test_the_bare_loop_does_the_work_of_the_trainer():
-    """Same network and images, so the same weights: nothing is left out of either form, and no step."""
+    """Same network and images, so the same weights: nothing is left out of either form, and no
+    step.
+    """
     given = {"name": "x_mobilenet050_c4", "num_classes": 10, "label_smoothing": training.SMOOTHING}
-    ours, theirs = (Classifier(**given, **training.OPTIMIZER, **training.SCHEDULE) for _ in range(2))
+    ours, theirs = (
+        Classifier(**given, **training.OPTIMIZER, **training.SCHEDULE) for _ in range(2)
+    )
     before = {name: value.clone() for name, value in ours.net.state_dict().items()}
     turns = training.alternated(ours, theirs, 8, pairs=1)
     assert len(turns.lightning) == len(turns.bare) == training.WARM + 1
@@ -132,7 +148,9 @@ def test_all_take_turns_and_the_first_calls_do_not_count():
     times = alternate({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, rounds=3)
     turns = "".join(said).replace("a" * 9, "A").replace("b" * 9, "B").lstrip("ab")
     assert said[:4] == ["a", "a", "b", "b"] and turns[0] == "A"
-    order = [name for name, before in zip(said[4:], ["", *said[4:]], strict=False) if name != before]
+    order = [
+        name for name, before in zip(said[4:], ["", *said[4:]], strict=False) if name != before
+    ]
     assert order == ["a", "b"] * 3  # each repeated within its turn, as it takes no time
     assert all(len(each.seconds) == 3 and min(each.seconds) >= 0 for each in times.values())
 
@@ -147,10 +165,14 @@ def test_memory_that_is_mapped_afresh_is_counted():
 def test_tune_measures_every_backend_that_can_run_a_layer():
     rows = tune(SMALL, rounds=1)
     on_cpu = [b for b in ops.available() if b != "triton"]
-    assert {(row.product, row.backend) for row in rows} == {(p, b) for p in PRODUCTS for b in on_cpu}
+    assert {(row.product, row.backend) for row in rows} == {
+        (p, b) for p in PRODUCTS for b in on_cpu
+    }
     assert all(len(row.times.seconds) == 1 and row.times.seconds[0] > 0 for row in rows)
     five = tune(SMALL._replace(kernel=5), rounds=1)  # native has no kernel for it
-    assert {row.backend for row in five} >= {"dense", "gather"} and "native" not in {row.backend for row in five}
+    assert {row.backend for row in five} >= {"dense", "gather"} and "native" not in {
+        row.backend for row in five
+    }
     assert [row.backend for row in tune(SMALL, ["dense"], rounds=2)] == ["dense"] * 3
     with pytest.raises(XzooError, match="backend 'fast' is not one of"):
         tune(SMALL, ["fast"])
@@ -163,14 +185,24 @@ def test_names_of_layers_go_both_ways():
     for case in layer.CASES:
         assert layer.named(layer.name(case.layer)) == case.layer
     strided = Layer(3, 128, 256, 28, 2, 16, 1, 16, True)
-    assert layer.name(strided) == "3x3 128->256 28x28/2 b16 d16 s1 last" and layer.named(layer.name(strided)) == strided
-    for other in ("3x3 8->8 b1 d2 s1", "linear 8->8 4x4 b1 d2 s1", "2x2 8->8 4x4 b1 d2 s1", "3x5 8->8 4x4 b1 d2 s1"):
+    assert (
+        layer.name(strided) == "3x3 128->256 28x28/2 b16 d16 s1 last"
+        and layer.named(layer.name(strided)) == strided
+    )
+    for other in (
+        "3x3 8->8 b1 d2 s1",
+        "linear 8->8 4x4 b1 d2 s1",
+        "2x2 8->8 4x4 b1 d2 s1",
+        "3x5 8->8 4x4 b1 d2 s1",
+    ):
         assert layer.named(other) is None
     with pytest.raises(GraphError, match="degree"):
         layer.named("linear 8->8 b1 d9 s1")
 
 
-@pytest.mark.parametrize("text", ["3x3 16->24 6x6 b5 d4 s1", "3x3 16->24 6x6/2 b5 d4 s3", "1x1 16->24 6x6 b5 d4 s4"])
+@pytest.mark.parametrize(
+    "text", ["3x3 16->24 6x6 b5 d4 s1", "3x3 16->24 6x6/2 b5 d4 s3", "1x1 16->24 6x6 b5 d4 s4"]
+)
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_all_forms_of_a_convolution_compute_one_thing(text, form, product):
@@ -178,14 +210,19 @@ def test_all_forms_of_a_convolution_compute_one_thing(text, form, product):
     drawn = layer._formats(tensors(layer.named(text)))[form]
     weight = ops.dense.scatter(drawn.weight, drawn.neighbours, 16)
     got, dense = layer.ours(drawn, product)(), layer.library(drawn, product, weight)
-    rivals = {name: call() for name, call in layer.rivals(drawn, layer.LayerCase(layer.named(text), product)).items()}
+    rivals = {
+        name: call()
+        for name, call in layer.rivals(drawn, layer.LayerCase(layer.named(text), product)).items()
+    }
     mask = ops.dense.scatter(torch.ones_like(drawn.weight), drawn.neighbours, 16)
     if product == "weight_grad":
         dense = dense * mask
         got = ops.dense.scatter(got, drawn.neighbours, 16)
     torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rivals["masked"], dense, rtol=1e-4, atol=1e-4)
-    assert rivals["group"].shape == (drawn.weight.shape if product == "weight_grad" else dense.shape)
+    assert rivals["group"].shape == (
+        drawn.weight.shape if product == "weight_grad" else dense.shape
+    )
 
 
 def test_all_forms_of_a_linear_layer_compute_one_thing():
@@ -206,8 +243,15 @@ def test_bars_are_parts_of_the_ideal_for_these_vectors():
     case = layer.LayerCase(layer.named("linear 64->64 b4 d8 s1"), "forward", (0.75, 0.5))
     wanted = {16: 6.0, 8: 4.0}.get(native.lanes()) if native.available() else None
     figures = list(layer._measure(case, pairs=2))
-    assert [figure.against for figure in figures] == ["dense", "masked", "group", "gather, multiply, sum"]
-    assert [figure.bar for figure in figures] == [wanted, None, None, None] and figures[0].ideal == 8
+    assert [figure.against for figure in figures] == [
+        "dense",
+        "masked",
+        "group",
+        "gather, multiply, sum",
+    ]
+    assert [figure.bar for figure in figures] == [wanted, None, None, None] and figures[
+        0
+    ].ideal == 8
     for figure in figures:
         measured(figure, 2)
 
@@ -217,25 +261,39 @@ def test_policy_judges_every_shape_and_their_median():
     figures = list(layer._policy(cases, pairs=2))
     assert len(figures) == 6 and [figure.bar for figure in figures] == [1.1] * 3 + [1.0] * 3
     assert not any(figure.at_least for figure in figures)
-    assert [figure.values for figure in figures[3:]] == [(figure.quartiles[1],) for figure in figures[:3]]
+    assert [figure.values for figure in figures[3:]] == [
+        (figure.quartiles[1],) for figure in figures[:3]
+    ]
     # The 20 shapes: several where dense should win.
-    assert len(set(layer.POLICY)) == 20 and sum(each.degree * 2 >= each.n_in for each in layer.POLICY) >= 6
+    assert (
+        len(set(layer.POLICY)) == 20
+        and sum(each.degree * 2 >= each.n_in for each in layer.POLICY) >= 6
+    )
 
 
 def test_share_tells_the_graph_and_the_speed():
     figures = list(layer._share([layer.named("linear 64->64 b16 d16 s4")], pairs=2))
-    assert [figure.what.partition(",")[0] for figure in figures] == ["second singular value"] * 2 + [
+    assert [figure.what.partition(",")[0] for figure in figures] == [
+        "second singular value"
+    ] * 2 + [
         "forward",
         "training",
     ]
     drawn = xzoo.graphs.singular_values(xzoo.graphs.sample("biregular", 64, 64, 16, 4), 64)
-    assert figures[0].values[0] == pytest.approx(drawn[1] / drawn[0], rel=1e-6) and 0.5 < figures[1].values[0] < 1.5
-    assert {layer.named(f"{text} s{s}") is None for text in layer.CLASSES for s in layer.SHARES} == {False}
+    assert (
+        figures[0].values[0] == pytest.approx(drawn[1] / drawn[0], rel=1e-6)
+        and 0.5 < figures[1].values[0] < 1.5
+    )
+    assert {
+        layer.named(f"{text} s{s}") is None for text in layer.CLASSES for s in layer.SHARES
+    } == {False}
 
 
 def test_scaling_compares_gains_and_leaves_the_threads_as_they_were():
     with bench.threads(2):
-        figures = list(layer._scaling([layer.LayerCase(SMALL, product) for product in PRODUCTS], pairs=3))
+        figures = list(
+            layer._scaling([layer.LayerCase(SMALL, product) for product in PRODUCTS], pairs=3)
+        )
         assert torch.get_num_threads() == 2
     for figure in figures:
         measured(figure, 3)
@@ -277,17 +335,21 @@ def test_every_form_of_a_model_has_the_same_layers_and_the_masked_one_computes_o
 
 def test_training_memory_of_x_vgg16_is_a_fifteenth_of_the_dense_twin_s():
     mine, theirs = model._memories("x_vgg16", 1)[model.STATE]
-    assert theirs == 3 * 4 * sum(p.numel() for p in xzoo.create_model("x_vgg16", compression=1).parameters())
+    assert theirs == 3 * 4 * sum(
+        p.numel() for p in xzoo.create_model("x_vgg16", compression=1).parameters()
+    )
     assert mine > 3 * 4 * 800_000 and theirs >= 15 * mine
 
 
 def test_memory_is_counted_as_it_is_held():
-    net = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), xzoo.ExpanderLinear(20, 5, degree=4))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(10, 20), torch.nn.ReLU(), xzoo.ExpanderLinear(20, 5, degree=4)
+    )
     held = bench.memory(net, torch.zeros(7, 10), torch.zeros(7, dtype=torch.long))
     numbers = 10 * 20 + 20 + 5 * 4 + 5
     assert held[:4] == (4 * numbers, 4 * numbers, 4 * numbers, 4 * 5 * 4)
-    # The images, the output of the ReLU (which both ReLU and the next layer keep), log-probabilities, labels, and a
-    # number for the loss.
+    # The images, the output of the ReLU (which both ReLU and the next layer keep),
+    # log-probabilities, labels, and a number for the loss.
     assert held.activations == 4 * 7 * 10 + 4 * 7 * 20 + 4 * 7 * 5 + 8 * 7 + 4
 
 
@@ -301,7 +363,10 @@ def test_memory_on_the_meta_device_is_that_of_the_cpu():
 
 def test_options_of_a_model_are_checked():
     assert model._macs("x_resnet18 compression=8")[0] < model._macs("x_resnet18")[0]
-    for name, told in (("x_resnet18 graph=group", "option 'graph=group'"), ("x_resnet81", "did you mean")):
+    for name, told in (
+        ("x_resnet18 graph=group", "option 'graph=group'"),
+        ("x_resnet81", "did you mean"),
+    ):
         with pytest.raises(XzooError, match=told):
             bench.models([name])
 
@@ -317,17 +382,39 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_the_command_measures_models_and_layers_and_draws_them(capsys, tmp_path):
     table, picture = tmp_path / "bench.csv", tmp_path / "bench.png"
-    asked = ["--models", "x_vgg16_c16", "--layers", "linear 32->16 b2 d4 s1", "--batch-size", "1", "--pairs", "1"]
+    asked = [
+        "--models",
+        "x_vgg16_c16",
+        "--layers",
+        "linear 32->16 b2 d4 s1",
+        "--batch-size",
+        "1",
+        "--pairs",
+        "1",
+    ]
     assert main(["bench", *asked, "--csv", str(table), "--plot", str(picture)]) == 0
     out, err = capsys.readouterr()
     rows = rows_of(table)
     assert all(row["what"] in out and row["median"] in out for row in rows)
-    assert "1 of 2: x_vgg16_c16, inference, batch 1 (about " in err and "3 of 3: weight grad, linear 32->16" in err
-    kinds = [(row["part"], row["what"].partition(", ")[2].partition(",")[0], row["against"]) for row in rows]
-    assert kinds[:2] == [("memory", model.STATE, "dense"), ("memory", "all memory in training", "dense")]
+    assert (
+        "1 of 2: x_vgg16_c16, inference, batch 1 (about " in err
+        and "3 of 3: weight grad, linear 32->16" in err
+    )
+    kinds = [
+        (row["part"], row["what"].partition(", ")[2].partition(",")[0], row["against"])
+        for row in rows
+    ]
+    assert kinds[:2] == [
+        ("memory", model.STATE, "dense"),
+        ("memory", "all memory in training", "dense"),
+    ]
     forms = ("dense", "masked", "group")
-    assert kinds[2:8] == [("model", what, form) for what in ("inference", "training step") for form in forms]
-    assert [row["ideal"] for row in rows[2:8]] == ["14.75", "", ""] * 2 and rows[2]["bar"].startswith(">= ")
+    assert kinds[2:8] == [
+        ("model", what, form) for what in ("inference", "training step") for form in forms
+    ]
+    assert [row["ideal"] for row in rows[2:8]] == ["14.75", "", ""] * 2 and rows[2][
+        "bar"
+    ].startswith(">= ")
     assert {row["part"] for row in rows[8:]} == {"layer"} and float(rows[8]["ideal"]) == 8
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
 
@@ -349,7 +436,10 @@ def test_what_was_measured_is_left_when_it_is_interrupted(capsys, tmp_path, monk
     [
         (["--models", "x_vgg61"], "unknown model 'x_vgg61'"),
         (["--models", "x_vgg16 colour=3"], "option 'colour=3' of x_vgg16"),
-        (["--layers", "5x5"], "layer '5x5': no case is called so; give sizes such as '3x3 512->512"),
+        (
+            ["--layers", "5x5"],
+            "layer '5x5': no case is called so; give sizes such as '3x3 512->512",
+        ),
         (["--layers", "linear 8->8 b1 d9 s1"], "degree=9"),
         (["--layers", "--pairs", "0"], "pairs=0: 1 or more are needed"),
         (["--policy", "--threads", "0"], "threads=0: 1 or more are needed"),
@@ -361,11 +451,26 @@ def test_what_was_measured_is_left_when_it_is_interrupted(capsys, tmp_path, monk
             ["--finetune", "digits", "--csv", "/tmp/x.csv"],
             "--finetune needs --model NAME, with weights, and --csv FILE",
         ),
-        (["--finetune", "digits", "--model", TRAINED], "--finetune needs --model NAME, with weights, and --csv FILE"),
-        (["--finetune", "digits", "--model", TRAINED, "--csv", "/nowhere/x.csv"], "cannot write /nowhere/x.csv"),
-        (["--finetune", "digits", "--model", "x_vgg16", "--csv", "/tmp/x.csv"], "model='x_vgg16' has no trained weig"),
-        (["--finetune", "digits", "--model", TRAINED, "--csv", "/tmp/x.csv"], "digits has no part to validate on"),
-        (["--finetune", "x", "--model", TRAINED, "--csv", "/tmp/x.csv", "--seeds", "0"], "seeds=0, each=10, minutes=2"),
+        (
+            ["--finetune", "digits", "--model", TRAINED],
+            "--finetune needs --model NAME, with weights, and --csv FILE",
+        ),
+        (
+            ["--finetune", "digits", "--model", TRAINED, "--csv", "/nowhere/x.csv"],
+            "cannot write /nowhere/x.csv",
+        ),
+        (
+            ["--finetune", "digits", "--model", "x_vgg16", "--csv", "/tmp/x.csv"],
+            "model='x_vgg16' has no trained weig",
+        ),
+        (
+            ["--finetune", "digits", "--model", TRAINED, "--csv", "/tmp/x.csv"],
+            "digits has no part to validate on",
+        ),
+        (
+            ["--finetune", "x", "--model", TRAINED, "--csv", "/tmp/x.csv", "--seeds", "0"],
+            "seeds=0, each=10, minutes=2",
+        ),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(capsys, arguments, told):
@@ -404,7 +509,9 @@ def test_a_few_images_of_each_class_are_drawn_and_all_that_validate(photos: Path
     for drawn in few:
         assert drawn.keys() == whole.keys()
         for folder, images in drawn.items():
-            assert images <= whole[folder] and len(images) == (4 if folder.startswith("train") else 2)
+            assert images <= whole[folder] and len(images) == (
+                4 if folder.startswith("train") else 2
+            )
     assert few[0] == few[1] != few[2]
 
 
@@ -430,8 +537,14 @@ def test_weights_are_compared_with_none_on_the_same_images(photos: Path, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     rows = rows_of(table)
     told = [(row["train_images"], row["pretrained"]) for row in rows]
-    assert told == [("12", "true"), ("12", "false"), ("18", "true"), ("18", "false")] and len(lines) == 4
-    assert all(row["n_val"] == "6" and row["img_size"] == "32" and 0 <= float(row["top1"]) <= 100 for row in rows)
+    assert (
+        told == [("12", "true"), ("12", "false"), ("18", "true"), ("18", "false")]
+        and len(lines) == 4
+    )
+    assert all(
+        row["n_val"] == "6" and row["img_size"] == "32" and 0 <= float(row["top1"]) <= 100
+        for row in rows
+    )
     # What is interrupted goes on: what the table has is not measured again.
     lost = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lost[:-1]))

@@ -27,7 +27,9 @@ def some_rows():
             facts = {"graph": kind, "compression": compression, "model": f"x_vgg16_c{compression}"}
             size = {"weights": 14_977_728 // compression, "macs": 313_463_808 // compression}
             for seed in range(3):
-                rows.append(a_row(**facts, **size, params=15_000_000, seed=seed, top1=value + seed / 10))
+                rows.append(
+                    a_row(**facts, **size, params=15_000_000, seed=seed, top1=value + seed / 10)
+                )
     return rows
 
 
@@ -76,16 +78,25 @@ def test_the_table_has_every_arm_and_every_figure(drawn):
     (dense,) = (line for line in lines if "| dense | 1 |" in line and "xzoo" in line)
     assert "**93.60** ± 0.10 [93.35, 93.85] | 3 | last, 40 of 40" in dense
     (group,) = (line for line in lines if "| group | 16 |" in line and "xzoo" in line)
-    assert group.startswith("| CIFAR-10 as JPEG of quality 75 | VGG-16 (`x_vgg16_c16`) | group | 16 | 4 / 1 | 936 k |")
+    assert group.startswith(
+        "| CIFAR-10 as JPEG of quality 75 | VGG-16 (`x_vgg16_c16`) | group | 16 | 4 / 1 | 936 k |"
+    )
     assert "3, 1 graph |" in group
     assert "| xzoo, recipes/cifar10/x_vgg16_c8.yaml (01234567), bf16-mixed |" in group
     (published,) = (line for line in lines if "X-VGG16-2" in line)
-    assert "| CIFAR-10 | VGG-16, X-VGG16-2 | expander |  |  | 1.14 M (1.15 M) | 110 M | 93.00 | 1 |" in published
+    assert (
+        "| CIFAR-10 | VGG-16, X-VGG16-2 | expander |  |  | 1.14 M (1.15 M) | 110 M | 93.00 | 1 |"
+        in published
+    )
     (mobile,) = (line for line in lines if "MobileNet-0.5 | group | 16" in line)
     assert "39.03 (error 60.97)" in mobile
     assert "30 runs of ours and 110 published" in text
     notes = {int(n) for n in re.findall(r"<sup>(\d+)</sup>", text)}
-    assert notes == {int(n) for n in re.findall(r"^(\d+)\. ", text, re.MULTILINE)} == set(range(1, len(notes) + 1))
+    assert (
+        notes
+        == {int(n) for n in re.findall(r"^(\d+)\. ", text, re.MULTILINE)}
+        == set(range(1, len(notes) + 1))
+    )
 
 
 @pytest.mark.slow
@@ -108,7 +119,11 @@ def test_an_empty_table_shows_the_published_figures_and_says_so(tmp_path, monkey
 @pytest.mark.slow
 def test_only_the_data_sets_that_were_asked_for(tmp_path):
     files = compare(write(tmp_path, some_rows()), tmp_path, datasets=["cifar10_q75"])
-    assert [path.name for path in files] == ["accuracy_cifar10.png", "rivals_cifar10.png", "results.md"]
+    assert [path.name for path in files] == [
+        "accuracy_cifar10.png",
+        "rivals_cifar10.png",
+        "results.md",
+    ]
     text = files[-1].read_text()
     assert "ImageNet" not in text
     with pytest.raises(XzooError, match=r"datasets='cifar': there are cifar10, cifar10_q75"):
@@ -128,7 +143,9 @@ def test_what_has_no_data_is_not_drawn():
     assert list(figures.draw([])) == []
     only = list(_points(aggregate(some_rows()[:3])))
     assert [name for name, _ in figures.draw(only)] == ["accuracy_cifar10"]
-    assert any("nothing published beside them" in text for text in texts(figures.draw_accuracy(only)))
+    assert any(
+        "nothing published beside them" in text for text in texts(figures.draw_accuracy(only))
+    )
 
 
 def test_rivals_are_drawn_at_their_means_with_their_intervals():
@@ -138,13 +155,17 @@ def test_rivals_are_drawn_at_their_means_with_their_intervals():
     assert title == "VGG-16 on CIFAR-10 as JPEG of quality 75\n40 epochs at 32 px, batch 512, n = 3"
     axes = figures.draw_rivals({title: points}).axes[0]
     curves = {
-        line.get_color(): line for line in axes.lines if len(line.get_xdata()) == 3 and line.get_linestyle() == "-"
+        line.get_color(): line
+        for line in axes.lines
+        if len(line.get_xdata()) == 3 and line.get_linestyle() == "-"
     }
     for kind in TOP1:
         expected = [means[kind, c].mean for c in (4, 8, 16)]
         assert list(curves[figures.COLOURS[kind]].get_ydata()) == pytest.approx(expected)
     ends = sorted(end for c in axes.collections for bar in c.get_segments() for end in bar[:, 1])
-    expected = sorted(end for (kind, _), s in means.items() if kind != "dense" for end in (s.low, s.high))
+    expected = sorted(
+        end for (kind, _), s in means.items() if kind != "dense" for end in (s.low, s.high)
+    )
     assert ends == pytest.approx(expected)
     assert {*KINDS.values(), "dense 93.60"} <= texts(axes.figure)
 
@@ -152,7 +173,10 @@ def test_rivals_are_drawn_at_their_means_with_their_intervals():
 def test_other_budgets_and_parts_are_no_rivals():
     rows = some_rows()
     longer = [a_row(graph=g, epochs=200, epoch_reported=200) for g in ("biregular", "group")]
-    tuned = [a_row(graph=g, split="train_5k", n_val=5000, epochs=7, epoch_reported=7) for g in ("biregular", "group")]
+    tuned = [
+        a_row(graph=g, split="train_5k", n_val=5000, epochs=7, epoch_reported=7)
+        for g in ("biregular", "group")
+    ]
     best = [a_row(graph=g, epochs=90, epoch_reported=60) for g in ("biregular", "group")]
     panels = figures._rivals(list(_points(aggregate(rows + longer + tuned + best))))
     assert [title.split("\n")[1] for title in panels] == [
@@ -171,9 +195,17 @@ def test_shares_are_curves_of_their_own():
 
 
 def test_jpeg_and_exact_images_are_told_apart():
-    points = [p for p in points_of([*some_rows(), a_row(dataset="cifar10")]) if figures.exact(p.dataset) == "cifar10"]
+    points = [
+        p
+        for p in points_of([*some_rows(), a_row(dataset="cifar10")])
+        if figures.exact(p.dataset) == "cifar10"
+    ]
     figure = figures.draw_accuracy(points)
-    fills = {line.get_fillstyle() for line in figure.axes[0].lines if line.get_marker() not in ("None", "")}
+    fills = {
+        line.get_fillstyle()
+        for line in figure.axes[0].lines
+        if line.get_marker() not in ("None", "")
+    }
     assert fills == {"full", "bottom"}
     for start in (
         "ours on CIFAR-10 as JPEG of quality 75: last epoch, mean and 95 % interval, n = 3",
@@ -186,11 +218,20 @@ def test_jpeg_and_exact_images_are_told_apart():
 
 
 def test_a_network_with_a_name_of_its_own_is_no_compression_of_another():
-    """X-VGG16-2's layers have other degrees each: a line from it to c = 16 would promise what lies between."""
-    rows = [a_row(model="x_vgg16_2", compression=None), a_row(model="x_vgg16_c16", compression=16), a_row(**DENSE)]
+    """X-VGG16-2's layers have other degrees each: a line from it to c = 16 would promise what lies
+    between.
+    """
+    rows = [
+        a_row(model="x_vgg16_2", compression=None),
+        a_row(model="x_vgg16_c16", compression=16),
+        a_row(**DENSE),
+    ]
     points = list(_points(aggregate(rows)))
     chains = figures._chains(points, "weights")
-    assert {tuple(p.label or p.compression for p in chain) for chain in chains} == {(1, 16), (1, "x_vgg16_2")}
+    assert {tuple(p.label or p.compression for p in chain) for chain in chains} == {
+        (1, 16),
+        (1, "x_vgg16_2"),
+    }
     found = texts(figures.draw_accuracy([p for p in points if p.kind != "dense"]))
     assert {"x_vgg16_2", "VGG-16 c=16"} <= found
 
@@ -199,7 +240,11 @@ def test_wider_and_deeper_are_drawn_with_both_counts():
     points = [p for p in points_of([]) if p.dataset == "cifar100"]
     left, right = figures.draw_wider_deeper(points).axes
     lines = [
-        {line.get_color(): list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"}
+        {
+            line.get_color(): list(line.get_xdata())
+            for line in axes.lines
+            if line.get_linestyle() == "--"
+        }
         for axes in (left, right)
     ]
     wide = figures._CURVES[" 40-100"][0]
@@ -219,7 +264,14 @@ def test_networks_of_the_zoo_are_called_as_published_ones():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(171_024, "171 k"), (999_600, "1 M"), (1_141_440, "1.14 M"), (35.9e6, "35.9 M"), (2.284e9, "2.28 G"), (12, "12")],
+    [
+        (171_024, "171 k"),
+        (999_600, "1 M"),
+        (1_141_440, "1.14 M"),
+        (35.9e6, "35.9 M"),
+        (2.284e9, "2.28 G"),
+        (12, "12"),
+    ],
 )
 def test_counts_are_short(value, text):
     assert figures.count(value) == text

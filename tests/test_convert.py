@@ -1,4 +1,6 @@
-"""Any model can be expanded: by rules that its report tells, keeping what it learnt, and back again."""
+"""Any model can be expanded: by rules that its report tells, keeping what it learnt, and back
+again.
+"""
 
 import copy
 import re
@@ -40,7 +42,9 @@ class Net(nn.Module):
 
 
 def two(first, second):
-    """A model in which the first convolution and the classifier, which are kept, stand around the two."""
+    """A model in which the first convolution and the classifier, which are kept, stand around the
+    two.
+    """
     return nn.Sequential(nn.Conv2d(3, 16, 1), first, second, nn.Linear(16, 2))
 
 
@@ -49,7 +53,9 @@ def reasons(report):
 
 
 def x_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)
+    }
 
 
 def rows_of(layer):
@@ -71,7 +77,8 @@ def test_report_gives_every_layer_and_its_reason():
         "depthwise": "kept: a grouped convolution (16 groups)",
         "spatial": "degree 4, share 1",
         "point": "degree 8, share 4",
-        "narrow": "degree 8, share 1",  # two blocks that read an input need 2 * 32 edges, and 4 outputs have 32
+        # two blocks that read an input need 2 * 32 edges, and 4 outputs have 32
+        "narrow": "degree 8, share 1",
         "small": "kept: only 4 inputs",
         "hidden": "degree 8, share 4",
         "head": "kept: the classifier",
@@ -88,14 +95,19 @@ def test_report_adds_up_to_the_model():
     for row in report.rows:
         layer = model.get_submodule(row.name)
         assert row.weights_after == layer.weight.numel()
-        assert (row.degree, row.share) == (getattr(layer, "degree", None), getattr(layer, "share", None))
+        assert (row.degree, row.share) == (
+            getattr(layer, "degree", None),
+            getattr(layer, "share", None),
+        )
         assert row.weights_before == (4 if row.degree else 1) * row.weights_after
 
 
 def test_report_is_a_table_with_the_sum_below():
     lines = str(xzoo.expand(Net(), 4)).splitlines()
     assert len(lines) == 9
-    assert re.fullmatch(r"spatial +conv 16 -> 32, 3x3 +4,608 -> +1,152  degree 4, share 1", lines[2])
+    assert re.fullmatch(
+        r"spatial +conv 16 -> 32, 3x3 +4,608 -> +1,152  degree 4, share 1", lines[2]
+    )
     assert re.fullmatch(r"head +linear 64 -> 10 +640 -> +640  kept: the classifier", lines[7])
     assert lines[-1] == "4 of 8 layers expanded: 9,152 -> 3,296 weights, 2.78 times fewer"
 
@@ -124,15 +136,25 @@ def test_compression_one_changes_nothing():
 
 
 def test_only_and_skip_take_patterns():
-    assert xzoo.expand(Net(), only=["s*", "head"], skip="small").replaced == ("stem", "spatial", "head")
+    assert xzoo.expand(Net(), only=["s*", "head"], skip="small").replaced == (
+        "stem",
+        "spatial",
+        "head",
+    )
     report = xzoo.expand(Net(), only="point")
     assert reasons(report)["hidden"] == "kept: not among the names in only"
     assert reasons(xzoo.expand(Net(), skip="h*"))["hidden"] == "kept: skipped by name"
 
 
 def test_named_layers_are_expanded_where_the_rules_would_keep_them():
-    assert xzoo.expand(Net(), 2, only=("stem", "small", "head")).replaced == ("stem", "small", "head")
-    assert reasons(xzoo.expand(Net(), only="depthwise"))["depthwise"].startswith("kept: a grouped convolution")
+    assert xzoo.expand(Net(), 2, only=("stem", "small", "head")).replaced == (
+        "stem",
+        "small",
+        "head",
+    )
+    assert reasons(xzoo.expand(Net(), only="depthwise"))["depthwise"].startswith(
+        "kept: a grouped convolution"
+    )
 
 
 def test_classifier_is_what_timm_calls_so():
@@ -145,7 +167,9 @@ def test_classifier_is_what_timm_calls_so():
 
 def test_both_classifiers_of_a_distilled_model_are_kept():
     report = xzoo.expand(timm.create_model("levit_128s", device="meta"))
-    assert {name for name, reason in reasons(report).items() if reason == "kept: the classifier"} == {
+    assert {
+        name for name, reason in reasons(report).items() if reason == "kept: the classifier"
+    } == {
         "head.linear",
         "head_dist.linear",
     }
@@ -170,7 +194,8 @@ def test_shares_go_by_the_kernel_and_leave_inputs_read_twice(share, spatial_shar
 def test_rival_graphs_take_the_largest_divisor(kind):
     model = two(nn.Conv2d(16, 36, 1), nn.Conv2d(36, 16, 1))
     report = xzoo.expand(model, 5, graph=kind)
-    assert [row.degree for row in report.rows] == [None, 2, 6, None]  # of 16 // 5 = 3 and 36 // 5 = 7
+    # of 16 // 5 = 3 and 36 // 5 = 7
+    assert [row.degree for row in report.rows] == [None, 2, 6, None]
 
 
 def test_graph_is_that_of_the_seed_and_the_name_of_the_layer():
@@ -183,7 +208,9 @@ def test_graph_is_that_of_the_seed_and_the_name_of_the_layer():
         assert torch.equal(layer.neighbours, model.get_submodule(name).neighbours)
     for name, layer in x_layers(model).items():
         seed = graphs.layer_seed(3, name)
-        drawn = graphs.sample("biregular", layer._n_in, layer._n_out, layer.degree, layer.share, seed)
+        drawn = graphs.sample(
+            "biregular", layer._n_in, layer._n_out, layer.degree, layer.share, seed
+        )
         assert layer.neighbours.tolist() == drawn.tolist()
         assert not torch.equal(layer.neighbours, other.get_submodule(name).neighbours)
 
@@ -239,7 +266,10 @@ def test_subclasses_stay():
         nn.utils.parametrizations.weight_norm,
         nn.utils.parametrizations.orthogonal,
         nn.utils.spectral_norm,
-        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")),
+        pytest.param(
+            nn.utils.weight_norm,
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated"),
+        ),
     ],
 )
 def test_computed_weights_stay(compute):
@@ -265,9 +295,13 @@ def test_tied_weights_and_shared_layers_stay():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention])
+@pytest.mark.parametrize(
+    "cls", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention]
+)
 def test_fast_paths_of_torch_stay_right(cls):
-    """In eval mode without gradients, torch's transformers hand their weights to one fused operation."""
+    """In eval mode without gradients, torch's transformers hand their weights to one fused
+    operation.
+    """
     options = {"dropout": 0.0, "batch_first": True}
     x = torch.randn(2, 5, 16)
     if cls is nn.MultiheadAttention:
@@ -278,7 +312,9 @@ def test_fast_paths_of_torch_stay_right(cls):
         arguments = (x,) if cls is nn.TransformerEncoderLayer else (x, x)
     whole = nn.Sequential(model, nn.Linear(16, 2))
     report = xzoo.expand(whole)
-    assert report.replaced == (("0.linear1", "0.linear2") if cls is nn.TransformerDecoderLayer else ())
+    assert report.replaced == (
+        ("0.linear1", "0.linear2") if cls is nn.TransformerDecoderLayer else ()
+    )
     first = lambda y: y[0] if isinstance(y, tuple) else y  # noqa: E731
     slow = first(model.train()(*arguments))
     with torch.no_grad():
@@ -288,7 +324,9 @@ def test_fast_paths_of_torch_stay_right(cls):
 
 def test_transformer_around_expanded_layers_stays_right():
     encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+        2,
+        enable_nested_tensor=False,
     )
     model = nn.Sequential(nn.Linear(16, 16), encoder, nn.Linear(16, 16), nn.Linear(16, 2))
     assert xzoo.expand(model).replaced == ("0", "2")
@@ -376,7 +414,11 @@ class Adapter(nn.Module):
 class LoRA(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight_of, self.lora_a, self.lora_b = nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(8, 32)
+        self.weight_of, self.lora_a, self.lora_b = (
+            nn.Linear(32, 32),
+            nn.Linear(32, 8),
+            nn.Linear(8, 32),
+        )
 
     def forward(self, x):
         return self.weight_of(x) + self.lora_b(self.lora_a(x))
@@ -387,8 +429,17 @@ def test_adapters_stay():
     report = xzoo.expand(model)
     assert report.replaced == ("0.base_layer", "1.weight_of")
     assert reasons(report)["2.base_layer"] == "kept: the classifier"
-    adapters = ("0.down.default", "0.up.default", "1.lora_a", "1.lora_b", "2.down.default", "2.up.default")
-    assert [name for name, reason in reasons(report).items() if reason == "kept: a matrix of an adapter"] == [*adapters]
+    adapters = (
+        "0.down.default",
+        "0.up.default",
+        "1.lora_a",
+        "1.lora_b",
+        "2.down.default",
+        "2.up.default",
+    )
+    assert [
+        name for name, reason in reasons(report).items() if reason == "kept: a matrix of an adapter"
+    ] == [*adapters]
     assert model(torch.ones(2, 32)).shape == (2, 32)
 
 
@@ -464,9 +515,13 @@ def test_hooks_go_on_and_can_be_removed():
     calls = []
     layer = model[1]
     handles = [
-        layer.register_forward_hook(lambda m, args, kwargs, y: calls.append("forward"), with_kwargs=True),
+        layer.register_forward_hook(
+            lambda m, args, kwargs, y: calls.append("forward"), with_kwargs=True
+        ),
         layer.register_forward_pre_hook(lambda m, args: calls.append("pre")),
-        layer.register_full_backward_hook(lambda m, dx, dy: calls.append(("back", len(dx), dx[0].shape))),
+        layer.register_full_backward_hook(
+            lambda m, dx, dy: calls.append(("back", len(dx), dx[0].shape))
+        ),
     ]
     model = nn.Sequential(model[0], model[1])
     xzoo.expand(model, only="1")
@@ -480,7 +535,9 @@ def test_hooks_go_on_and_can_be_removed():
 
 
 def test_pretrained_classifier_still_works_a_little():
-    """Norms of trained outputs kept, a network of random weights has outputs of the same size as before."""
+    """Norms of trained outputs kept, a network of random weights has outputs of the same size as
+    before.
+    """
     model = timm.create_model("resnet18", num_classes=10).eval()
     x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -546,9 +603,21 @@ def computed_layers():
     """X-layers whose weight is computed, and the call that ends it."""
     mk = lambda: ExpanderLinear(16, 16, degree=4)  # noqa: E731
     remove = torch.nn.utils.parametrize.remove_parametrizations
-    yield "remove_parametrizations", nn.utils.parametrizations.weight_norm(mk()), lambda la: remove(la, "weight")
-    yield "prune.remove", prune.l1_unstructured(mk(), "weight", 0.5), lambda la: prune.remove(la, "weight")
-    yield "prune.remove", prune.random_unstructured(mk(), "bias", 0.5), lambda la: prune.remove(la, "bias")
+    yield (
+        "remove_parametrizations",
+        nn.utils.parametrizations.weight_norm(mk()),
+        lambda la: remove(la, "weight"),
+    )
+    yield (
+        "prune.remove",
+        prune.l1_unstructured(mk(), "weight", 0.5),
+        lambda la: prune.remove(la, "weight"),
+    )
+    yield (
+        "prune.remove",
+        prune.random_unstructured(mk(), "bias", 0.5),
+        lambda la: prune.remove(la, "bias"),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch would have the newer form
         yield "remove_weight_norm", nn.utils.weight_norm(mk()), nn.utils.remove_weight_norm
@@ -559,7 +628,9 @@ def test_computed_x_layers_are_refused_by_name_and_the_remedy_helps(remedy, laye
     model = nn.Sequential(ExpanderLinear(16, 16, degree=4), layer, nn.Linear(16, 2))
     x = torch.ones(2, 16)
     before, first = model(x), model[0]
-    with pytest.raises(ModelError, match=rf"layer 1 \(ExpanderLinear\): its \w+ is computed .*{remedy}\(layer"):
+    with pytest.raises(
+        ModelError, match=rf"layer 1 \(ExpanderLinear\): its \w+ is computed .*{remedy}\(layer"
+    ):
         xzoo.to_dense(model)
     assert model[0] is first and torch.equal(model(x), before)
     assert xzoo.expand(copy_without_graph(model)).replaced == ()
@@ -580,14 +651,18 @@ class Doubled(ExpanderLinear):
 
 
 def test_subclasses_of_x_layers_are_refused_by_name():
-    with pytest.raises(ModelError, match=r"layer 0 \(Doubled\) is a subclass that may compute something else"):
+    with pytest.raises(
+        ModelError, match=r"layer 0 \(Doubled\) is a subclass that may compute something else"
+    ):
         xzoo.to_dense(nn.Sequential(Doubled(16, 16, degree=4)))
 
 
 @pytest.mark.parametrize("tensor", ["weight", "bias"])
 def test_pruned_layers_stay(tensor):
     model = nn.Sequential(prune.l1_unstructured(nn.Linear(16, 16), tensor, 0.5), nn.Linear(16, 2))
-    assert reasons(xzoo.expand(model))["0"] == "kept: its weight is computed (parametrized)".replace("weight", tensor)
+    assert reasons(xzoo.expand(model))[
+        "0"
+    ] == "kept: its weight is computed (parametrized)".replace("weight", tensor)
     model(torch.ones(1, 16)).sum().backward()
 
 
@@ -607,7 +682,12 @@ FAMILIES = {
     "test_byobnet": {},
     "eva02_tiny_patch14_224": TINY | {"img_size": 56},
     "beit_base_patch16_224": TINY,
-    "swinv2_tiny_window8_256": {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)},
+    "swinv2_tiny_window8_256": {
+        "img_size": 64,
+        "embed_dim": 24,
+        "depths": (1, 1),
+        "num_heads": (2, 4),
+    },
     "mobilevitv2_050": {"img_size": 64},
     "mixer_s32_224": {"img_size": 64},
     "mobilevit_xxs": {"img_size": 64},
@@ -636,7 +716,9 @@ FAST = (
 )
 
 
-@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_family_can_be_expanded(family):
     """Forward, backward, counts, a state dict into another seed, and back to dense."""
 
@@ -721,7 +803,9 @@ def test_lone_layer_cannot_be_replaced_in_place(layer):
 
 def test_layer_without_sizes_is_refused():
     model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(2))
-    with pytest.raises(ModelError, match="layer 1 is a LazyLinear without sizes yet: run a forward pass first"):
+    with pytest.raises(
+        ModelError, match="layer 1 is a LazyLinear without sizes yet: run a forward pass first"
+    ):
         xzoo.expand(model)
     model(torch.ones(1, 16))
     assert xzoo.expand(model).replaced == ("0",)

@@ -1,4 +1,6 @@
-"""Order and augmentation are functions of (seed, epoch, index): not of workers, batches, ranks or resumes."""
+"""Order and augmentation are functions of (seed, epoch, index): not of workers, batches, ranks or
+resumes.
+"""
 
 import os
 import random
@@ -20,7 +22,13 @@ from xzoo.data.photos import ImageModule
 from xzoo.data.scan import read
 from xzoo.errors import DataError, XzooError
 
-CONFIG = {"input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+CONFIG = {
+    "input_size": (3, 16, 16),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+}
 
 
 def test_keys_are_the_same_on_every_machine_and_release():
@@ -39,7 +47,9 @@ def test_keys_are_uniform_and_independent():
     assert 40 < chi < 130  # 80 degrees of freedom: 80 +- 13
 
 
-@pytest.mark.parametrize(("n", "size"), [(2, 2), (3, 2), (7, 3), (64, 64), (65, 64), (129, 64), (10, 100)])
+@pytest.mark.parametrize(
+    ("n", "size"), [(2, 2), (3, 2), (7, 3), (64, 64), (65, 64), (129, 64), (10, 100)]
+)
 def test_an_epoch_shows_every_image_once_and_forms_no_batch_of_one(n, size):
     order = TrainOrder(n, size)
     batches = list(order)
@@ -161,7 +171,9 @@ def test_a_batch_through_pipes_lies_in_memory_as_any_other(photos, small_shared_
     views = loader_module.Views(photos.val, ImageModule(photos, CONFIG).eval_transform, None)
     found = []
     for workers in (0, 2):
-        loader = loader_module.Loader(views, EvalOrder(len(views), 4), workers, stacked, batch_bytes=10**6)
+        loader = loader_module.Loader(
+            views, EvalOrder(len(views), 4), workers, stacked, batch_bytes=10**6
+        )
         assert loader._by_pipe == (workers > 0)
         found.append(list(loader))
     for (here, labels), (piped, same) in zip(*found, strict=True):
@@ -170,12 +182,18 @@ def test_a_batch_through_pipes_lies_in_memory_as_any_other(photos, small_shared_
         assert piped.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_come_through_pipes_where_shared_memory_is_small(photos, small_shared_memory, caplog):
+def test_batches_come_through_pipes_where_shared_memory_is_small(
+    photos, small_shared_memory, caplog
+):
     wanted = torch.cat(batches(ImageModule(photos, CONFIG, batch_size=4, workers=0), 1))
     module = ImageModule(photos, CONFIG, batch_size=4, workers=2)
     assert torch.equal(torch.cat(batches(module, 1)), wanted)
-    assert all(kind is torch.Tensor for batch in module.val_dataloader() for kind in map(type, batch))
-    assert "0 MB free" in caplog.records[0].getMessage() and "\n" not in caplog.records[0].getMessage()
+    assert all(
+        kind is torch.Tensor for batch in module.val_dataloader() for kind in map(type, batch)
+    )
+    assert (
+        "0 MB free" in caplog.records[0].getMessage() and "\n" not in caplog.records[0].getMessage()
+    )
 
 
 SMALL = """
@@ -192,7 +210,18 @@ print(sum(len(images) for images, _ in module.train_dataloader()), len(module.da
 def test_a_small_dev_shm_is_no_error(make_folder):
     """A mount of its own: 1 MB, as the report has it (a container has 64)."""
     inside = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77; exec "$@"'
-    command = ["unshare", "-m", "sh", "-c", inside, "sh", sys.executable, "-c", SMALL, str(make_folder(each=20))]
+    command = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        inside,
+        "sh",
+        sys.executable,
+        "-c",
+        SMALL,
+        str(make_folder(each=20)),
+    ]
     if not shutil.which("unshare"):
         pytest.skip("no unshare")
     told = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -200,7 +229,9 @@ def test_a_small_dev_shm_is_no_error(make_folder):
         pytest.skip("no mount of its own is permitted here")
     assert told.returncode == 0, told.stderr
     seen, there = told.stdout.split()
-    assert seen == there and told.stderr.count("\n") == 1 and "/dev/shm has 1 MB free" in told.stderr
+    assert (
+        seen == there and told.stderr.count("\n") == 1 and "/dev/shm has 1 MB free" in told.stderr
+    )
 
 
 def killed(image):
@@ -219,7 +250,9 @@ def out_of_shared_memory(image):
 def test_a_worker_that_the_machine_ends_is_told_in_one_line(photos, fault):
     module = ImageModule(photos, CONFIG, batch_size=4, workers=1)
     module.train_transform = fault
-    with pytest.raises(XzooError, match=r"workers=1: a process that loads images ended .*use fewer workers") as caught:
+    with pytest.raises(
+        XzooError, match=r"workers=1: a process that loads images ended .*use fewer workers"
+    ) as caught:
         batches(module, 0)
     assert "\n" not in str(caught.value)
 

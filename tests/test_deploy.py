@@ -1,4 +1,6 @@
-"""`deploy`: the same outputs but for rounding, fewer modules, and a model of the caller's that nobody touched."""
+"""`deploy`: the same outputs but for rounding, fewer modules, and a model of the caller's that
+nobody touched.
+"""
 
 import dataclasses
 import logging
@@ -47,7 +49,8 @@ def norms(model: nn.Module) -> int:
         ("x_resnet18", 64, 0),
         ("x_mobilenet050_c4", 64, 0),
         ("x_vgg16_c16", 32, 0),
-        ("x_densenetbc_40_24", 32, 21),  # its norms stand before the layers: only bottlenecks have one behind
+        # its norms stand before the layers: only bottlenecks have one behind
+        ("x_densenetbc_40_24", 32, 21),
         ("resnet18", 64, 0),
     ],
 )
@@ -60,24 +63,37 @@ def test_outputs_are_the_same_but_for_rounding(name, size, left):
         model.float()
         allowed = 4 * (model(x) - exact).abs().max() + 1e-6
         assert (fast(x) - exact).abs().max() <= allowed
-    assert norms(fast) == left < norms(model) and not any(p.requires_grad for p in fast.parameters())
+    assert norms(fast) == left < norms(model) and not any(
+        p.requires_grad for p in fast.parameters()
+    )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert fast.num_classes == 7 and fast.forward_features(x).shape == model.forward_features(x).shape
+    assert (
+        fast.num_classes == 7 and fast.forward_features(x).shape == model.forward_features(x).shape
+    )
 
 
 def test_what_it_did_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="xzoo.deploy"):
         deploy(trained("x_mobilenet050_c4"), torch.zeros(1, 3, 32, 32))
     assert "27 of 27 norms folded, 12 activations fused; " in caplog.text
-    assert "times as fast as the other" in caplog.text and "of 12 X-layers are faster dense" in caplog.text
+    assert (
+        "times as fast as the other" in caplog.text
+        and "of 12 X-layers are faster dense" in caplog.text
+    )
 
 
 class Shared(nn.Module):
-    """Layers that must not be folded: called twice, read by two, tied, without statistics; and one that may."""
+    """Layers that must not be folded: called twice, read by two, tied, without statistics; and one
+    that may.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.twice, self.norm1, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.twice, self.norm1, self.norm2 = (
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.BatchNorm2d(4),
+        )
         self.read, self.norm3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.tied, self.norm4 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.other = nn.Conv2d(4, 4, 1)
@@ -130,7 +146,9 @@ def test_a_deployed_model_finds_the_faster_format(monkeypatch):
     model = trained("x_vgg16_c16")
     # The clock decides; here it is one that dislikes contiguous weights.
     module = sys.modules["xzoo.deploy"]  # the package's name for it is the function
-    dislikes = lambda net, x: isinstance(net, nn.Module) and float(net.features[0].weight.is_contiguous()) + 1  # noqa: E731
+    dislikes = lambda net, x: (  # noqa: E731
+        isinstance(net, nn.Module) and float(net.features[0].weight.is_contiguous()) + 1
+    )
     monkeypatch.setattr(module, "_seconds", dislikes)
     fast = deploy(model, torch.zeros(1, 3, 32, 32))
     assert fast.features[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -138,7 +156,11 @@ def test_a_deployed_model_finds_the_faster_format(monkeypatch):
 
 
 def activations(model: nn.Module) -> list[str]:
-    return [part.activation for part in model.modules() if isinstance(part, ExpanderConv2d | ExpanderLinear)]
+    return [
+        part.activation
+        for part in model.modules()
+        if isinstance(part, ExpanderConv2d | ExpanderLinear)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,13 +178,17 @@ def test_activations_that_follow_are_fused(name, activation, others):
         found = activations(model)
         assert found.count(activation) == done > 0 and found.count("") == others
         # What a user may still do with it.
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.export.export(model, (x,)).module()(x), before, rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(xzoo.to_dense(model)(x), before, rtol=1e-4, atol=1e-4)
     assert not activations(model)
 
 
 class Followed(nn.Module):
-    """Activations that must stay: used twice, after a result that others read, watched; and one that need not."""
+    """Activations that must stay: used twice, after a result that others read, watched; and one
+    that need not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,20 +207,37 @@ def test_activations_that_are_used_elsewhere_too_stay():
     model, x = Followed().eval(), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
         before = model(x)
-        assert _fuse_activations(Proof(model, x)) == 1 and activations(model) == ["", "", "", "", "relu"]
+        assert _fuse_activations(Proof(model, x)) == 1 and activations(model) == [
+            "",
+            "",
+            "",
+            "",
+            "relu",
+        ]
         torch.testing.assert_close(model(x), before)
 
 
 def test_a_layer_that_is_faster_dense_becomes_dense(monkeypatch):
     # The clock decides; here it is one that likes one dense layer, and dislikes all the others.
     def seconds(model, names, example):
-        return {n: float(isinstance(model.get_submodule(n), ExpanderConv2d) is (n == "features.7")) for n in names}
+        return {
+            n: float(isinstance(model.get_submodule(n), ExpanderConv2d) is (n == "features.7"))
+            for n in names
+        }
 
     monkeypatch.setattr(sys.modules["xzoo.deploy"], "_seconds_of", seconds)
     model, x = trained("x_vgg16_c16"), torch.randn(1, 3, 32, 32)
     fast = deploy(model, x)
-    kinds = {name: type(part).__name__ for name, part in fast.named_modules() if name.startswith("features.")}
-    assert [kinds[f"features.{i}"] for i in (3, 7, 10)] == ["ExpanderConv2d", "Sequential", "ExpanderConv2d"]
+    kinds = {
+        name: type(part).__name__
+        for name, part in fast.named_modules()
+        if name.startswith("features.")
+    }
+    assert [kinds[f"features.{i}"] for i in (3, 7, 10)] == [
+        "ExpanderConv2d",
+        "Sequential",
+        "ExpanderConv2d",
+    ]
     assert [type(part) for part in fast.features[7]] == [nn.Conv2d, nn.ReLU]
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
@@ -316,7 +359,9 @@ def patched(part, change):
 
 
 def tied_x_layers():
-    model = nn.Sequential(*(ExpanderConv2d(8, 8, 1, degree=4), nn.BatchNorm2d(8), ExpanderConv2d(8, 8, 1, degree=4)))
+    model = nn.Sequential(
+        *(ExpanderConv2d(8, 8, 1, degree=4), nn.BatchNorm2d(8), ExpanderConv2d(8, 8, 1, degree=4))
+    )
     model[2].weight = model[0].weight
     return model
 
@@ -332,16 +377,36 @@ def sequence(linear, norm):
 
 X_LINEAR = {"degree": 4, "share": 2}
 LEFT = {
-    "norm of another axis": (lambda: sequence(ExpanderLinear(8, 16, **X_LINEAR), nn.BatchNorm1d(16)), (4, 16, 8), 1),
+    "norm of another axis": (
+        lambda: sequence(ExpanderLinear(8, 16, **X_LINEAR), nn.BatchNorm1d(16)),
+        (4, 16, 8),
+        1,
+    ),
     "the same, dense": (lambda: sequence(nn.Linear(8, 16), nn.BatchNorm1d(16)), (4, 16, 8), 1),
     "norm of rows": (lambda: sequence(nn.Linear(8, 6), nn.BatchNorm2d(6)), (4, 6, 6, 8), 1),
-    "synchronized norm of rows": (lambda: sequence(nn.Linear(8, 6), nn.SyncBatchNorm(6)), (4, 6, 6, 8), 1),
+    "synchronized norm of rows": (
+        lambda: sequence(nn.Linear(8, 6), nn.SyncBatchNorm(6)),
+        (4, 6, 6, 8),
+        1,
+    ),
     "StdConv2d": (lambda: sequence(StdConv2d(8, 8, 3), nn.BatchNorm2d(8)), (4, 8, 6, 6), 1),
-    "ScaledStdConv2d": (lambda: sequence(ScaledStdConv2d(8, 8, 3), nn.BatchNorm2d(8)), (4, 8, 6, 6), 1),
-    "standardized": (lambda: sequence(StandardizedConv2d(8, 8, 3), nn.BatchNorm2d(8)), (4, 8, 6, 6), 1),
+    "ScaledStdConv2d": (
+        lambda: sequence(ScaledStdConv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        (4, 8, 6, 6),
+        1,
+    ),
+    "standardized": (
+        lambda: sequence(StandardizedConv2d(8, 8, 3), nn.BatchNorm2d(8)),
+        (4, 8, 6, 6),
+        1,
+    ),
     "LoRA": (lambda: sequence(LoRALinear(8, 16), nn.BatchNorm1d(16)), (4, 8), 1),
     "norm that clamps": (lambda: sequence(nn.Conv2d(8, 8, 3), ClampedNorm(8)), (4, 8, 6, 6), 1),
-    "statistics of the batch": (lambda: sequence(nn.Conv2d(8, 8, 3), BatchStatistics(8)), (4, 8, 6, 6), 1),
+    "statistics of the batch": (
+        lambda: sequence(nn.Conv2d(8, 8, 3), BatchStatistics(8)),
+        (4, 8, 6, 6),
+        1,
+    ),
     "norm in training": (lambda: sequence(nn.Conv2d(8, 8, 3), StaysInTraining(8)), (4, 8, 6, 6), 1),
     "no statistics": (
         lambda: sequence(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)),
@@ -359,8 +424,16 @@ LEFT = {
         (4, 8, 6, 6),
         1,
     ),
-    "hook between": (lambda: hooked(sequence(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))), (4, 8, 6, 6), 1),
-    "a sum between": (lambda: Chain(lambda model, x: model.norm(model.conv(x) + x)), (4, 8, 6, 6), 1),
+    "hook between": (
+        lambda: hooked(sequence(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))),
+        (4, 8, 6, 6),
+        1,
+    ),
+    "a sum between": (
+        lambda: Chain(lambda model, x: model.norm(model.conv(x) + x)),
+        (4, 8, 6, 6),
+        1,
+    ),
     "another layer kept elsewhere": (Hidden, (4, 8, 6, 6), 1),
     "weight_norm": (
         lambda: sequence(parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), nn.BatchNorm2d(8)),
@@ -373,13 +446,18 @@ LEFT = {
         1,
     ),
     "pruned X-layer": (
-        lambda: sequence(prune.l1_unstructured(ExpanderConv2d(8, 8, 1, degree=4), "weight", 0.5), nn.BatchNorm2d(8)),
+        lambda: sequence(
+            prune.l1_unstructured(ExpanderConv2d(8, 8, 1, degree=4), "weight", 0.5),
+            nn.BatchNorm2d(8),
+        ),
         (4, 8, 6, 6),
         1,
     ),
     "frozen norm": (lambda: sequence(nn.Conv2d(8, 8, 1), FrozenBatchNorm2d(8)), (4, 8, 6, 6), 0),
     "other norms": (
-        lambda: nn.Sequential(*(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.InstanceNorm2d(8))),
+        lambda: nn.Sequential(
+            *(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.InstanceNorm2d(8))
+        ),
         (4, 8, 6, 6),
         0,
     ),
@@ -390,7 +468,8 @@ def assert_same_outputs(fast, model, x):
     with torch.no_grad():
         ours, wanted = tuple(fast(x)), tuple(model.eval()(x))
     for y, expected in zip(ours, wanted, strict=True):
-        # Beyond the roundings of a few small layers; the faults that this is for were 0.18 and more.
+        # Beyond the roundings of a few small layers; the faults that this is for were 0.18 and
+        # more.
         assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -409,12 +488,30 @@ def test_what_cannot_be_proven_is_left(case, monkeypatch):
 
 FOLDED = {
     "linear": (lambda: sequence(ExpanderLinear(8, 16, **X_LINEAR), nn.BatchNorm1d(16)), (4, 8)),
-    "circular": (lambda: sequence(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(8)), None),
-    "grouped": (lambda: sequence(nn.Conv2d(8, 8, 3, groups=4, bias=False), nn.BatchNorm2d(8)), None),
-    "synchronized": (lambda: sequence(ExpanderConv2d(8, 8, 3, degree=4), nn.SyncBatchNorm(8)), None),
-    "argument that is not given": (lambda: Masked(lambda model, x: model.norm(model.conv(x))), None),
-    "compiled": (lambda: torch.compile(sequence(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), backend="eager"), None),
-    "data parallel": (lambda: nn.DataParallel(sequence(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))), None),
+    "circular": (
+        lambda: sequence(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(8)),
+        None,
+    ),
+    "grouped": (
+        lambda: sequence(nn.Conv2d(8, 8, 3, groups=4, bias=False), nn.BatchNorm2d(8)),
+        None,
+    ),
+    "synchronized": (
+        lambda: sequence(ExpanderConv2d(8, 8, 3, degree=4), nn.SyncBatchNorm(8)),
+        None,
+    ),
+    "argument that is not given": (
+        lambda: Masked(lambda model, x: model.norm(model.conv(x))),
+        None,
+    ),
+    "compiled": (
+        lambda: torch.compile(sequence(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), backend="eager"),
+        None,
+    ),
+    "data parallel": (
+        lambda: nn.DataParallel(sequence(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))),
+        None,
+    ),
 }
 
 
@@ -431,7 +528,10 @@ def test_what_is_proven_is_folded(case, monkeypatch):
 def test_a_change_that_shows_is_taken_back_by_name(caplog):
     model = settled(Hidden())
     fast = deploy(model, torch.zeros(2, 8, 6, 6))
-    assert "norm is not folded into the layer before it: the model's outputs would change" in caplog.text
+    assert (
+        "norm is not folded into the layer before it: the model's outputs would change"
+        in caplog.text
+    )
     assert [type(part) for part in (fast.norm, fast.last)] == [nn.BatchNorm2d, nn.Identity]
 
 
@@ -440,9 +540,14 @@ def test_a_wrong_activation_or_dense_form_is_taken_back(monkeypatch, caplog):
     module = sys.modules["xzoo.deploy"]
     monkeypatch.setattr(module, "ACTIVATIONS", {nn.Hardtanh: "relu"})
     monkeypatch.setattr(module, "dense_form", lambda layer: nn.Conv2d(8, 8, 1))
-    slow = lambda model, names, x: {n: float(isinstance(model.get_submodule(n), ExpanderConv2d)) for n in names}  # noqa: E731
+    slow = lambda model, names, x: {  # noqa: E731
+        n: float(isinstance(model.get_submodule(n), ExpanderConv2d)) for n in names
+    }
     monkeypatch.setattr(module, "_seconds_of", slow)
-    model, x = nn.Sequential(ExpanderConv2d(8, 8, 1, degree=4), nn.Hardtanh()), torch.randn(2, 8, 6, 6)
+    model, x = (
+        nn.Sequential(ExpanderConv2d(8, 8, 1, degree=4), nn.Hardtanh()),
+        torch.randn(2, 8, 6, 6),
+    )
     fast = deploy(model, torch.zeros(2, 8, 6, 6))
     assert_same_outputs(fast, model, x)
     assert type(fast[0]) is ExpanderConv2d and fast[0].activation == ""
@@ -492,11 +597,16 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("model", [Counting(), Outputs(Counting(), lambda y: "no tensor")])
 def test_what_cannot_be_compared_stays(model, caplog):
     assert norms(deploy(settled(model), torch.zeros(2, 8, 6, 6))) == 1
-    assert "nothing is changed: the model's outputs hold no tensors, or differ from call to call" in caplog.text
+    assert (
+        "nothing is changed: the model's outputs hold no tensors, or differ from call to call"
+        in caplog.text
+    )
 
 
 def test_random_numbers_are_no_difference():
-    model = settled(Chain(lambda model, x: model.norm(model.conv(F.dropout(x, 0.5, training=True)))))
+    model = settled(
+        Chain(lambda model, x: model.norm(model.conv(F.dropout(x, 0.5, training=True))))
+    )
     before = torch.get_rng_state()
     assert norms(deploy(model, torch.zeros(2, 8, 6, 6))) == 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -513,7 +623,10 @@ def test_models_of_other_types_are_deployed(dtype):
         nn.BatchNorm2d(8),
     )
     model = settled(nn.Sequential(*x_layers)).to(dtype)
-    fast, x = deploy(model, torch.zeros(2, 8, 6, 6, dtype=dtype)), torch.randn(2, 8, 6, 6, dtype=dtype)
+    fast, x = (
+        deploy(model, torch.zeros(2, 8, 6, 6, dtype=dtype)),
+        torch.randn(2, 8, 6, 6, dtype=dtype),
+    )
     assert norms(fast) == 0
     with torch.no_grad():
         exact = model.double()(x.double())
@@ -531,17 +644,22 @@ def test_computed_weights_are_left_and_named(caplog):
     assert_same_outputs(fast, model, torch.randn(2, 8, 6, 6))
     assert norms(fast) == 0
     assert (
-        "layer 0 stays as it is: its weight is computed at each call; torch.nn.utils.parametrize.remove" in caplog.text
+        "layer 0 stays as it is: its weight is computed at each call; "
+        "torch.nn.utils.parametrize.remove" in caplog.text
     )
 
 
 def test_layers_without_sizes_are_refused():
     model = nn.Sequential(nn.LazyConv2d(8, 1), nn.BatchNorm2d(8))
-    with pytest.raises(ModelError, match="layer 0 is a LazyConv2d without sizes yet: run a forward pass first"):
+    with pytest.raises(
+        ModelError, match="layer 0 is a LazyConv2d without sizes yet: run a forward pass first"
+    ):
         deploy(model, torch.zeros(2, 8, 6, 6))
 
 
-@pytest.mark.parametrize(("name", "left"), [("levit_128s", 48), ("pit_ti_224", 0), ("cait_xxs24_224", 0)])
+@pytest.mark.parametrize(
+    ("name", "left"), [("levit_128s", 48), ("pit_ti_224", 0), ("cait_xxs24_224", 0)]
+)
 def test_models_that_store_what_they_computed_are_deployed(name, left, monkeypatch):
     """LeViT keeps its biases in eval mode: a trace would put fx's proxies there."""
     monkeypatch.setattr(sys.modules["xzoo.deploy"], "RUNS", 1)
@@ -549,21 +667,29 @@ def test_models_that_store_what_they_computed_are_deployed(name, left, monkeypat
     model, x = trained(name, **arguments), torch.randn(1, 3, 224, 224)
     xzoo.expand(model)
     fast = deploy(model, torch.zeros(1, 3, 224, 224))
-    assert norms(fast) == left < norms(model) or left == 0  # LeViT's linear layers are flattened before theirs
+    # LeViT's linear layers are flattened before theirs
+    assert norms(fast) == left < norms(model) or left == 0
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 # With those of test_convert, 36 kinds of models.
 KINDS = FAMILIES | {
-    **{"cait_xxs24_224": {"depth": 2}, "pit_ti_224": {}, "repvgg_a0": {}, "mobilenetv3_small_050": {}},
+    **{
+        "cait_xxs24_224": {"depth": 2},
+        "pit_ti_224": {},
+        "repvgg_a0": {},
+        "mobilenetv3_small_050": {},
+    },
     **{"ghostnet_050": {}, "mobileone_s0": {}, "fastvit_t8": {}, "xcit_nano_12_p16_224": {}},
     **{"poolformer_s12": {}, "resnest14d": {}, "vgg11_bn": {}},
 }
 QUICK = ("test_efficientnet", "beit_base_patch16_224")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
 def test_expanded_models_of_all_kinds_are_deployed(name, monkeypatch):
     monkeypatch.setattr(sys.modules["xzoo.deploy"], "RUNS", 1)
     model = trained(name, **KINDS[name])

@@ -1,6 +1,8 @@
-"""Derivatives of every order and kind are those of the dense layer: double backward, forward mode, torch.func.
+"""Derivatives of every order and kind are those of the dense layer: double backward, forward mode,
+torch.func.
 
-The oracle is torch's own operation on a dense weight that a matrix product with one-hot rows lays out, in float64.
+The oracle is torch's own operation on a dense weight that a matrix product with one-hot rows lays
+out, in float64.
 """
 
 import copy
@@ -13,13 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 from torch.utils._pytree import tree_leaves
 
 import xzoo
 from xzoo import ExpanderConv2d, ExpanderLinear, graphs, ops
 
-# torch.compile looks at the gradient of every tensor of a frame, also where that has none by design.
+# torch.compile looks at the gradient of every tensor of a frame, also where that has none by
+# design.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 GEOMETRY = ((2, 1), (1, 0), (1, 2))
@@ -27,7 +40,9 @@ GEOMETRY = ((2, 1), (1, 0), (1, 2))
 
 def dense_of(weight, rows, n_in):
     """[out, n_in, ...]; differentiable in whatever way torch's products are."""
-    chosen = F.one_hot(rows.long().repeat_interleave(len(weight) // len(rows), 0), n_in).to(weight.dtype)
+    chosen = F.one_hot(rows.long().repeat_interleave(len(weight) // len(rows), 0), n_in).to(
+        weight.dtype
+    )
     return torch.einsum("odi,od...->oi...", chosen, weight)
 
 
@@ -35,8 +50,12 @@ def pairs():
     """Name, our operation, the dense one, and tensors x, weight, bias of float64."""
     rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
     draw = torch.Generator().manual_seed(0)
-    image, kernel = ((torch.randn(*s, generator=draw, dtype=torch.float64)) for s in [(2, 6, 5, 4), (4, 3, 3, 2)])
-    row, weight, bias = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in [(2, 3, 6), (4, 3), (4,)])
+    image, kernel = (
+        (torch.randn(*s, generator=draw, dtype=torch.float64)) for s in [(2, 6, 5, 4), (4, 3, 3, 2)]
+    )
+    row, weight, bias = (
+        torch.randn(*s, generator=draw, dtype=torch.float64) for s in [(2, 3, 6), (4, 3), (4,)]
+    )
 
     def conv(x, w, b):
         return ops.conv2d(x, w, rows, b, *GEOMETRY)
@@ -76,9 +95,15 @@ def cubed(function):
 @st.composite
 def layers(draw):
     """Our operation as a function of x, weight and bias, and small tensors for it."""
-    share, blocks, degree = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    share, blocks, degree = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+    )
     n_in = draw(st.integers(degree, 5))
-    rows = torch.from_numpy(graphs.sample("biregular", n_in, blocks * share, degree, share, draw(st.integers(0, 9))))
+    rows = torch.from_numpy(
+        graphs.sample("biregular", n_in, blocks * share, degree, share, draw(st.integers(0, 9)))
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     sizes = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
     bias = torch.randn(blocks * share, **sizes)
@@ -114,21 +139,29 @@ def test_batched_forward_mode(backend, operation):
 
 TRANSFORMS = {
     "grad": lambda f, t: grad(f, (0, 1, 2))(*t),
-    "grad of grad": lambda f, t: grad(lambda *t: sum(g.pow(2).sum() for g in grad(f, (0, 1, 2))(*t)), (0, 1, 2))(*t),
+    "grad of grad": lambda f, t: grad(
+        lambda *t: sum(g.pow(2).sum() for g in grad(f, (0, 1, 2))(*t)), (0, 1, 2)
+    )(*t),
     "vjp": lambda f, t: vjp(f, *t)[1](torch.tensor(2.0, dtype=torch.float64)),
     "jvp": lambda f, t: jvp(f, t, tuple(a.cos() for a in t)),
     "jvp of grad": lambda f, t: jvp(lambda *t: grad(f, (0, 1))(*t), t, tuple(a.cos() for a in t)),
-    "grad of jvp": lambda f, t: grad(lambda x: jvp(lambda w: f(x, w, t[2]), (t[1],), (t[1].cos(),))[1])(t[0]),
+    "grad of jvp": lambda f, t: grad(
+        lambda x: jvp(lambda w: f(x, w, t[2]), (t[1],), (t[1].cos(),))[1]
+    )(t[0]),
     "jacrev": lambda f, t: jacrev(f, (0, 1, 2))(*t),
     "jacfwd": lambda f, t: jacfwd(f, (0, 1, 2))(*t),
     "hessian": lambda f, t: hessian(f, (1, 2))(*t),
     "vmap over x": lambda f, t: vmap(f, (0, None, None))(torch.stack([t[0], 2 * t[0]]), *t[1:]),
-    "vmap over weights": lambda f, t: vmap(f, (None, 1, 0))(t[0], torch.stack([t[1], 2 * t[1]], 1), t[2].expand(2, -1)),
-    "vmap over all": lambda f, t: vmap(f)(*(torch.stack([a, 2 * a, a.cos()]) for a in t)),
-    "vmap of vmap": lambda f, t: vmap(lambda x: vmap(lambda w: f(x, w, t[2]))(torch.stack([t[1], 2 * t[1]])))(
-        torch.stack([t[0], 2 * t[0]])
+    "vmap over weights": lambda f, t: vmap(f, (None, 1, 0))(
+        t[0], torch.stack([t[1], 2 * t[1]], 1), t[2].expand(2, -1)
     ),
-    "vmap of grad": lambda f, t: vmap(grad(f, (0, 1, 2)), (0, None, None))(torch.stack([t[0], 2 * t[0]]), *t[1:]),
+    "vmap over all": lambda f, t: vmap(f)(*(torch.stack([a, 2 * a, a.cos()]) for a in t)),
+    "vmap of vmap": lambda f, t: vmap(
+        lambda x: vmap(lambda w: f(x, w, t[2]))(torch.stack([t[1], 2 * t[1]]))
+    )(torch.stack([t[0], 2 * t[0]])),
+    "vmap of grad": lambda f, t: vmap(grad(f, (0, 1, 2)), (0, None, None))(
+        torch.stack([t[0], 2 * t[0]]), *t[1:]
+    ),
     "grad of vmap": lambda f, t: grad(
         lambda x, w: vmap(f, (0, None, None))(torch.stack([x, 2 * x]), w, t[2]).sum(), (0, 1)
     )(*t[:2]),
@@ -150,7 +183,11 @@ def test_torch_func(operation, transform):
         "jacrev",
         "jvp",
         "vmap over weights",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSFORMS if name not in ("grad", "jacrev", "jvp")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in TRANSFORMS
+            if name not in ("grad", "jacrev", "jvp")
+        ),
     ],
 )
 def test_torch_func_compiled(operation, transform):
@@ -169,7 +206,10 @@ def test_torch_autograd_functional(operation):
     for derive in (functional.hvp, functional.vhp, functional.jvp):
         same(derive(cubed(ours), tensors, vectors), derive(cubed(dense), tensors, vectors))
     same(functional.hessian(cubed(ours), tensors), functional.hessian(cubed(dense), tensors))
-    same(functional.hessian(cubed(ours), tensors, vectorize=True), functional.hessian(cubed(dense), tensors))
+    same(
+        functional.hessian(cubed(ours), tensors, vectorize=True),
+        functional.hessian(cubed(dense), tensors),
+    )
     for options in ({"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}):
         same(functional.jacobian(ours, tensors, **options), functional.jacobian(dense, tensors))
 
@@ -205,10 +245,17 @@ def test_the_registered_operation_has_the_derivatives_too(operation):
     theirs = torch.autograd.grad(cubed(dense)(*leaves), leaves, create_graph=True)
     same((first, again), (theirs, torch.autograd.grad(sum(g.pow(2).sum() for g in theirs), leaves)))
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, x.cos()), weight, bias)).tangent
+        tangent = forward_ad.unpack_dual(
+            ours(forward_ad.make_dual(x, x.cos()), weight, bias)
+        ).tangent
     same(tangent, jvp(lambda x: dense(x, weight, bias), (x,), (x.cos(),))[1])
-    same(vmap(ours, (0, None, None))(torch.stack([x, 2 * x]), weight, bias)[1], dense(2 * x, weight, bias))
-    with pytest.raises(RuntimeError, match=f"torch.func cannot .* torch.ops.xzoo.{operation}[a-z_]* itself; use"):
+    same(
+        vmap(ours, (0, None, None))(torch.stack([x, 2 * x]), weight, bias)[1],
+        dense(2 * x, weight, bias),
+    )
+    with pytest.raises(
+        RuntimeError, match=f"torch.func cannot .* torch.ops.xzoo.{operation}[a-z_]* itself; use"
+    ):
         grad(lambda x: ours(x, weight, bias).sum())(x)
     with pytest.raises(RuntimeError, match="with an activation has no derivative here"):
         call(leaves[0], weight, rows, bias, *last, "relu")
@@ -217,7 +264,9 @@ def test_the_registered_operation_has_the_derivatives_too(operation):
 @pytest.mark.parametrize("backend", ["auto", "dense"])
 def test_an_exported_program_can_be_trained(backend):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), ExpanderConv2d(8, 8, 3, degree=4, padding=1), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), ExpanderConv2d(8, 8, 3, degree=4, padding=1), nn.ReLU()
+    )
     x = torch.randn(2, 3, 8, 8)
     with ops.backend(backend):
         program = torch.export.export(model, (x,)).module()
@@ -232,7 +281,9 @@ def test_an_exported_program_can_be_trained(backend):
 
 
 class SmallNet(nn.Module):
-    """A convolution and a linear layer of each kind, smooth, so that second derivatives exist everywhere."""
+    """A convolution and a linear layer of each kind, smooth, so that second derivatives exist
+    everywhere.
+    """
 
     def __init__(self, dense=False):
         super().__init__()
@@ -280,8 +331,12 @@ def test_hessian_vector_product_of_a_net():
 
     def product(model, vectors):
         parameters = list(model.parameters())
-        first = torch.autograd.grad(F.cross_entropy(model(x), labels), parameters, create_graph=True)
-        return torch.autograd.grad(sum((g * v).sum() for g, v in zip(first, vectors, strict=True)), parameters)
+        first = torch.autograd.grad(
+            F.cross_entropy(model(x), labels), parameters, create_graph=True
+        )
+        return torch.autograd.grad(
+            sum((g * v).sum() for g, v in zip(first, vectors, strict=True)), parameters
+        )
 
     want = only_edges(net, product(dense, as_dense(net, vectors)))
     same(as_dense(net, product(net, vectors)), want)
@@ -295,7 +350,9 @@ def test_gradient_penalty_of_a_net():
     def penalty(model):
         seen = x.clone().requires_grad_()
         (slope,) = torch.autograd.grad(model(seen).sum(), seen, create_graph=True)
-        return torch.autograd.grad((slope.flatten(1).norm(dim=1) - 1).square().mean(), list(model.parameters())[:-1])
+        return torch.autograd.grad(
+            (slope.flatten(1).norm(dim=1) - 1).square().mean(), list(model.parameters())[:-1]
+        )
 
     ours = [*penalty(net), torch.zeros_like(net.head.bias)]
     theirs = [*penalty(dense), torch.zeros_like(net.head.bias)]
@@ -309,7 +366,9 @@ def test_model_agnostic_meta_learning():
 
     def meta_gradient(model):
         parameters = dict(model.named_parameters())
-        first = torch.autograd.grad(F.cross_entropy(model(x[0]), labels), parameters.values(), create_graph=True)
+        first = torch.autograd.grad(
+            F.cross_entropy(model(x[0]), labels), parameters.values(), create_graph=True
+        )
         # Of a dense twin only the edges learn.
         if model is dense:
             first = only_edges(net, first)
@@ -322,8 +381,12 @@ def test_model_agnostic_meta_learning():
 
 @pytest.mark.slow
 def test_an_ensemble_of_stacked_models_trains_each():
-    """Models with graphs of their own, their parameters and buffers stacked: torch's tutorial on ensembles."""
-    models = [nn.Sequential(ExpanderLinear(8, 6, degree=3, seed=seed), nn.Tanh()) for seed in range(3)]
+    """Models with graphs of their own, their parameters and buffers stacked: torch's tutorial on
+    ensembles.
+    """
+    models = [
+        nn.Sequential(ExpanderLinear(8, 6, degree=3, seed=seed), nn.Tanh()) for seed in range(3)
+    ]
     x = torch.randn(5, 8)
     parameters, buffers = stack_module_state(models)
     skeleton = copy.deepcopy(models[0]).to("meta")
@@ -375,6 +438,8 @@ def test_the_kernels_take_part_in_second_derivatives():
             first = torch.autograd.grad(y, leaves, create_graph=True)
             return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
-    for got, want in zip(second(torch.float32, "auto"), second(torch.float64, "dense"), strict=True):
+    for got, want in zip(
+        second(torch.float32, "auto"), second(torch.float64, "dense"), strict=True
+    ):
         error = (got.double() - want).norm() / want.norm()
         assert error < 1e-5 and not math.isnan(error)

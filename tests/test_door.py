@@ -1,7 +1,8 @@
-"""What does not go together reaches no backend: it is refused in one line, or computed rightly; nothing in between.
+"""What does not go together reaches no backend: it is refused in one line, or computed rightly;
+nothing in between.
 
-The smallest cases are of people who cast half of a model, called the operations by themselves, averaged a state dict,
-or imported a package twice.
+The smallest cases are of people who cast half of a model, called the operations by themselves,
+averaged a state dict, or imported a package twice.
 """
 
 import copy
@@ -43,7 +44,10 @@ class TestTypesAndSizes:
                 (None, None, torch.randn(32, dtype=dtype)),
                 (torch.randn(20, 64, *kernel).to(dtype), None, None),
             ):
-                with pytest.raises(RuntimeError, match=r"x is of torch\.\w+, \w+ of torch\.\w+; they must be of the"):
+                with pytest.raises(
+                    RuntimeError,
+                    match=r"x is of torch\.\w+, \w+ of torch\.\w+; they must be of the",
+                ):
                     call(operation, x, weight, bias=bias)
 
     def test_sizes_that_do_not_fit(self, operation, backend):
@@ -66,7 +70,12 @@ class TestTypesAndSizes:
                     call(operation, **given)
 
     def test_a_neighbour_that_is_no_input(self, operation, backend):
-        for value, dtype in ((64, torch.int32), (-1, torch.int32), (2**32 + 3, torch.int64), (-1, torch.int64)):
+        for value, dtype in (
+            (64, torch.int32),
+            (-1, torch.int32),
+            (2**32 + 3, torch.int64),
+            (-1, torch.int64),
+        ):
             rows = ROWS.to(dtype, copy=True)
             rows[5, 2] = value
             with ops.backend(backend), pytest.raises(IndexError, match="from 0 to 63"):
@@ -75,7 +84,11 @@ class TestTypesAndSizes:
     def test_one_that_was_written_past_torchs_count_of_changes(self, operation, backend):
         rows = ROWS.clone()
         with ops.backend(backend):
-            want = call(operation, x := torch.randn(20, 64, *((6, 6) if operation == "conv2d" else ())), rows=rows)
+            want = call(
+                operation,
+                x := torch.randn(20, 64, *((6, 6) if operation == "conv2d" else ())),
+                rows=rows,
+            )
             rows.numpy()[5, 2] = 1 << 20
             if backend in ("native", "auto") and "native" in BACKENDS:
                 with pytest.raises(IndexError, match="from 0 to 63"):
@@ -85,7 +98,9 @@ class TestTypesAndSizes:
     def test_devices_that_differ(self, operation, backend):
         with ops.backend(backend):
             for given in ({"rows": ROWS.to("meta")}, {"bias": torch.randn(32, device="meta")}):
-                with pytest.raises(RuntimeError, match=r"x is on cpu, \w+ on meta; they must be on the same device"):
+                with pytest.raises(
+                    RuntimeError, match=r"x is on cpu, \w+ on meta; they must be on the same device"
+                ):
                     call(operation, **given)
 
     def test_numbers_that_are_not_in_memory_as_they_are(self, operation, backend):
@@ -98,7 +113,9 @@ class TestTypesAndSizes:
             zero = torch._efficientzerotensor(x.shape)
             assert not call(operation, zero, weight).any()
             want = call(operation, x, weight, bias=torch.ones(32))
-            torch.testing.assert_close(call(operation, x, weight, bias=torch._neg_view(-torch.ones(32))), want)
+            torch.testing.assert_close(
+                call(operation, x, weight, bias=torch._neg_view(-torch.ones(32))), want
+            )
 
     def test_integers_of_any_width(self, operation, backend):
         x = torch.randn(20, 64, *((6, 6) if operation == "conv2d" else ()))
@@ -119,7 +136,10 @@ def test_memory_that_was_given_back(which):
         "rows": ROWS.to(torch.int32, copy=True),
     }
     given[which].untyped_storage().resize_(given[which].untyped_storage().nbytes() - 4)
-    with ops.backend("native"), pytest.raises(RuntimeError, match="lacks its memory: the storage was freed or resized"):
+    with (
+        ops.backend("native"),
+        pytest.raises(RuntimeError, match="lacks its memory: the storage was freed or resized"),
+    ):
         call("linear", **given)
 
 
@@ -138,7 +158,9 @@ def test_gradients_of_a_wrong_size_are_refused(backend):
     for operation in (library.conv2d_input_grad, library.conv2d_weight_grad):
         assert operation(grad, x, weight, ROWS, *geometry, backend).isfinite().all()
         for wrong in (grad[:19], grad[:, :31], grad[..., 1:]):
-            with pytest.raises(RuntimeError, match="grad is .* the output of these, and so grad, is"):
+            with pytest.raises(
+                RuntimeError, match="grad is .* the output of these, and so grad, is"
+            ):
                 operation(wrong, x, weight, ROWS, *geometry, backend)
         with pytest.raises(RuntimeError, match=r"x is of torch.float32, grad of torch.float64"):
             operation(grad.double(), x, weight, ROWS, *geometry, backend)
@@ -151,7 +173,11 @@ def test_fake_tensors_are_refused_alike():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        x, weight, rows = mode.from_tensor(torch.randn(20, 64)), mode.from_tensor(torch.randn(32, 8)), ROWS
+        x, weight, rows = (
+            mode.from_tensor(torch.randn(20, 64)),
+            mode.from_tensor(torch.randn(32, 8)),
+            ROWS,
+        )
         rows = mode.from_tensor(rows)
         assert ops.linear(x, weight, rows).shape == (20, 32)
         with pytest.raises(RuntimeError, match="x is of torch.float32, weight of torch.float64"):
@@ -181,7 +207,9 @@ def changed(layer):
     return torch.from_numpy(graphs.sample("biregular", 16, len(layer.neighbours), 4, seed=99)).int()
 
 
-@pytest.mark.parametrize("how", ["copy_", "add_", "data", "before the first call", "after a copy", "by half"])
+@pytest.mark.parametrize(
+    "how", ["copy_", "add_", "data", "before the first call", "after a copy", "by half"]
+)
 def test_numbers_changed_in_place_are_refused_at_the_next_forward_pass(how):
     for layer, x in layers():
         if how != "before the first call":
@@ -192,13 +220,17 @@ def test_numbers_changed_in_place_are_refused_at_the_next_forward_pass(how):
             if how == "add_":
                 layer.neighbours.add_(1)
             elif how == "by half":
-                layer.neighbours.copy_(layer.neighbours * 0.9999 + layer.neighbours.roll(1, 0) * 0.0001)
+                layer.neighbours.copy_(
+                    layer.neighbours * 0.9999 + layer.neighbours.roll(1, 0) * 0.0001
+                )
             elif how == "data":  # a new tensor, which is no graph
                 layer.neighbours.data = torch.zeros_like(layer.neighbours)
                 layer.neighbours.add_(0)
             else:
                 layer.neighbours.copy_(changed(layer))
-        with pytest.raises(GraphError, match=f"an {type(layer).__name__}.*neighbours.*load_state_dict"):
+        with pytest.raises(
+            GraphError, match=f"an {type(layer).__name__}.*neighbours.*load_state_dict"
+        ):
             layer(x)
 
 
@@ -247,9 +279,13 @@ def test_another_graph_in_a_functional_call_is_computed_and_no_graph_is_refused(
             assert torch.equal(functional_call(layer, other.state_dict(), (x,)), other(x))
             layer(x)
         with pytest.raises(GraphError, match="neighbours"):
-            functional_call(layer, layer.state_dict() | {"neighbours": torch.zeros_like(layer.neighbours)}, (x,))
+            functional_call(
+                layer, layer.state_dict() | {"neighbours": torch.zeros_like(layer.neighbours)}, (x,)
+            )
         with pytest.raises(GraphError, match="integers"):
-            functional_call(layer, layer.state_dict() | {"neighbours": layer.neighbours * 1.0}, (x,))
+            functional_call(
+                layer, layer.state_dict() | {"neighbours": layer.neighbours * 1.0}, (x,)
+            )
 
 
 def test_memory_without_numbers_is_no_graph():
@@ -293,7 +329,9 @@ assert torch.equal(exported(x), layer(x))
 
 @pytest.mark.slow
 def test_importing_again_works():
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", AGAIN], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AGAIN], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -313,7 +351,9 @@ def test_subclasses_of_tensors(compiled):
 
 
 def test_subclasses_of_tensors_where_compiling_gave_up():
-    """torch then compiles inner functions by themselves, in which nobody has taken the subclass off."""
+    """torch then compiles inner functions by themselves, in which nobody has taken the subclass
+    off.
+    """
     from torchvision import tv_tensors
 
     torch._dynamo.reset()

@@ -15,11 +15,15 @@ from xzoo.theory import Graph
 
 def small_model():
     layers = [ExpanderConv2d(i, o, 1, degree=4, seed=i) for i, o in ((8, 16), (16, 24), (24, 8))]
-    return nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.Conv2d(8, 2, 1), ExpanderConv2d(2, 2, 1, degree=1))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), *layers, nn.Conv2d(8, 2, 1), ExpanderConv2d(2, 2, 1, degree=1)
+    )
 
 
 def texts(figure):
-    return " ".join(text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
+    return " ".join(
+        text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))
+    )
 
 
 def test_a_models_pictures(tmp_path):
@@ -31,13 +35,17 @@ def test_a_models_pictures(tmp_path):
 
 
 def test_a_model_without_x_layers_has_no_pictures(tmp_path):
-    with pytest.raises(ModelError, match=r"tiny has no X-layers to draw; give an X-Net, or expand it first"):
+    with pytest.raises(
+        ModelError, match=r"tiny has no X-layers to draw; give an X-Net, or expand it first"
+    ):
         drawing.draw_model(nn.Linear(4, 4), tmp_path / "none", name="tiny")
     assert not (tmp_path / "none").exists()
 
 
 def test_layers_are_drawn_at_their_normalised_second_value():
-    measured = {name: theory.spectrum(graph) for name, graph in theory.graphs_of(small_model()).items()}
+    measured = {
+        name: theory.spectrum(graph) for name, graph in theory.graphs_of(small_model()).items()
+    }
     axes = drawing.draw_layers(measured, "tiny").axes[0]
     heights = np.asarray(axes.collections[-1].get_offsets())[:, 1]
     assert heights == pytest.approx([found.normalised for found in measured.values()])
@@ -58,7 +66,8 @@ def test_the_spectrum_marks_both_bounds_and_both_values():
     found, figure = theory.spectrum(graph), drawing.draw_spectrum(graph)
     for value in (found.first, found.second, found.ramanujan, found.random_matrix):
         assert f"{value:.2f}" in texts(figure)
-    assert sum(patch.get_height() for patch in figure.axes[0].patches[:48]) == 47  # all values but the first
+    # all values but the first
+    assert sum(patch.get_height() for patch in figure.axes[0].patches[:48]) == 47
 
 
 def test_the_matrix_of_a_layer_repeats_its_rows():
@@ -66,7 +75,9 @@ def test_the_matrix_of_a_layer_repeats_its_rows():
     (image,) = drawing.draw_adjacency(graph).axes[1].images
     matrix = np.asarray(image.get_array())
     assert matrix.shape == (24, 12)
-    assert np.array_equal(np.nonzero(matrix)[1].reshape(24, 3), np.repeat(graph.neighbours, 2, axis=0))
+    assert np.array_equal(
+        np.nonzero(matrix)[1].reshape(24, 3), np.repeat(graph.neighbours, 2, axis=0)
+    )
 
 
 def test_stacks_say_what_one_output_depends_on():
@@ -85,7 +96,8 @@ def test_the_smallest_graphs_can_be_drawn(n, tmp_path):
 @pytest.mark.slow
 def test_importing_draws_nothing_and_drawing_leaves_pyplot_alone():
     code = (
-        "import sys; from xzoo import drawing, theory; assert 'matplotlib' not in sys.modules, 'too early'; "
+        "import sys; from xzoo import drawing, theory; assert 'matplotlib' not in sys.modules, "
+        "'too early'; "
         "drawing.draw_spectrum(theory.Graph.sample('biregular', 8, 8, 4)); "
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )

@@ -1,4 +1,6 @@
-"""`finetune` from images to a model folder: that it learns, resumes to the same bits, and refuses in a line."""
+"""`finetune` from images to a model folder: that it learns, resumes to the same bits, and refuses
+in a line.
+"""
 
 import json
 import os
@@ -60,7 +62,9 @@ def timm_accuracy(run: Path, data: str) -> float:
     with torch.no_grad():
         logits = torch.cat([model(transform(val.image(i))[None]) for i in range(len(val))])
     names = model.pretrained_cfg["label_names"]
-    return sum(names[p] == read(data).classes[i] for p, i in zip(logits.argmax(1), val.labels, strict=True)) / len(val)
+    return sum(
+        names[p] == read(data).classes[i] for p, i in zip(logits.argmax(1), val.labels, strict=True)
+    ) / len(val)
 
 
 def test_a_run_learns_and_leaves_all_that_a_user_needs(make_folder, tmp_path, capsys, monkeypatch):
@@ -81,7 +85,8 @@ def test_a_run_learns_and_leaves_all_that_a_user_needs(make_folder, tmp_path, ca
     told = capsys.readouterr().err
     assert "as asked, training from scratch" in told and "ant/broken.jpg" in told
     assert told.count("val accuracy") == 8
-    # The same call again: finished, and no image is read; another one: refused, naming what differs.
+    # The same call again: finished, and no image is read; another one: refused, naming what
+    # differs.
     monkeypatch.delattr(sys.modules["xzoo.train.finetune"], "read")
     assert finetune(str(data), epochs=8, out=str(run), **TINY) == result
     assert "is finished" in capsys.readouterr().err
@@ -107,7 +112,9 @@ module.finetune(sys.argv[1], epochs=6, out=sys.argv[2], **TINY)
 
 
 def start_run(data: Path, run: Path, save_every: float, last_step: int = 0) -> subprocess.Popen:
-    """A run in a process of its own; it is killed as soon as a checkpoint of `last_step` is written."""
+    """A run in a process of its own; it is killed as soon as a checkpoint of `last_step` is
+    written.
+    """
     code = CHILD.replace("from tests_tiny import TINY", f"TINY = {TINY!r}")
     return subprocess.Popen(
         [sys.executable, "-c", code, str(data), str(run), str(save_every), str(last_step)],
@@ -127,14 +134,20 @@ def kill_when(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
 
 def steps_saved(run: Path) -> int:
     path = run / "checkpoints" / "last.ckpt"
-    return torch.load(path, map_location="meta", weights_only=True)["global_step"] if path.exists() else 0
+    return (
+        torch.load(path, map_location="meta", weights_only=True)["global_step"]
+        if path.exists()
+        else 0
+    )
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(make_folder, tmp_path, capsys):
     data = make_folder(each=20)
     whole = finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
     # Saved after every step, so that it is killed within an epoch (of four steps).
-    _, errors = (child := start_run(data, tmp_path / "cut", save_every=0, last_step=6)).communicate(timeout=120)
+    _, errors = (child := start_run(data, tmp_path / "cut", save_every=0, last_step=6)).communicate(
+        timeout=120
+    )
     assert child.returncode == -signal.SIGKILL, errors
     assert not (tmp_path / "cut" / "result.json").exists()
     assert steps_saved(tmp_path / "cut") == 6
@@ -153,7 +166,10 @@ def test_killed_and_resumed_ends_with_the_same_bits(make_folder, tmp_path, capsy
 def test_killed_anywhere_ends_with_the_same_bits(make_folder, tmp_path, save_every, steps):
     data = make_folder(each=20)
     finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
-    kill_when(start_run(data, tmp_path / "cut", save_every), lambda: steps_saved(tmp_path / "cut") >= steps)
+    kill_when(
+        start_run(data, tmp_path / "cut", save_every),
+        lambda: steps_saved(tmp_path / "cut") >= steps,
+    )
     finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **TINY)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -163,21 +179,28 @@ def test_two_kills_workers_and_none_are_the_same_run(make_folder, tmp_path):
     data = make_folder(each=20)
     finetune(str(data), epochs=6, out=str(tmp_path / "whole"), **TINY)
     for steps in (5, 14):
-        kill_when(start_run(data, tmp_path / "cut", 0), lambda steps=steps: steps_saved(tmp_path / "cut") >= steps)
+        kill_when(
+            start_run(data, tmp_path / "cut", 0),
+            lambda steps=steps: steps_saved(tmp_path / "cut") >= steps,
+        )
     finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **(TINY | {"workers": 2}))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_ctrl_c_working(make_folder, tmp_path, monkeypatch):
+def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_ctrl_c_working(
+    make_folder, tmp_path, monkeypatch
+):
     from xzoo.train.callbacks import Clock
 
     def press(self, trainer, pl_module, *args):
         if trainer.global_step == 5:
-            signal.raise_signal(signal.SIGINT)  # os.kill's may reach another thread, and this one a step later
+            # os.kill's may reach another thread, and this one a step later
+            signal.raise_signal(signal.SIGINT)
 
     data, before = make_folder(each=12), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr("xzoo.train.callbacks.SAVE_EVERY", 1e9)  # or a slow machine saves within the epoch
+        # or a slow machine saves within the epoch
+        patch.setattr("xzoo.train.callbacks.SAVE_EVERY", 1e9)
         patch.setattr(Clock, "on_train_batch_end", press)
         with pytest.raises(KeyboardInterrupt):
             finetune(str(data), epochs=3, out=str(tmp_path / "run"), **TINY)
@@ -204,7 +227,11 @@ def test_from_pretrained_weights_frozen_and_not(make_folder, tmp_path, capsys):
     finetune(str(first), epochs=1, out=str(tmp_path / "run1"), **TINY)
     source = timm.create_model(f"local-dir:{tmp_path / 'run1' / 'model'}", pretrained=True)
     second = make_folder(("dog", "emu"), each=12, where="second")
-    options = TINY | {"model": f"local-dir:{tmp_path / 'run1' / 'model'}", "expand": None, "pretrained": None}
+    options = TINY | {
+        "model": f"local-dir:{tmp_path / 'run1' / 'model'}",
+        "expand": None,
+        "pretrained": None,
+    }
     capsys.readouterr()
     for freeze in (True, False):
         run = tmp_path / f"second{freeze}"
@@ -213,7 +240,9 @@ def test_from_pretrained_weights_frozen_and_not(make_folder, tmp_path, capsys):
         tuned = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
         assert tuned.num_classes == 2 and tuned.pretrained_cfg["label_names"] == ["dog", "emu"]
         own, theirs = tuned.state_dict(), source.state_dict()
-        kept = {k for k in own if own[k].shape == theirs[k].shape and torch.equal(own[k], theirs[k])}
+        kept = {
+            k for k in own if own[k].shape == theirs[k].shape and torch.equal(own[k], theirs[k])
+        }
         body = {k for k in own if not k.startswith("fc")}
         # Frozen, statistics of batch norm included; else only the graph is what it was.
         assert kept == body if freeze else {k for k in kept if "neighbours" not in k} < body
@@ -235,11 +264,25 @@ def test_what_is_not_asked_for_suits_the_images():
     assert scratch.classifier["body_lr" if "body_lr" in scratch.classifier else "lr"] > 1e-3
     timed = plan(Options("digits", "x_resnet18", minutes=3), model, digits)
     assert timed.epochs is None and timed.minutes == 3
-    tuned = plan(Options("digits", "resnet18", batch_size=8), start(Options("digits", "resnet18")), digits)
-    assert tuned.img_size == 224 and tuned.classifier["body_lr"] == 0.1 and tuned.classifier["freeze_norm"]
-    small = plan(Options("digits", "x_vgg16_2", batch_size=8), start(Options("digits", "x_vgg16_2")), digits)
-    assert small.img_size == 32 and small.classifier["pretrained"] and not small.classifier["freeze_norm"]
-    assert small.classifier["body_lr"] == 1.0 and small.classifier["lr"] == 2 * tuned.classifier["lr"]
+    tuned = plan(
+        Options("digits", "resnet18", batch_size=8), start(Options("digits", "resnet18")), digits
+    )
+    assert (
+        tuned.img_size == 224
+        and tuned.classifier["body_lr"] == 0.1
+        and tuned.classifier["freeze_norm"]
+    )
+    small = plan(
+        Options("digits", "x_vgg16_2", batch_size=8), start(Options("digits", "x_vgg16_2")), digits
+    )
+    assert (
+        small.img_size == 32
+        and small.classifier["pretrained"]
+        and not small.classifier["freeze_norm"]
+    )
+    assert (
+        small.classifier["body_lr"] == 1.0 and small.classifier["lr"] == 2 * tuned.classifier["lr"]
+    )
 
 
 def test_mistakes_are_one_line_and_leave_nothing(make_folder, tmp_path):
@@ -254,7 +297,9 @@ def test_mistakes_are_one_line_and_leave_nothing(make_folder, tmp_path):
     refused(ModelError, "unknown model 'x_mobilnet050'.*x_mobilenet050", model="x_mobilnet050")
     refused(ModelError, "no_tag", model="resnet18.no_tag")
     refused(ModelError, "is no model folder", model="local-dir:/nowhere")
-    refused(ModelError, "has no pretrained weights", pretrained=True, model="x_resnet18", expand=None)
+    refused(
+        ModelError, "has no pretrained weights", pretrained=True, model="x_resnet18", expand=None
+    )
     refused(ModelError, "only a dense model of timm", expand=4, model="x_resnet18")
     refused(DataError, "does not exist", data=str(tmp_path / "gone" / "x"))
     refused(XzooError, "epochs=0: an integer from 1", epochs=0)
@@ -273,7 +318,9 @@ def deep(file: Path, value: int, full: int) -> None:
     Image.fromarray((noise + full * value // 8).astype(np.uint16)).save(file)
 
 
-def test_every_file_is_in_the_line_or_in_skipped_and_the_range_stays_with_the_model(make_folder, tmp_path, capsys):
+def test_every_file_is_in_the_line_or_in_skipped_and_the_range_stays_with_the_model(
+    make_folder, tmp_path, capsys
+):
     data, run = make_folder(("ant", "bee"), each=10), tmp_path / "run"
     for name, value in (("ant", 6), ("bee", 1)):
         for number, file in enumerate(sorted((data / name).iterdir())):
@@ -292,8 +339,10 @@ def test_every_file_is_in_the_line_or_in_skipped_and_the_range_stays_with_the_mo
     finetune(str(data), epochs=1, out=str(run), **TINY)
     told = [line for line in capsys.readouterr().err.splitlines() if "images of 2 classes" in line]
     assert told == [
-        f"{data}: 22 images of 2 classes; 16-bit values from 0 to 4095 (12 bits); 1 of them are copies of others, and "
-        "on the same side as those; left out: 1 cannot be read (ant/broken.jpg), 1 hidden or kept by a system, "
+        f"{data}: 22 images of 2 classes; 16-bit values from 0 to 4095 (12 bits); 1 of them are "
+        "copies of others, and "
+        "on the same side as those; left out: 1 cannot be read (ant/broken.jpg), 1 hidden or kept "
+        "by a system, "
         f"1 no regular files, 1 not images (.txt); see {run}/skipped.txt"
     ]
     listed = [line.partition("\t")[0] for line in (run / "skipped.txt").read_text().splitlines()]
@@ -301,7 +350,8 @@ def test_every_file_is_in_the_line_or_in_skipped_and_the_range_stays_with_the_mo
 
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["xzoo"]["grey_range"] == {"16-bit": 4095.0}
-    # The same picture in 8 bits and in 12 of 16 is the same to the model; a dark one alone is not stretched.
+    # The same picture in 8 bits and in 12 of 16 is the same to the model; a dark one alone is not
+    # stretched.
     with Image.open(data / "bee" / "03.png") as image:
         shown = np.round(np.asarray(image) * (255 / 4095)).astype(np.uint8)
     Image.fromarray(shown).save(tmp_path / "eight.png")
@@ -313,7 +363,9 @@ def test_every_file_is_in_the_line_or_in_skipped_and_the_range_stays_with_the_mo
     assert "the other 16-bit images use 0 to 4095" in beyond.error
 
 
-def test_classify_opens_regular_files_only_and_finds_a_range_where_the_model_has_none(make_folder, tmp_path, capsys):
+def test_classify_opens_regular_files_only_and_finds_a_range_where_the_model_has_none(
+    make_folder, tmp_path, capsys
+):
     data, net = make_folder(each=2), timm.create_model("test_resnet", num_classes=2)
     model_folder.save(net, tmp_path / "model", ["ant", "bee"])
     os.mkfifo(data / "ant" / "pipe.png")
@@ -321,8 +373,13 @@ def test_classify_opens_regular_files_only_and_finds_a_range_where_the_model_has
     deep(data / "ant" / "white.png", 7, 4095)
     found = list(classify(str(tmp_path / "model"), [data], device="cpu"))
     assert len(found) == 7
-    assert [p.error for p in found if p.error] == [f"{data}/ant/pipe.png: a named pipe, and no regular file"]
-    assert "16-bit values from 0 to 4095 (12 bits), as the largest of these images" in capsys.readouterr().err
+    assert [p.error for p in found if p.error] == [
+        f"{data}/ant/pipe.png: a named pipe, and no regular file"
+    ]
+    assert (
+        "16-bit values from 0 to 4095 (12 bits), as the largest of these images"
+        in capsys.readouterr().err
+    )
     with pytest.raises(DataError, match="the name of an image is empty"):
         list(classify(str(tmp_path / "model"), [""], device="cpu"))
 
@@ -332,7 +389,14 @@ def test_a_run_keeps_out_of_its_data(make_folder, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(data)
     (data / "cow").symlink_to(make_folder(("cow",), where="elsewhere") / "cow")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    inside = ("photos", "photos/run", "photos/ant", "link/runs/one", "photos/.run", "elsewhere/cow/run")
+    inside = (
+        "photos",
+        "photos/run",
+        "photos/ant",
+        "link/runs/one",
+        "photos/.run",
+        "elsewhere/cow/run",
+    )
     for out in inside:
         with pytest.raises(DataError, match=r"is in the data, .*; choose another --out"):
             finetune(str(data), epochs=1, out=str(tmp_path / out), **TINY)

@@ -1,4 +1,6 @@
-"""`xzoo fit`: a recipe from the command line to a finished run folder, interrupted, divided, refused."""
+"""`xzoo fit`: a recipe from the command line to a finished run folder, interrupted, divided,
+refused.
+"""
 
 import csv
 import dataclasses
@@ -50,7 +52,9 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """In CIFAR-10's form: 80 training images, and 31 to test on, a number that two ranks cannot share equally."""
+    """In CIFAR-10's form: 80 training images, and 31 to test on, a number that two ranks cannot
+    share equally.
+    """
     draw = np.random.default_rng(0)
     for part, each in (("train", 8), ("test", 3)):
         for label in range(10):
@@ -59,18 +63,26 @@ def data(tmp_path):
             for i in range(each + (part == "test" and label == 0)):
                 noise = draw.integers(-30, 30, (32, 32, 3))
                 color = np.array([label * 25, 255 - label * 25, (label * 97) % 256])
-                Image.fromarray(np.clip(color + noise, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(np.clip(color + noise, 0, 255).astype(np.uint8)).save(
+                    folder / f"{i}.png"
+                )
     return str(tmp_path / "data")
 
 
 def arguments(recipe: str, data: str, run: Path, **more: object) -> list[str]:
-    options = {"config": recipe, "data.root": data, "out": run} | {k.replace("__", "."): v for k, v in more.items()}
+    options = {"config": recipe, "data.root": data, "out": run} | {
+        k.replace("__", "."): v for k, v in more.items()
+    }
     return [part for key, value in options.items() for part in (f"--{key}", str(value))]
 
 
 def steps_saved(run: Path) -> int:
     path = run / "checkpoints" / "last.ckpt"
-    return torch.load(path, map_location="meta", weights_only=True)["global_step"] if path.exists() else 0
+    return (
+        torch.load(path, map_location="meta", weights_only=True)["global_step"]
+        if path.exists()
+        else 0
+    )
 
 
 # ---- one run
@@ -86,23 +98,35 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     assert result["n_val"] == 31 and result["epoch_reported"] == 3
     assert result["train_macs"] == 3 * result["macs"] * 80 * 3
     rows = read_metrics(run / "metrics.csv")
-    assert [row["step"] for row in rows] == list(range(15)) and all("train/loss" in row for row in rows)
+    assert [row["step"] for row in rows] == list(range(15)) and all(
+        "train/loss" in row for row in rows
+    )
     # The figure is the last epoch's average, and timm computes the same from the folder.
-    assert [row["val/acc1"] for row in rows if "val/acc1" in row][-1] == pytest.approx(result["top1"] / 100, abs=1e-6)
+    assert [row["val/acc1"] for row in rows if "val/acc1" in row][-1] == pytest.approx(
+        result["top1"] / 100, abs=1e-6
+    )
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["epoch"] == 2 and last["global_step"] == 15
     saved = load_file(run / "model" / "model.safetensors")
-    assert all(torch.equal(value, last["state_dict"][f"net.{name}"]) for name, value in saved.items())
-    assert any(not torch.equal(v, last["current_model_state"][k]) for k, v in last["state_dict"].items())
+    assert all(
+        torch.equal(value, last["state_dict"][f"net.{name}"]) for name, value in saved.items()
+    )
+    assert any(
+        not torch.equal(v, last["current_model_state"][k]) for k, v in last["state_dict"].items()
+    )
     assert timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).num_classes == 10
     told = capsys.readouterr().err
     assert told.count("val accuracy") == 3 and f"{result['top1']:.2f} % of 31 val images" in told
-    # The same again is told, another one refused; where it runs may change, what it computes may not.
+    # The same again is told, another one refused; where it runs may change, what it computes may
+    # not.
     assert fit(asked) == result and "is finished" in capsys.readouterr().err
-    with pytest.raises(XzooError, match=r"holds another run: model.lr is 0.05 there and 0.1 here; .*--out"):
+    with pytest.raises(
+        XzooError, match=r"holds another run: model.lr is 0.05 there and 0.1 here; .*--out"
+    ):
         fit([*asked, "--model.lr", "0.1"])
     assert fit([*asked, "--trainer.strategy", "ddp", "--data.root", "/elsewhere"]) == result
-    # Folders know the data modules by the names of xzoo.train, where they once were, whatever name a recipe uses.
+    # Folders know the data modules by the names of xzoo.train, where they once were, whatever name
+    # a recipe uses.
     assert "class_path: xzoo.train.CIFAR10\n" in (run / "config.yaml").read_text()
     assert fit([*asked, "--data", "xzoo.data.CIFAR10"]) == result
     assert RecipeCLI(["--config", str(run / "config.yaml")]).sha == result["recipe_sha"]
@@ -110,19 +134,25 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
 
 def test_the_folder_is_a_recipe_that_does_the_same(recipe, data, tmp_path):
     one = fit(arguments(recipe, data, tmp_path / "one", model__lr=0.03))
-    other = fit(["--config", str(tmp_path / "one" / "config.yaml"), "--out", str(tmp_path / "other")])
+    other = fit(
+        ["--config", str(tmp_path / "one" / "config.yaml"), "--out", str(tmp_path / "other")]
+    )
     assert {k: v for k, v in one.items() if k not in ("wall_s", "recipe")} == {
         k: v for k, v in other.items() if k not in ("wall_s", "recipe")
     }
 
 
 @pytest.mark.slow
-def test_a_run_is_exported_in_half_precision_if_it_stays_as_good(recipe, data, tmp_path, capsys, monkeypatch):
+def test_a_run_is_exported_in_half_precision_if_it_stays_as_good(
+    recipe, data, tmp_path, capsys, monkeypatch
+):
     run, to = tmp_path / "run", tmp_path / "x_mobilenet050_c4.tiny"
     result = fit(arguments(recipe, data, run, trainer__max_epochs=1))
     assert main(["export", str(run), str(to), "--half"]) == 0
     check(to)
-    kinds = {(value.dim() > 1, value.dtype) for value in load_file(to / "model.safetensors").values()}
+    kinds = {
+        (value.dim() > 1, value.dtype) for value in load_file(to / "model.safetensors").values()
+    }
     graphs = {(True, torch.uint8), (True, torch.int16)}
     assert kinds - graphs == {(True, torch.float16), (False, torch.float32), (False, torch.int64)}
     assert json.loads((to / "metrics.json").read_text())["top1"] == pytest.approx(result["top1"])
@@ -130,20 +160,29 @@ def test_a_run_is_exported_in_half_precision_if_it_stays_as_good(recipe, data, t
     monkeypatch.setattr("xzoo.hub.folder.HALF_MOVES", -1.0)
     assert main(["export", str(run), str(to), "--half"]) == 2
     assert "float16 moves the accuracy" in capsys.readouterr().err
-    assert (to / "model.safetensors").read_bytes() == kept and {f.name for f in tmp_path.glob(".*.part")} == set()
+    assert (to / "model.safetensors").read_bytes() == kept and {
+        f.name for f in tmp_path.glob(".*.part")
+    } == set()
 
 
 def test_rivals_under_the_same_recipe(recipe, data, tmp_path):
     kinds = {"graph": "dense", "compression": 1}, {"graph": "group", "compression": 4}
-    for wanted, override in zip(kinds, ({"model__compression": 1}, {"model__graph": "group"}), strict=True):
-        result = fit(arguments(recipe, data, tmp_path / wanted["graph"], trainer__max_epochs=1, **override))
+    for wanted, override in zip(
+        kinds, ({"model__compression": 1}, {"model__graph": "group"}), strict=True
+    ):
+        result = fit(
+            arguments(recipe, data, tmp_path / wanted["graph"], trainer__max_epochs=1, **override)
+        )
         assert {name: result[name] for name in wanted} == wanted
 
 
 def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
     table = tmp_path / "results.csv"
-    asked = arguments(recipe, data, tmp_path / "run", results=table, trainer__max_epochs=1, model__lr=0.002)
-    with pytest.raises(XzooError, match="table cannot take this run .*none of cifar10"):  # told before any training
+    asked = arguments(
+        recipe, data, tmp_path / "run", results=table, trainer__max_epochs=1, model__lr=0.002
+    )
+    # told before any training
+    with pytest.raises(XzooError, match="table cannot take this run .*none of cifar10"):
         fit(asked)
     assert not table.exists() and not (tmp_path / "run" / "checkpoints").exists()
     tiny = {"cifar10": dataclasses.replace(DATASETS["cifar10"], n=31, train=80)}
@@ -157,7 +196,9 @@ def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
 def test_a_row_names_a_clean_commit_while_other_runs_add_theirs(tmp_path, monkeypatch):
     def git(*asked: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-        return subprocess.run(["git", "-C", tmp_path, *who, *asked], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *asked], capture_output=True, text=True, check=True
+        ).stdout
 
     for name in ("recipes/results.csv", "recipes/base.yaml", "xzoo/train/fit.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +225,9 @@ def test_images_of_ones_own(make_folder, tmp_path):
     result = fit(arguments(str(recipe), photos, tmp_path / "run"))
     assert result["dataset"] is None and result["n_val"] == 6 and result["epoch_reported"] == 3
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert config["label_names"] == ["ant", "bee", "cow"] and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["label_names"] == ["ant", "bee", "cow"] and config["pretrained_cfg"][
+        "input_size"
+    ] == [3, 32, 32]
     with pytest.raises(XzooError, match="the table cannot take this run"):
         fit(arguments(str(recipe), photos, tmp_path / "other", results=tmp_path / "results.csv"))
 
@@ -201,7 +244,17 @@ def test_the_hash_is_of_what_is_computed(recipe, tmp_path):
         ("--out", "x"),
     ):
         assert sha(*more) == same
-    assert len({same, sha("--model.lr", "0.2"), sha("--trainer.max_epochs", "4"), sha("--model.graph", "group")}) == 4
+    assert (
+        len(
+            {
+                same,
+                sha("--model.lr", "0.2"),
+                sha("--trainer.max_epochs", "4"),
+                sha("--model.graph", "group"),
+            }
+        )
+        == 4
+    )
     # Written otherwise, with a base: the same.
     (tmp_path / "base.yaml").write_text(RECIPE)
     (tmp_path / "derived.yaml").write_text("base: base.yaml\nmodel: {lr: 0.05}\n")
@@ -213,7 +266,9 @@ def test_later_configurations_win_key_by_key(recipe, tmp_path):
     (tmp_path / "hardware.yaml").write_text(
         "trainer: {precision: bf16-mixed}\ndata: {init_args: {channels_last: true}}\n"
     )
-    cli = RecipeCLI(["--config", recipe, "--config", str(tmp_path / "hardware.yaml"), "--model.lr=0.7"])
+    cli = RecipeCLI(
+        ["--config", recipe, "--config", str(tmp_path / "hardware.yaml"), "--model.lr=0.7"]
+    )
     config = cli.plain()
     assert config["trainer"]["precision"] == "bf16-mixed" and config["trainer"]["max_epochs"] == 3
     own = config["data"]["init_args"]
@@ -224,15 +279,21 @@ def test_later_configurations_win_key_by_key(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
-    """Accumulated gradients: the same images in each step, at the same rate, and the same figure of the batch."""
+    """Accumulated gradients: the same images in each step, at the same rate, and the same figure of
+    the batch.
+    """
     frozen = {"model__freeze_norm": True, "model__lr": 0.01}
     whole = fit(arguments(recipe, data, tmp_path / "whole", **frozen))
     parts = {"data__batch_size": 8, "trainer__accumulate_grad_batches": 2}
     halves = fit(arguments(recipe, data, tmp_path / "halves", **frozen, **parts))
-    assert halves["global_batch"] == whole["global_batch"] == 16 and halves["train_macs"] == whole["train_macs"]
+    assert (
+        halves["global_batch"] == whole["global_batch"] == 16
+        and halves["train_macs"] == whole["train_macs"]
+    )
     assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     rates = [
-        {row["step"]: row["lr"] for row in read_metrics(tmp_path / run / "metrics.csv")} for run in ("whole", "halves")
+        {row["step"]: row["lr"] for row in read_metrics(tmp_path / run / "metrics.csv")}
+        for run in ("whole", "halves")
     ]
     assert rates[0] == pytest.approx(rates[1]) and len(rates[0]) == 15
 
@@ -243,7 +304,12 @@ def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
     [
         {"trainer__precision": "bf16-mixed", "trainer__gradient_clip_val": 1.0},
         {"model__channels_last": True, "data__channels_last": True},
-        {"model__optimizer": "adamw", "model__mixup": 0.2, "model__cutmix": 1.0, "model__layer_decay": 0.9},
+        {
+            "model__optimizer": "adamw",
+            "model__mixup": 0.2,
+            "model__cutmix": 1.0,
+            "model__layer_decay": 0.9,
+        },
     ],
     ids=lambda flags: "-".join(key.partition("__")[2] for key in flags),
 )
@@ -268,7 +334,9 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
     assert f"{result['top1']:.2f} % of 31 images" in capsys.readouterr().out
     # Weights of elsewhere, as they are published; and the test part beside held out images.
     weights = run / "model" / "model.safetensors"
-    tested = evaluate("test", arguments(recipe, data, tmp_path / "no", ckpt_path=weights, data__holdout=20))
+    tested = evaluate(
+        "test", arguments(recipe, data, tmp_path / "no", ckpt_path=weights, data__holdout=20)
+    )
     assert 100 * tested["test/acc1"] == pytest.approx(result["top1"], abs=1e-4)
     with open(predict(arguments(recipe, data, run)), newline="") as file:
         rows = list(csv.DictReader(file))
@@ -276,7 +344,8 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
     right = sum(row["label"] == row["predicted"] for row in rows)
     assert 100 * right / 31 == pytest.approx(result["top1"], abs=1e-3)
     with pytest.raises(
-        XzooError, match=r"of this recipe: net.blocks.1.0.conv_pw.neighbours: has shape.*\(12 such keys\)"
+        XzooError,
+        match=r"of this recipe: net.blocks.1.0.conv_pw.neighbours: has shape.*\(12 such keys\)",
     ):
         evaluate("test", arguments(recipe, data, run, model__graph="group", model__compression=2))
     (tmp_path / "broken.ckpt").write_bytes(b"x" * 100)
@@ -292,7 +361,10 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
     [
         (["--model.widht", "3"], "unknown option --model.widht; did you mean --model"),
         (["--data.rot", "x"], "CIFAR10 has no option rot; did you mean root"),
-        (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs"),
+        (
+            ["--trainer.max_epoch", "3"],
+            "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs",
+        ),
         (["--model.lr", "fast"], "model.lr=fast: expected float"),
         (["--data.batch_size", "x"], "data.batch_size=x: expected int"),
         (["--data", "CIFAR11"], "no class is called CIFAR11; did you mean CIFAR10"),
@@ -301,24 +373,51 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
         (["--trainer.max_steps", "7"], "max_steps and max_time do not resume"),
         (["--trainer.max_epochs", "-1"], "max_epochs=-1: a recipe says how many"),
         (["--trainer.max_time", "00:00:10:00"], "max_steps and max_time do not resume"),
-        (["--trainer.overfit_batches", "2"], "trainer.overfit_batches=2: it takes the recipe's own order away; use"),
+        (
+            ["--trainer.overfit_batches", "2"],
+            "trainer.overfit_batches=2: it takes the recipe's own order away; use",
+        ),
         (
             ["--trainer.val_check_interval", "00:00:00:05"],
             "trainer.val_check_interval=00:00:00:05: by the clock, no two",
         ),
-        (["--trainer.num_sanity_val_steps", "2"], "trainer.num_sanity_val_steps=2: a resumed run has none"),
-        (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing=False: a run is resumed from its"),
-        (["--trainer.precision", "bf16-true"], "trainer.precision=bf16-true: weights, images and their average are"),
-        (["--trainer.precision", "64"], "trainer.precision=64: weights, images and their average are"),
+        (
+            ["--trainer.num_sanity_val_steps", "2"],
+            "trainer.num_sanity_val_steps=2: a resumed run has none",
+        ),
+        (
+            ["--trainer.enable_checkpointing", "false"],
+            "trainer.enable_checkpointing=False: a run is resumed from its",
+        ),
+        (
+            ["--trainer.precision", "bf16-true"],
+            "trainer.precision=bf16-true: weights, images and their average are",
+        ),
+        (
+            ["--trainer.precision", "64"],
+            "trainer.precision=64: weights, images and their average are",
+        ),
         (["--trainer.barebones", "true"], "trainer.barebones=True: a run is nothing without"),
-        (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 leaves none of an epoch's 5 steps"),
-        (["--trainer.limit_train_batches", "0.1"], "limit_train_batches=0.1 leaves none of an epoch's 5 steps"),
+        (
+            ["--trainer.limit_train_batches", "0"],
+            "trainer.limit_train_batches=0 leaves none of an epoch's 5 steps",
+        ),
+        (
+            ["--trainer.limit_train_batches", "0.1"],
+            "limit_train_batches=0.1 leaves none of an epoch's 5 steps",
+        ),
         (
             ["--trainer.limit_train_batches", "1.5"],
             "trainer: You have passed invalid value 1.5 for limit_train_batches",
         ),
-        (["--trainer.val_check_interval", "7"], "trainer.val_check_interval=7: an epoch has 5 steps"),
-        (["--trainer.gradient_clip_algorithm", "x"], "trainer: `gradient_clip_algorithm` x is invalid"),
+        (
+            ["--trainer.val_check_interval", "7"],
+            "trainer.val_check_interval=7: an epoch has 5 steps",
+        ),
+        (
+            ["--trainer.gradient_clip_algorithm", "x"],
+            "trainer: `gradient_clip_algorithm` x is invalid",
+        ),
         (["--trainer.devices", "0"], "trainer: "),
         (["--data.batch_size", "7", "--trainer.max_epochs", "0"], "max_epochs=0"),
         (["--data.root", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
@@ -336,19 +435,28 @@ def test_a_mistake_is_one_line_and_leaves_nothing(recipe, data, tmp_path, capsys
 
 def test_without_a_recipe_it_says_where_they_are(capsys):
     assert main(["fit"]) == 2
-    assert "are required: model.name, data; `xzoo recipes` lists what goes after --config" in capsys.readouterr().err
+    assert (
+        "are required: model.name, data; `xzoo recipes` lists what goes after --config"
+        in capsys.readouterr().err
+    )
 
 
 def test_unknown_keys_in_a_file_are_told(recipe, tmp_path, capsys):
     for text, told in (
         ("model: {wieght_decay: 3}", "model has no option wieght_decay; did you mean weight_decay"),
         ("modle: {lr: 3}", "unknown key modle"),
-        ("data: {init_args: {batchsize: 3}}", "CIFAR10 has no option batchsize; did you mean batch_size"),
+        (
+            "data: {init_args: {batchsize: 3}}",
+            "CIFAR10 has no option batchsize; did you mean batch_size",
+        ),
         ("- 1", "is no recipe: it has no keys"),
         ("a: [", "cannot be read as YAML"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
-        code, err = main(["fit", "--config", recipe, "--config", str(tmp_path / "bad.yaml")]), capsys.readouterr().err
+        code, err = (
+            main(["fit", "--config", recipe, "--config", str(tmp_path / "bad.yaml")]),
+            capsys.readouterr().err,
+        )
         assert code == 2 and told in err and err.count("\n") == 1
 
 
@@ -356,7 +464,11 @@ def test_a_rate_that_diverges_is_told_and_keeps_what_was(recipe, data, tmp_path,
     run = tmp_path / "run"
     code = main(["fit", *arguments(recipe, data, run, model__lr=1e12, ema="null")])
     err = capsys.readouterr().err
-    assert code == 2 and "training has diverged; use a lower rate than lr=1e+12" in err and "Traceback" not in err
+    assert (
+        code == 2
+        and "training has diverged; use a lower rate than lr=1e+12" in err
+        and "Traceback" not in err
+    )
     assert not (run / "result.json").exists()
 
 
@@ -380,7 +492,9 @@ sys.exit(main(["fit", *sys.argv[2:]]))
 
 def start(asked: list[str], save_every: float = 0.0, **how: object) -> subprocess.Popen:
     command = [sys.executable, "-c", CHILD, str(save_every), *asked]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )
 
 
 def wait(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
@@ -392,17 +506,27 @@ def wait(child: subprocess.Popen, reached: Callable[[], bool]) -> None:
 
 
 def same_bits(one: Path, other: Path, kills: int = 1) -> None:
-    """Weights (and their averages), optimizer, and the loss of every step, which tells the order of the images.
+    """Weights (and their averages), optimizer, and the loss of every step, which tells the order of
+    the images.
 
-    Lightning hands a step's figures on after it has saved the step: a kill in between loses their row, and no more.
+    Lightning hands a step's figures on after it has saved the step: a kill in between loses their
+    row, and no more.
     """
-    first, second = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (one, other))
+    first, second = (
+        torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (one, other)
+    )
     assert first.keys() == second.keys()
     for key in {"state_dict", "current_model_state", "lookahead"} & first.keys():
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items()), key
-    torch.testing.assert_close(first["optimizer_states"], second["optimizer_states"], rtol=0, atol=0)
-    assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
-    rows, found = ({row["step"]: row for row in read_metrics(run / "metrics.csv")} for run in (one, other))
+    torch.testing.assert_close(
+        first["optimizer_states"], second["optimizer_states"], rtol=0, atol=0
+    )
+    assert (one / "model" / "model.safetensors").read_bytes() == (
+        other / "model" / "model.safetensors"
+    ).read_bytes()
+    rows, found = (
+        {row["step"]: row for row in read_metrics(run / "metrics.csv")} for run in (one, other)
+    )
     assert all(rows[step] == row for step, row in found.items()) and len(rows) - len(found) <= kills
 
 
@@ -451,25 +575,35 @@ FLAGS = [
 
 @pytest.fixture
 def saved_by_step(monkeypatch, tmp_path):
-    """The run folder as a kill would leave it, copied after each checkpoint; one is written after each step."""
+    """The run folder as a kill would leave it, copied after each checkpoint; one is written after
+    each step.
+    """
     monkeypatch.setattr("xzoo.train.callbacks.SAVE_EVERY", 0)
     save, copies = AtomicCheckpointIO.save_checkpoint, []
 
     def save_and_copy(self, checkpoint, path, storage_options=None):
         save(self, checkpoint, path, storage_options)
-        copies.append(tmp_path / f"{len(copies):02d}-{Path(path).stem}-after-{checkpoint['global_step']}")
+        copies.append(
+            tmp_path / f"{len(copies):02d}-{Path(path).stem}-after-{checkpoint['global_step']}"
+        )
         shutil.copytree(Path(path).parents[1], copies[-1])
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_copy)
     return copies
 
 
-def resumed_are_the_same(asked: list[str], run: Path, copies: list[Path], chosen: Callable[[int], list[int]]) -> None:
-    """A run that nobody touched against those that go on from its copies: all that they leave, bit for bit."""
+def resumed_are_the_same(
+    asked: list[str], run: Path, copies: list[Path], chosen: Callable[[int], list[int]]
+) -> None:
+    """A run that nobody touched against those that go on from its copies: all that they leave, bit
+    for bit.
+    """
     fit(asked)
     whole, kept = run.with_name("whole"), list(copies)
     run.rename(whole)
-    for copy in [kept[i] for i in chosen(len(kept)) if (kept[i] / "checkpoints" / "last.ckpt").exists()]:
+    for copy in [
+        kept[i] for i in chosen(len(kept)) if (kept[i] / "checkpoints" / "last.ckpt").exists()
+    ]:
         copy.rename(run)  # where it was
         fit(asked)
         same_bits(whole, run, kills=0)
@@ -481,8 +615,12 @@ def resumed_are_the_same(asked: list[str], run: Path, copies: list[Path], chosen
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("flags", [LIMITED, WITHIN], ids=["limit_train_batches", "val_check_interval"])
-def test_resumed_under_limits_and_validation_within_the_epoch(recipe, data, tmp_path, saved_by_step, flags):
+@pytest.mark.parametrize(
+    "flags", [LIMITED, WITHIN], ids=["limit_train_batches", "val_check_interval"]
+)
+def test_resumed_under_limits_and_validation_within_the_epoch(
+    recipe, data, tmp_path, saved_by_step, flags
+):
     run = tmp_path / "run"
     asked = [*arguments(recipe, data, run, trainer__max_epochs=2), *flags.split()]
     resumed_are_the_same(asked, run, saved_by_step, lambda n: [1, n // 2])
@@ -491,14 +629,18 @@ def test_resumed_under_limits_and_validation_within_the_epoch(recipe, data, tmp_
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # some flags are Lightning's to warn of
 @pytest.mark.parametrize("flags", [LIMITED, WITHIN, *FLAGS])
-def test_resumed_under_any_flag_ends_with_the_same_bits(recipe, data, tmp_path, saved_by_step, flags):
+def test_resumed_under_any_flag_ends_with_the_same_bits(
+    recipe, data, tmp_path, saved_by_step, flags
+):
     run = tmp_path / "run"
     asked = [*arguments(recipe, data, run), *flags.split()]
     resumed_are_the_same(asked, run, saved_by_step, lambda n: sorted({1, n // 3, n // 2, n - 3}))
 
 
 def test_the_schedule_ends_with_the_steps_that_are_taken(recipe, data, tmp_path):
-    """Under a limit on batches the rate falls to nothing at the run's end, not at that of whole epochs."""
+    """Under a limit on batches the rate falls to nothing at the run's end, not at that of whole
+    epochs.
+    """
     result = fit(arguments(recipe, data, tmp_path / "run", trainer__limit_train_batches=2))
     rates = [row["lr"] for row in read_metrics(tmp_path / "run" / "metrics.csv") if "lr" in row]
     assert len(rates) == 6 and rates[-1] < 0.2 * max(rates)
@@ -512,7 +654,10 @@ def test_the_best_is_remembered_where_the_folder_was_moved(recipe, data, tmp_pat
     copy = next(c for c in saved_by_step if c.name.endswith("last-after-10"))
     copy.rename(moved)
     fit(arguments(recipe, data, moved))
-    one, other = (torch.load(r / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"] for r in (run, moved))
+    one, other = (
+        torch.load(r / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+        for r in (run, moved)
+    )
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
@@ -538,7 +683,8 @@ def test_killed_at_ten_moments(data, tmp_path, workers):
     told = done.communicate()[1]
     assert done.returncode == 0, told
     asked = arguments(str(recipe), data, cut, data__workers=workers)
-    moments = [1, 3, 9, 10, 11, 17, 20, 28, 30, 39]  # of 40 steps, ends of epochs (of 10) among them
+    # of 40 steps, ends of epochs (of 10) among them
+    moments = [1, 3, 9, 10, 11, 17, 20, 28, 30, 39]
     for number, moment in enumerate(moments):
         child = start(asked, start_new_session=True)
         wait(child, lambda at=moment: steps_saved(cut) >= at)
@@ -578,7 +724,11 @@ def test_a_full_disk_loses_nothing(recipe, data, tmp_path):
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n" + CHILD
     asked = [sys.executable, "-c", code, "0", *arguments(recipe, data, run, trainer__max_epochs=5)]
     told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert told.returncode == 2 and "xzoo: error: cannot write" in told.stderr and "Traceback" not in told.stderr
+    assert (
+        told.returncode == 2
+        and "xzoo: error: cannot write" in told.stderr
+        and "Traceback" not in told.stderr
+    )
     assert steps_saved(run) == before
     assert fit(arguments(recipe, data, run, trainer__max_epochs=5))["epoch_reported"] == 5
 
@@ -593,7 +743,8 @@ def test_the_temporary_folder_is_not_used(recipe, data, tmp_path):
     before = place.stat().st_mtime_ns
     try:
         child = start(
-            arguments(recipe, data, tmp_path / "run", trainer__max_epochs=1), env=os.environ | {"TMPDIR": str(place)}
+            arguments(recipe, data, tmp_path / "run", trainer__max_epochs=1),
+            env=os.environ | {"TMPDIR": str(place)},
         )
         told = child.communicate()[1]
         assert child.returncode == 0, told
@@ -611,7 +762,9 @@ def test_the_temporary_folder_is_not_used(recipe, data, tmp_path):
 def torchrun(asked: list[str], *how: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "xzoo", "fit", *asked]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def free_port() -> int:
@@ -633,18 +786,26 @@ def same_but_for_rounding(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(recipe, data, tmp_path):
-    """With frozen batch statistics the same samples at the same rate give the same losses, validation included."""
+    """With frozen batch statistics the same samples at the same rate give the same losses,
+    validation included.
+    """
     frozen = {"model__freeze_norm": True, "model__lr": 0.01}
     fit(arguments(recipe, data, tmp_path / "one", **frozen))
     child = torchrun(
-        arguments(recipe, data, tmp_path / "two", **frozen), "--nproc_per_node=2", f"--master_port={free_port()}"
+        arguments(recipe, data, tmp_path / "two", **frozen),
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
     )
     told = child.communicate()[1]
     assert child.returncode == 0, told
     same_but_for_rounding(tmp_path / "one", tmp_path / "two")
     # By Lightning's own launcher, which starts the command again.
-    asked = arguments(recipe, data, tmp_path / "three", **frozen, trainer__devices=2, trainer__strategy="ddp")
-    told = subprocess.run([sys.executable, "-m", "xzoo", "fit", *asked], capture_output=True, text=True, check=False)
+    asked = arguments(
+        recipe, data, tmp_path / "three", **frozen, trainer__devices=2, trainer__strategy="ddp"
+    )
+    told = subprocess.run(
+        [sys.executable, "-m", "xzoo", "fit", *asked], capture_output=True, text=True, check=False
+    )
     assert told.returncode == 0, told.stderr
     same_but_for_rounding(tmp_path / "one", tmp_path / "three")
 
@@ -653,7 +814,12 @@ def test_two_processes_are_one(recipe, data, tmp_path):
 def test_two_nodes_are_one(recipe, data, tmp_path):
     frozen = {"model__freeze_norm": True, "model__lr": 0.01}
     fit(arguments(recipe, data, tmp_path / "one", **frozen))
-    how = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    how = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+    ]
     asked = arguments(recipe, data, tmp_path / "two", **frozen)
     nodes = [torchrun(asked, *how, f"--node_rank={rank}") for rank in (0, 1)]
     told = [node.communicate()[1] for node in nodes]
@@ -662,7 +828,9 @@ def test_two_nodes_are_one(recipe, data, tmp_path):
 
 
 def two_processes_killed_and_resumed(recipe: str, data: str, tmp_path: Path) -> None:
-    """A run of two processes that nobody touched, and one that was killed and begun again: the same bits."""
+    """A run of two processes that nobody touched, and one that was killed and begun again: the same
+    bits.
+    """
     how = "--nproc_per_node=2", f"--master_port={free_port()}"
     for run in ("whole", "cut"):
         child = torchrun(arguments(recipe, data, tmp_path / run), *how)

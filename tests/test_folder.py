@@ -1,4 +1,6 @@
-"""A model folder is timm's: what is saved is loaded by timm, and what does not fit is refused in a line."""
+"""A model folder is timm's: what is saved is loaded by timm, and what does not fit is refused in a
+line.
+"""
 
 import hashlib
 import importlib.util
@@ -64,7 +66,11 @@ def test_a_model_of_a_folder_can_be_changed_and_saved_again(saved, tmp_path):
 
 
 def test_channels_last_is_saved_as_any_other(tmp_path):
-    model = create_model("x_mobilenet050_c4", num_classes=3).eval().to(memory_format=torch.channels_last)
+    model = (
+        create_model("x_mobilenet050_c4", num_classes=3)
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
     save(model, tmp_path / "m", NAMES)
     loaded = load(tmp_path / "m").state_dict()
     assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items())
@@ -135,8 +141,20 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
 
 
 RESULT = {
-    **{"model": "x_mobilenet050_c8", "recipe": "recipes/cifar10/net.yaml", "recipe_sha": "0" * 16, "commit": "abc"},
-    **{"dataset": "cifar10", "split": "test", "n_val": 100, "seed": 0, "device": "CPU", "epoch_reported": 2},
+    **{
+        "model": "x_mobilenet050_c8",
+        "recipe": "recipes/cifar10/net.yaml",
+        "recipe_sha": "0" * 16,
+        "commit": "abc",
+    },
+    **{
+        "dataset": "cifar10",
+        "split": "test",
+        "n_val": 100,
+        "seed": 0,
+        "device": "CPU",
+        "epoch_reported": 2,
+    },
     **{"top1": 91.25, "top5": None, "loss": 0.3},
 }
 
@@ -146,7 +164,10 @@ def run(saved, tmp_path: Path) -> Path:
     """A run folder as `xzoo fit` leaves it."""
     run = tmp_path / "run"
     shutil.copytree(saved[1], run / "model")
-    recipe = {"seed_everything": 0, "data": {"class_path": "X", "init_args": {"root": "/home/ann/photos", "shift": 4}}}
+    recipe = {
+        "seed_everything": 0,
+        "data": {"class_path": "X", "init_args": {"root": "/home/ann/photos", "shift": 4}},
+    }
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     (run / "curves.png").write_bytes(b"png")
     (run / "result.json").write_text(json.dumps(RESULT))
@@ -158,13 +179,23 @@ def test_a_finished_run_is_exported_whole(saved, run, tmp_path):
     assert export(run, to) == to == export(run, to)  # over an older one, too
     assert {file.name for file in to.iterdir()} == EXPORTED and len(list(to.parent.iterdir())) == 1
     check(to)
-    assert same(load(to), saved[0]) and same(timm.create_model(f"local-dir:{to}", pretrained=True), saved[0])
-    # Nothing of the machine, and graphs in no more bytes than they need.
-    assert yaml.safe_load((to / "recipe.yaml").read_text())["data"] == {"class_path": "X", "init_args": {"shift": 4}}
-    assert not any(
-        b"/home/ann" in file.read_bytes() or str(tmp_path).encode() in file.read_bytes() for file in to.iterdir()
+    assert same(load(to), saved[0]) and same(
+        timm.create_model(f"local-dir:{to}", pretrained=True), saved[0]
     )
-    stored = {k: v.dtype for k, v in load_file(to / "model.safetensors").items() if k.endswith("neighbours")}
+    # Nothing of the machine, and graphs in no more bytes than they need.
+    assert yaml.safe_load((to / "recipe.yaml").read_text())["data"] == {
+        "class_path": "X",
+        "init_args": {"shift": 4},
+    }
+    assert not any(
+        b"/home/ann" in file.read_bytes() or str(tmp_path).encode() in file.read_bytes()
+        for file in to.iterdir()
+    )
+    stored = {
+        k: v.dtype
+        for k, v in load_file(to / "model.safetensors").items()
+        if k.endswith("neighbours")
+    }
     assert set(stored.values()) == {torch.uint8, torch.int16}
     block = json.loads((to / "config.json").read_text())["xzoo"]
     assert block["fingerprint"] == fingerprint(saved[0].state_dict()) and block["commit"] == "abc"
@@ -177,11 +208,24 @@ def test_a_finished_run_is_exported_whole(saved, run, tmp_path):
 
 
 def test_a_run_of_finetune_is_exported(run, tmp_path):
-    result = {"run": str(run), "model": str(run / "model"), "accuracy": 0.75, "accuracy5": 1.0, "loss": 1.0}
-    (run / "result.json").write_text(json.dumps({**result, "images": 8, "epochs": 3, "seconds": 1.5}))
+    result = {
+        "run": str(run),
+        "model": str(run / "model"),
+        "accuracy": 0.75,
+        "accuracy5": 1.0,
+        "loss": 1.0,
+    }
+    (run / "result.json").write_text(
+        json.dumps({**result, "images": 8, "epochs": 3, "seconds": 1.5})
+    )
     check(export(run, tmp_path / "mine"))
     metrics = json.loads((tmp_path / "mine" / "metrics.json").read_text())
-    assert metrics["top1"] == 75 and metrics["top5"] is None and metrics["n_val"] == 8 and "run" not in metrics
+    assert (
+        metrics["top1"] == 75
+        and metrics["top5"] is None
+        and metrics["n_val"] == 8
+        and "run" not in metrics
+    )
 
 
 def test_what_is_no_finished_run_is_not_exported(run, tmp_path):
@@ -211,15 +255,37 @@ def test_an_exported_folder_that_is_not_its_own_is_told(run, tmp_path):
         (to / file).write_bytes(kept)
 
     def changed(key: str, by) -> Callable[[Path], None]:
-        return lambda path: save_file({k: by(v) if k == key else v for k, v in load_file(path).items()}, path)
+        return lambda path: save_file(
+            {k: by(v) if k == key else v for k, v in load_file(path).items()}, path
+        )
 
     graph = "blocks.1.0.conv_pw.neighbours"
     told("model.safetensors", changed(graph, lambda v: v.roll(1, 0)), "its graphs are not those")
-    told("model.safetensors", changed("classifier.bias", lambda v: v + 1), "its outputs are not those of logits")
-    told("logits.safetensors", changed("logits", lambda v: v[:1]), "its outputs are not those of logits")
-    told("metrics.json", lambda path: path.write_text(path.read_text().replace('"macs": ', '"macs": 1')), "macs is 1")
-    told("README.md", lambda path: path.write_text(path.read_text() + "by hand"), "is stale; `xzoo card")
-    told("metrics.json", lambda path: path.write_text(path.read_text().replace("91.25", "99.25")), "is stale")
+    told(
+        "model.safetensors",
+        changed("classifier.bias", lambda v: v + 1),
+        "its outputs are not those of logits",
+    )
+    told(
+        "logits.safetensors",
+        changed("logits", lambda v: v[:1]),
+        "its outputs are not those of logits",
+    )
+    told(
+        "metrics.json",
+        lambda path: path.write_text(path.read_text().replace('"macs": ', '"macs": 1')),
+        "macs is 1",
+    )
+    told(
+        "README.md",
+        lambda path: path.write_text(path.read_text() + "by hand"),
+        "is stale; `xzoo card",
+    )
+    told(
+        "metrics.json",
+        lambda path: path.write_text(path.read_text().replace("91.25", "99.25")),
+        "is stale",
+    )
     told("curves.png", lambda path: path.unlink(), "has no curves.png")
     check(to)
     # Elsewhere it has another name, and another card.
@@ -255,11 +321,15 @@ def test_onnx_says_that_it_is_dense(saved, tmp_path, capsys, monkeypatch):
     file = tmp_path / "net.onnx"
     if not importlib.util.find_spec("onnxruntime"):
         assert cli.main(["export", str(saved[1]), str(file)]) == 2
-        assert "onnxruntime is not installed; `pip install 'xzoo[export]'`" in capsys.readouterr().err
+        assert (
+            "onnxruntime is not installed; `pip install 'xzoo[export]'`" in capsys.readouterr().err
+        )
         pytest.skip("onnxruntime, which would check the file, is not installed")
     assert cli.main(["export", str(saved[1]), str(file)]) == 0
     assert "the 12 X-layers are dense here" in capsys.readouterr().out and file.is_file()
-    monkeypatch.setattr(program, "_onnx", lambda net, images, draft: draft.write_bytes(b"") or net(images) + 1)
+    monkeypatch.setattr(
+        program, "_onnx", lambda net, images, draft: draft.write_bytes(b"") or net(images) + 1
+    )
     kept = file.read_bytes()
     with pytest.raises(XzooError, match="is not written: its outputs differ from the model's by 1"):
         program.write(saved[0], file)

@@ -32,8 +32,14 @@ def classes(place: Path, names: tuple[str, ...] = ("ant", "bee"), each: int = 4)
 
 
 def every_file(root: Path) -> set[str]:
-    """What is there, found by another way: names of all files, and of links to folders that are not followed."""
-    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+    """What is there, found by another way: names of all files, and of links to folders that are not
+    followed.
+    """
+    return {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def used(layout, part: str) -> set[str]:
@@ -43,9 +49,15 @@ def used(layout, part: str) -> set[str]:
 def accounted(root: Path):
     """Read the folder; each of its files is used or left out, and none is both."""
     layout = read_folder(root)
-    train, val, left = used(layout, "train"), used(layout, "val"), [item.name for item in layout.left_out]
+    train, val, left = (
+        used(layout, "train"),
+        used(layout, "val"),
+        [item.name for item in layout.left_out],
+    )
     assert not train & val and not (train | val) & set(left) and len(left) == len(set(left))
-    followed = {parent.as_posix() for name in train | val | set(left) for parent in Path(name).parents}
+    followed = {
+        parent.as_posix() for name in train | val | set(left) for parent in Path(name).parents
+    }
     assert every_file(root) - followed <= train | val | set(left)
     assert all(item.detail and "\n" not in item.detail for item in layout.left_out)
     return layout
@@ -71,12 +83,17 @@ USUAL = [
 @pytest.mark.parametrize(("train", "val"), USUAL)
 @pytest.mark.parametrize("where", [".", "archive/photos", "twice"])
 def test_usual_names_of_parts(tmp_path, train, val, where):
-    places = {part: tmp_path / (f"{part}/{part}" if where == "twice" else f"{where}/{part}") for part in (train, val)}
+    places = {
+        part: tmp_path / (f"{part}/{part}" if where == "twice" else f"{where}/{part}")
+        for part in (train, val)
+    }
     classes(places[train])
     classes(places[val], each=2)
     layout = accounted(tmp_path)
     assert layout.classes == ["ant", "bee"]
-    assert len(layout.train) == 8 and all(train in name.split("/") for name in used(layout, "train"))
+    assert len(layout.train) == 8 and all(
+        train in name.split("/") for name in used(layout, "train")
+    )
     assert len(layout.val) == 4 and all(val in name.split("/") for name in used(layout, "val"))
 
 
@@ -97,10 +114,13 @@ def test_what_is_no_name_of_a_part():
 
 
 @pytest.mark.parametrize(
-    "word", "seg segmented data dataset set split part images imgs pictures photos pics cropped final 1 2026".split()
+    "word",
+    "seg segmented data dataset set split part images imgs pictures photos pics cropped final 1 2026".split(),
 )
 def test_long_names_are_read_at_once(word):
-    """What a camera or a program makes of digits, and what people repeat: two readings a word would take for ever."""
+    """What a camera or a program makes of digits, and what people repeat: two readings a word would
+    take for ever.
+    """
     assert part_of(word * (200 // len(word))) is None
     assert part_of(word * 20 + "train" + word * 20) == "train"
 
@@ -111,7 +131,9 @@ def test_of_three_parts_the_test_is_not_used_and_told(tmp_path):
     layout = accounted(tmp_path)
     assert used(layout, "val") == {f"Valid/{c}/{i}.png" for c in ("ant", "bee") for i in range(4)}
     assert layout.remarks == ["Test/ is not used, since Valid/ validates"]
-    assert {item.why for item in layout.left_out if item.name.startswith("Test/")} == {"in folders that are not used"}
+    assert {item.why for item in layout.left_out if item.name.startswith("Test/")} == {
+        "in folders that are not used"
+    }
     assert sum(item.name.startswith("Test/") for item in layout.left_out) == 8
 
 
@@ -138,7 +160,9 @@ def test_a_locomotive_is_a_class(tmp_path):
     # With sub-folders alone nobody knows, and nothing is guessed.
     classes(tmp_path / "deep", ("bus", "car"))
     classes(tmp_path / "deep" / "train", ("steam", "diesel"))
-    with pytest.raises(DataError, match=r"train/ may be a part, or a class as bus, car; .*another name"):
+    with pytest.raises(
+        DataError, match=r"train/ may be a part, or a class as bus, car; .*another name"
+    ):
         read_folder(tmp_path / "deep")
 
 
@@ -150,7 +174,9 @@ def test_a_flat_val_is_a_class(tmp_path, names):
     """Images to validate on need labels. So it was before parts could have other names."""
     classes(tmp_path, names)
     layout = accounted(tmp_path)
-    assert layout.classes == list(names) and layout.val is None and len(layout.train) == 4 * len(names)
+    assert (
+        layout.classes == list(names) and layout.val is None and len(layout.train) == 4 * len(names)
+    )
     (val,) = {"valid", "dev", "val"} & set(names)
     told = f"{val}/ is read as a class, beside {', '.join(name for name in names if name != val)}"
     assert layout.remarks == [told]
@@ -211,8 +237,24 @@ def test_parts_beside_a_copy_and_leftovers(tmp_path):
 
 
 KEPT = [
-    *("__MACOSX", "$RECYCLE.BIN", ".Trash-1000", ".thumbnails", "@eaDir", ".ipynb_checkpoints", ".cache", ".git"),
-    *("lost+found", "System Volume Information", "#recycle", "RECYCLER", "found.000", ".AppleDouble"),
+    *(
+        "__MACOSX",
+        "$RECYCLE.BIN",
+        ".Trash-1000",
+        ".thumbnails",
+        "@eaDir",
+        ".ipynb_checkpoints",
+        ".cache",
+        ".git",
+    ),
+    *(
+        "lost+found",
+        "System Volume Information",
+        "#recycle",
+        "RECYCLER",
+        "found.000",
+        ".AppleDouble",
+    ),
 ]
 
 
@@ -225,7 +267,9 @@ def test_what_systems_keep_is_no_class_and_no_image(tmp_path, inside):
         draw(tmp_path / "ant" / name)
     layout = accounted(tmp_path)
     assert layout.classes == ["ant", "bee"] and len(layout.train) == 8
-    assert Counter(item.why for item in layout.left_out) == {"hidden or kept by a system": len(KEPT) + 4}
+    assert Counter(item.why for item in layout.left_out) == {
+        "hidden or kept by a system": len(KEPT) + 4
+    }
     assert not layout.remarks
     # What a user may well call so is the user's.
     classes(tmp_path / "own", ("trash", "thumbnails"))
@@ -297,7 +341,12 @@ def test_only_regular_files_are_opened(tmp_path):
 
 def test_endings(tmp_path):
     classes(tmp_path)
-    draw(*(tmp_path / "ant" / name for name in ("UPPER.PNG", "wrong.jpg", "no_ending", "camera.cr2", "x.jpg_large")))
+    draw(
+        *(
+            tmp_path / "ant" / name
+            for name in ("UPPER.PNG", "wrong.jpg", "no_ending", "camera.cr2", "x.jpg_large")
+        )
+    )
     (tmp_path / "ant" / "README").write_text("BMW and RIFF are no images")
     (tmp_path / "ant" / "labels.csv").write_text("a,b")
     draw(tmp_path / "notes" / "a.txt")
@@ -308,7 +357,10 @@ def test_endings(tmp_path):
     }
     assert layout.remarks == ["no class, since there is no image in it: notes"]
     told = read(tmp_path).account()
-    assert told == "11 images of 2 classes; left out: 5 not images ((none), .cr2, .csv, .jpg_large, .txt)"
+    assert (
+        told
+        == "11 images of 2 classes; left out: 5 not images ((none), .cr2, .csv, .jpg_large, .txt)"
+    )
 
 
 def test_what_a_user_may_not_have_meant_is_told(tmp_path):
@@ -334,13 +386,20 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(DataError, match="cow cannot be listed .Permission denied.; make it readable"):
+    with pytest.raises(
+        DataError, match="cow cannot be listed .Permission denied.; make it readable"
+    ):
         read(tmp_path)
 
 
 def test_the_order_of_images_is_that_of_before(tmp_path):
     """Fingerprints of runs that exist hang on it: files of a folder first, then its folders."""
-    draw(*(tmp_path / name for name in ("a/z.png", "a/b/1.png", "a/b/c/2.png", "a/b.png", "a/B/3.png", "b/1.png")))
+    draw(
+        *(
+            tmp_path / name
+            for name in ("a/z.png", "a/b/1.png", "a/b/c/2.png", "a/b.png", "a/B/3.png", "b/1.png")
+        )
+    )
     walked = [
         (Path(at) / file).relative_to(tmp_path).as_posix()
         for name in ("a", "b")

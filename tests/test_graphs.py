@@ -1,7 +1,9 @@
-"""Graphs are what they are called: degrees, rows, connection, spectrum, and the same bytes everywhere.
+"""Graphs are what they are called: degrees, rows, connection, spectrum, and the same bytes
+everywhere.
 
-`python tests/test_graphs.py` renews golden/graphs.json. That is a change of format: graphs drawn from a
-seed before it and after it differ, while checkpoints (which hold their graphs) stay what they are.
+`python tests/test_graphs.py` renews golden/graphs.json. That is a change of format: graphs drawn
+from a seed before it and after it differ, while checkpoints (which hold their graphs) stay what
+they are.
 """
 
 import itertools
@@ -55,7 +57,9 @@ def components(neighbours, n_in):
     blocks, degree = neighbours.shape
     edges = (neighbours.ravel(), n_in + np.repeat(np.arange(blocks), degree))
     weights = np.ones(blocks * degree)
-    return connected_components(coo_array((weights, edges), shape=(n_in + blocks,) * 2), directed=False)[0]
+    return connected_components(
+        coo_array((weights, edges), shape=(n_in + blocks,) * 2), directed=False
+    )[0]
 
 
 @st.composite
@@ -111,7 +115,9 @@ def test_rows_ascend_and_have_the_shape_asked_for(kind, size, seed):
 @pytest.mark.parametrize(("n_in", "degree"), [(n, d) for n in range(1, 7) for d in range(1, n + 1)])
 @pytest.mark.parametrize("kind", FREE_KINDS)
 def test_small_corners_exhaustively(kind, n_in, degree):
-    """One input, degree = inputs, exactly as many blocks as there are rows, and one more than those."""
+    """One input, degree = inputs, exactly as many blocks as there are rows, and one more than
+    those.
+    """
     rows = math.comb(n_in, degree)
     for blocks, seed in itertools.product(range(1, rows + 3), range(5)):
         neighbours = graphs.sample(kind, n_in, blocks, degree, seed=seed)
@@ -120,7 +126,9 @@ def test_small_corners_exhaustively(kind, n_in, degree):
         if kind == "biregular":
             assert_biregular(neighbours, n_in)
         if blocks == rows:
-            assert sorted(map(tuple, neighbours.tolist())) == list(itertools.combinations(range(n_in), degree))
+            assert sorted(map(tuple, neighbours.tolist())) == list(
+                itertools.combinations(range(n_in), degree)
+            )
 
 
 def test_as_many_blocks_as_rows_exist_at_a_real_size():
@@ -136,7 +144,9 @@ def test_biregular_is_regular_on_both_sides_with_rows_apart(n_in, n_out, degree,
     assert_biregular(neighbours, n_in)
     assert_rows_differ(neighbours, n_in)
     rows = matrix_of(neighbours, n_in).astype(bool)
-    assert {row.tobytes() for row in rows}.isdisjoint(row.tobytes() for row in ~rows), "two rows are complementary"
+    assert {row.tobytes() for row in rows}.isdisjoint(row.tobytes() for row in ~rows), (
+        "two rows are complementary"
+    )
 
 
 def test_random_rows_are_uniform():
@@ -149,7 +159,10 @@ def test_random_rows_are_uniform():
 
 def test_random_leaves_inputs_unread_and_biregular_does_not():
     """The reason for `biregular` as the default: (1 - 1/16)^64 of the inputs, 4 of 256 expected."""
-    unread = [int((fan_out(graphs.sample("random", 256, 64, 16, seed=s), 256) == 0).sum()) for s in range(20)]
+    unread = [
+        int((fan_out(graphs.sample("random", 256, 64, 16, seed=s), 256) == 0).sum())
+        for s in range(20)
+    ]
     assert 2 < np.mean(unread) < 6
     assert fan_out(graphs.sample("biregular", 256, 64, 16), 256).min() == 4
 
@@ -165,7 +178,9 @@ def assert_expander(n_in, n_out, degree, share, seed):
     fan = blocks * degree / n_in
     ramanujan = math.sqrt(fan - 1) + math.sqrt(degree - 1)
     random_matrix = (math.sqrt(fan) + math.sqrt(degree)) * math.sqrt(1 - degree / n_in)
-    assert second <= 1.05 * min(ramanujan, random_matrix), f"{second / min(ramanujan, random_matrix):.3f}"
+    assert second <= 1.05 * min(ramanujan, random_matrix), (
+        f"{second / min(ramanujan, random_matrix):.3f}"
+    )
 
 
 WITH_ROOM = [size for size in SIZES if size[1] // size[3] * size[2] >= 2 * size[0]]
@@ -203,7 +218,8 @@ def test_ramanujan_meets_the_bound_or_refuses(size, seed):
     try:
         neighbours = graphs.sample("ramanujan", n_in, n_out, degree, share, seed)
     except GraphError:
-        return  # after 100 draws: `test_ramanujan_exists_at_real_sizes` holds it to succeed where it must
+        # after 100 draws: `test_ramanujan_exists_at_real_sizes` holds it to succeed where it must
+        return
     assert components(neighbours, n_in) == 1
     values = np.linalg.svd(matrix_of(neighbours, n_in), compute_uv=False)
     fan = n_out // share * degree / n_in
@@ -212,7 +228,9 @@ def test_ramanujan_meets_the_bound_or_refuses(size, seed):
 
 @pytest.mark.parametrize(("n", "degree"), [(12, 2), (16, 3)])
 def test_ramanujan_redraws_what_is_disconnected_or_misses_the_bound(n, degree):
-    """At degree 2 (cycles) every draw meets the bound and many are disconnected; at 3 some miss the bound."""
+    """At degree 2 (cycles) every draw meets the bound and many are disconnected; at 3 some miss the
+    bound.
+    """
     bound = 2 * math.sqrt(degree - 1) * (1 + 1e-6)
 
     def is_good(neighbours):
@@ -224,7 +242,9 @@ def test_ramanujan_redraws_what_is_disconnected_or_misses_the_bound(n, degree):
     assert all(is_good(graphs.sample("ramanujan", n, n, degree, seed=seed)) for seed in seeds)
 
 
-@pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "degree", "share"), [(64, 64, 4, 1), (256, 256, 16, 4), (64, 256, 8, 1)]
+)
 def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
     for seed in range(5):
         neighbours = graphs.sample("ramanujan", n_in, n_out, degree, share, seed)
@@ -232,10 +252,14 @@ def test_ramanujan_exists_at_real_sizes(n_in, n_out, degree, share):
         assert np.linalg.svd(matrix_of(neighbours, n_in), compute_uv=False)[1] <= bound * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("n_in", "n_out", "degree", "share"), [(8, 8, 1, 1), (64, 16, 4, 1), (64, 64, 4, 4)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "degree", "share"), [(8, 8, 1, 1), (64, 16, 4, 1), (64, 64, 4, 4)]
+)
 def test_ramanujan_refuses_before_drawing(n_in, n_out, degree, share, monkeypatch):
     monkeypatch.setattr(graphs._Words, "take", lambda *_: pytest.fail("a graph was drawn"))
-    with pytest.raises(GraphError, match=r"needs 2 edges or more; use a larger degree, a smaller share or graph="):
+    with pytest.raises(
+        GraphError, match=r"needs 2 edges or more; use a larger degree, a smaller share or graph="
+    ):
         graphs.sample("ramanujan", n_in, n_out, degree, share)
 
 
@@ -243,13 +267,18 @@ def test_ramanujan_gives_up_with_the_bound_in_its_message(monkeypatch):
     calls = []
     monkeypatch.setattr(graphs, "singular_values", lambda *a: calls.append(a) or (9.0, 9.0))
     monkeypatch.setattr(graphs, "is_connected", lambda *_: True)
-    with pytest.raises(GraphError, match=r"16 inputs, 16 blocks .* degree 4: none of 100 draws met the bound 3\.4641"):
+    with pytest.raises(
+        GraphError,
+        match=r"16 inputs, 16 blocks .* degree 4: none of 100 draws met the bound 3\.4641",
+    ):
         graphs.sample("ramanujan", 16, 16, 4)
     assert len(calls) == graphs.MAX_DRAWS == 100
 
 
 @pytest.mark.parametrize("kind", ["group", "shuffle"])
-@pytest.mark.parametrize(("n", "degree", "share"), [(16, 4, 1), (64, 16, 4), (96, 12, 2), (256, 128, 1), (2048, 64, 1)])
+@pytest.mark.parametrize(
+    ("n", "degree", "share"), [(16, 4, 1), (64, 16, 4), (96, 12, 2), (256, 128, 1), (2048, 64, 1)]
+)
 def test_group_and_shuffle_do_not_mix_in_one_layer(kind, n, degree, share):
     neighbours = graphs.sample(kind, n, n, degree, share)
     first, second = graphs.singular_values(neighbours, n)
@@ -281,7 +310,8 @@ def test_singular_values_equal_a_full_svd(kind, size, seed):
     neighbours = graphs.sample(kind, n_in, n_out, degree, share, seed)
     exact = np.append(np.linalg.svd(matrix_of(neighbours, n_in, share), compute_uv=False), 0)[:2]
     ours = np.array(graphs.singular_values(neighbours, n_in)) * math.sqrt(share)
-    # The root of an eigenvalue whose error is 1e-13 of the largest: a true zero may come out as 3e-7.
+    # The root of an eigenvalue whose error is 1e-13 of the largest: a true zero may come out as
+    # 3e-7.
     np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-6 * exact[0])
 
 
@@ -295,7 +325,9 @@ def test_singular_values_of_large_graphs_equal_a_full_svd(kind, n_in, n_out, deg
 
 
 def test_iteration_finds_a_second_value_equal_to_the_first():
-    """Two expanders side by side: the leading value is there twice, which one start vector may hide."""
+    """Two expanders side by side: the leading value is there twice, which one start vector may
+    hide.
+    """
     halves = [graphs.sample("biregular", 600, 600, 16, seed=seed) for seed in (0, 1)]
     first, second = graphs.singular_values(np.vstack([halves[0], halves[1] + 600]), 1200)
     assert (first, second) == pytest.approx((16, 16), rel=1e-6)
@@ -318,14 +350,20 @@ def test_connection_equals_connected_components(size, seed):
 def test_ramanujan_bound_by_hand():
     assert graphs.ramanujan_bound(64, 64, 5) == 4
     assert graphs.ramanujan_bound(64, 256, 5) == pytest.approx(math.sqrt(19) + 2)
-    assert graphs.ramanujan_bound(64, 4, 2) == 1  # most inputs are read by nobody: their side adds nothing
+    # most inputs are read by nobody: their side adds nothing
+    assert graphs.ramanujan_bound(64, 4, 2) == 1
 
 
 # Sizes, seeds and fingerprints
 
 
 @examples
-@given(n_in=st.integers(1, 64), n_out=st.integers(1, 64), degree=st.integers(1, 64), share=st.integers(1, 20))
+@given(
+    n_in=st.integers(1, 64),
+    n_out=st.integers(1, 64),
+    degree=st.integers(1, 64),
+    share=st.integers(1, 20),
+)
 def test_effective_share_is_its_definition(n_in, n_out, degree, share):
     allowed = [s for s in range(1, share + 1) if n_out % s == 0 and n_out / s * degree >= 2 * n_in]
     assert graphs.effective_share(n_in, n_out, degree, share) == max(allowed, default=1)
@@ -334,11 +372,17 @@ def test_effective_share_is_its_definition(n_in, n_out, degree, share):
 @given(n=st.integers(1, 300), limit=st.integers(1, 400))
 @examples
 def test_largest_divisor_is_its_definition(n, limit):
-    assert graphs.largest_divisor(n, limit) == max(d for d in range(1, n + 1) if n % d == 0 and d <= limit)
+    assert graphs.largest_divisor(n, limit) == max(
+        d for d in range(1, n + 1) if n % d == 0 and d <= limit
+    )
 
 
 def test_layer_seeds_differ_by_model_seed_and_name():
-    seeds = {graphs.layer_seed(seed, name) for seed in range(20) for name in ("conv1", "conv2", "a.conv1", "1/conv1")}
+    seeds = {
+        graphs.layer_seed(seed, name)
+        for seed in range(20)
+        for name in ("conv1", "conv2", "a.conv1", "1/conv1")
+    }
     assert len(seeds) == 80
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -346,14 +390,22 @@ def test_layer_seeds_differ_by_model_seed_and_name():
 def test_a_fingerprint_tells_shape_type_and_values_but_not_byte_order():
     graph = np.arange(6, dtype=np.int32).reshape(2, 3)
     same = [graph.copy(), graph.astype(">i4"), np.asfortranarray(graph)]
-    others = [graph.reshape(3, 2), graph.astype(np.int64), graph.astype(np.uint32), graph[::-1], graph + 1]
+    others = [
+        graph.reshape(3, 2),
+        graph.astype(np.int64),
+        graph.astype(np.uint32),
+        graph[::-1],
+        graph + 1,
+    ]
     assert {graphs.fingerprint(other) for other in same} == {graphs.fingerprint(graph)}
     assert len({graphs.fingerprint(other) for other in [graph, *others]}) == 6
 
 
 def golden_cases():
     free = [
-        (kind, *size) for kind in FREE_KINDS for size in ((64, 64, 8, 1), (17, 30, 5, 3), (6, 24, 3, 1), (5, 20, 3, 1))
+        (kind, *size)
+        for kind in FREE_KINDS
+        for size in ((64, 64, 8, 1), (17, 30, 5, 3), (6, 24, 3, 1), (5, 20, 3, 1))
     ]
     real = [
         ("biregular", 1024, 1024, 512, 4),
@@ -368,9 +420,14 @@ def golden_cases():
 
 
 def golden_now():
-    drawn = {" ".join(map(str, case)): graphs.fingerprint(graphs.sample(*case)) for case in golden_cases()}
+    drawn = {
+        " ".join(map(str, case)): graphs.fingerprint(graphs.sample(*case))
+        for case in golden_cases()
+    }
     named = {
-        f"layer_seed {seed} {name}": graphs.layer_seed(seed, name) for seed in (0, 7) for name in ("fc", "ü.0.conv")
+        f"layer_seed {seed} {name}": graphs.layer_seed(seed, name)
+        for seed in (0, 7)
+        for name in ("fc", "ü.0.conv")
     }
     return drawn | named
 
@@ -379,7 +436,10 @@ def test_graphs_are_the_ones_that_were_always_drawn():
     assert golden_now() == json.loads(GOLDEN.read_text())
 
 
-DRAW_ONE = "from xzoo import graphs; print(graphs.fingerprint(graphs.sample('biregular', 96, 128, 12, 4, 3)))"
+DRAW_ONE = (
+    "from xzoo import graphs; print(graphs.fingerprint(graphs.sample('biregular', 96, 128, 12, 4, "
+    "3)))"
+)
 
 
 @pytest.mark.slow
@@ -387,7 +447,9 @@ def test_same_seed_same_graph_in_another_process_and_after_other_draws():
     neighbours = graphs.sample("biregular", 96, 128, 12, 4, 3)
     disturbed = f"import random, numpy; numpy.random.seed(5); random.seed(5); {DRAW_ONE}"
     for code in (DRAW_ONE, disturbed):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == graphs.fingerprint(neighbours)
 
 
@@ -402,7 +464,11 @@ def test_drawing_neither_reads_nor_moves_a_global_stream():
 
 
 def test_another_seed_or_kind_is_another_graph():
-    drawn = [graphs.sample(kind, 64, 64, 8, seed=seed) for kind in FREE_KINDS for seed in (0, 1, 2**64, 2**64 + 1)]
+    drawn = [
+        graphs.sample(kind, 64, 64, 8, seed=seed)
+        for kind in FREE_KINDS
+        for seed in (0, 1, 2**64, 2**64 + 1)
+    ]
     assert len({graphs.fingerprint(neighbours) for neighbours in drawn}) == 8
 
 
@@ -414,7 +480,8 @@ def test_another_seed_or_kind_is_another_graph():
     [
         (
             ("ring", 8, 8, 2),
-            r"graph='ring' is not a kind of graph; use one of random, biregular, ramanujan, group, shuffle",
+            r"graph='ring' is not a kind of graph; use one of random, biregular, ramanujan, "
+            r"group, shuffle",
         ),
         (("random", 8.0, 8, 2), r"n_in=8\.0 is not an integer"),
         (("random", 8, "8", 2), r"n_out='8' is not an integer"),
@@ -428,7 +495,10 @@ def test_another_seed_or_kind_is_another_graph():
         (("random", 8, 8, 2, 3), r"share=3 with 8 outputs: use a divisor of 8"),
         (("random", 8, 8, 2, 0), r"share=0 with 8 outputs"),
         (("random", 8, 8, 2, 1, -1), r"seed=-1: use an integer from 0 on"),
-        (("group", 12, 12, 5), r"graph='group' with degree=5: 12 inputs .* the nearest that do are 4 and 6$"),
+        (
+            ("group", 12, 12, 5),
+            r"graph='group' with degree=5: 12 inputs .* the nearest that do are 4 and 6$",
+        ),
         (("shuffle", 7, 7, 3), r"graph='shuffle' with degree=3: .* nearest that do are 1 and 7$"),
     ],
 )
@@ -438,7 +508,9 @@ def test_arguments_without_a_graph_are_refused(arguments, message):
 
 
 def test_numpy_integers_are_integers():
-    assert np.array_equal(graphs.sample("random", *np.array([8, 8, 2])), graphs.sample("random", 8, 8, 2))
+    assert np.array_equal(
+        graphs.sample("random", *np.array([8, 8, 2])), graphs.sample("random", 8, 8, 2)
+    )
 
 
 @pytest.mark.parametrize(

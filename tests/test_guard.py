@@ -1,7 +1,9 @@
-"""The kernels touch no memory that is not theirs, whatever they are given, and want of memory ends no process.
+"""The kernels touch no memory that is not theirs, whatever they are given, and want of memory ends
+no process.
 
-The slow tests run tests/guard.py, which says more, in processes of their own: minutes, most of which compiling takes,
-once for each level and fault. XZOO_GUARD_CASES takes that many cases of each instead:
+The slow tests run tests/guard.py, which says more, in processes of their own: minutes, most of
+which compiling takes, once for each level and fault. XZOO_GUARD_CASES takes that many cases of each
+instead:
 
     XZOO_GUARD_CASES=10000 pytest -n 0 -m slow tests/test_guard.py -k pages
     XZOO_GUARD_CASES=20000 pytest -n 0 -m slow tests/test_guard.py -k backends
@@ -36,8 +38,12 @@ pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
 
 
 def level_of(name: str) -> str:
-    """What -march= takes, of a name in LEVELS; skips what this CPU has not, or has under another name."""
-    best = next((flag.partition("=")[2] for flag in native._flags() if flag.startswith("-march=")), "")
+    """What -march= takes, of a name in LEVELS; skips what this CPU has not, or has under another
+    name.
+    """
+    best = next(
+        (flag.partition("=")[2] for flag in native._flags() if flag.startswith("-march=")), ""
+    )
     if name == "best":
         return best
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -56,9 +62,17 @@ def guard(folder, *args, **environment):
     # An hour is far more than these take, but for as many cases as somebody asks for.
     limit = None if CASES else 3600 + SECONDS
     run = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
     )
-    shown = f"{run.stdout[-3000:]}\nexit code {run.returncode} in the case {note.read_text() if note.exists() else '-'}"
+    shown = (
+        f"{run.stdout[-3000:]}\nexit code {run.returncode} in the case "
+        f"{note.read_text() if note.exists() else '-'}"
+    )
     return run.returncode, run.stdout.strip().rpartition("\n")[2], shown
 
 
@@ -97,12 +111,16 @@ def test_backends_agree_in_one_process_with_1_to_5_threads(tmp_path):
 
 
 def libraries() -> str:
-    """What has to be loaded before everything else for the address sanitizer; skips where there is none."""
+    """What has to be loaded before everything else for the address sanitizer; skips where there is
+    none.
+    """
     compiler, found = shlex.split(os.environ.get("CXX", "")) or ["g++"], []
     if not shutil.which(compiler[0]):
         pytest.skip(f"no {compiler[0]}, which knows where the address sanitizer is")
     for name in ("libasan.so", "libstdc++.so.6"):
-        run = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True)
+        run = subprocess.run(
+            [*compiler, f"-print-file-name={name}"], capture_output=True, text=True
+        )
         if not Path(run.stdout.strip()).is_absolute():
             pytest.skip(f"{compiler[0]} has no {name}")
         found.append(run.stdout.strip())
@@ -115,13 +133,15 @@ def sanitized(tmp_path, *args):
 
 
 @pytest.mark.slow
-def test_the_address_sanitizer_finds_nothing(tmp_path):  # at other levels: test_native.py, without Python
+# at other levels: test_native.py, without Python
+def test_the_address_sanitizer_finds_nothing(tmp_path):
     code, last, shown = sanitized(tmp_path, level_of("best"), "--seconds", SECONDS)
     assert code == 0 and re.search(r": \d+ cases, 0 faults", last), shown
 
 
-# Faults put into the kernels, each of which has to be found: a last vector written whole, one read whole, a vector
-# read before an array, scratch too short by the vectors that are loaded past its end, a result of which a part stays.
+# Faults put into the kernels, each of which has to be found: a last vector written whole, one read
+# whole, a vector read before an array, scratch too short by the vectors that are loaded past its
+# end, a result of which a part stays.
 FAULTS = {
     "written": (
         "if (i < n) store_some(to + i, load_some(from + i, n - i), n - i);",
@@ -146,21 +166,36 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_kernels_is_found(fault, tmp_path):
-    code, last, shown = guard(tmp_path, "pages", level_of("best"), "--cases", 300, "--change", *FAULTS[fault])
+    code, last, shown = guard(
+        tmp_path, "pages", level_of("best"), "--cases", 300, "--change", *FAULTS[fault]
+    )
     assert code == (1 if fault == "unwritten" else -signal.SIGSEGV), shown
     assert code != 1 or re.search(r": 300 cases, [1-9]\d* faults", last), shown
 
 
 # ---- sizes
 
-# Each a layer of native.py's 12 numbers that ended the process, by a division by zero or by numbers that overflow.
+# Each a layer of native.py's 12 numbers that ended the process, by a division by zero or by numbers
+# that overflow.
 LAYER = {"N": 2, "C": 8, "H": 5, "W": 5, "O": 4, "degree": 3, "share": 1, "stride": 1}
 NO_LAYERS = [
     *({name: 0} for name in ("C", "O", "degree", "share", "stride")),
     *({name: -1} for name in LAYER),
-    *({"share": 3}, {"share": 5}, {"stride": 3}, {"threads": 0}, {"threads": -4}, {"activation": 3}),
+    *(
+        {"share": 3},
+        {"share": 5},
+        {"stride": 3},
+        {"threads": 0},
+        {"threads": -4},
+        {"activation": 3},
+    ),
     *({"O": 2**31, "degree": 2**31}, {"O": 2**16, "degree": 2**15}, {"C": 2**31}, {"C": 2**32 + 8}),
-    *({"N": 2**31, "H": 2**31, "W": 2**31}, {"H": 2**62}, {"degree": 2**62}, {"share": 2**62, "O": 2**63 - 1}),
+    *(
+        {"N": 2**31, "H": 2**31, "W": 2**31},
+        {"H": 2**62},
+        {"degree": 2**62},
+        {"share": 2**62, "O": 2**63 - 1},
+    ),
 ]
 
 
@@ -177,7 +212,8 @@ def test_a_layer_that_the_kernels_do_not_do_is_refused_by_its_shapes():
     assert native.available()
     x, weight, rows = torch.ones(20, 8), torch.ones(4, 0), torch.zeros(4, 0).int()
     with pytest.raises(
-        XzooError, match=r"do not support a layer of x \[20, 8\], weight \[4, 0\], share 1; use backend"
+        XzooError,
+        match=r"do not support a layer of x \[20, 8\], weight \[4, 0\], share 1; use backend",
     ):
         native.linear_weight_grad(torch.ones(20, 4), x, weight, rows)
 
@@ -232,8 +268,11 @@ print("done")
 
 @pytest.mark.slow
 def test_weight_gradients_of_strided_1x1_kernels_of_few_channels(tmp_path):
-    # oneDNN's kernel for them, in channels_last, writes beside its memory, or leaves the result wrong (oneDNN#6035).
-    run = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True, timeout=600)
+    # oneDNN's kernel for them, in channels_last, writes beside its memory, or leaves the result
+    # wrong (oneDNN#6035).
+    run = subprocess.run(
+        [sys.executable, "-c", STRIDED], capture_output=True, text=True, timeout=600
+    )
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr[-2000:]
 
 
@@ -264,6 +303,13 @@ print("done")
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc")
 def test_a_process_without_memory_goes_on_after_a_memory_error():
-    run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=600)
-    said = "no memory for what the native kernels keep of a layer of x [16, 128, 96, 96], weight [4, 2, 3, 3], share 1"
-    assert run.stdout.splitlines() == [f"{said}: take a smaller batch"] * 2 + ["done"], run.stderr[-2000:]
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=600
+    )
+    said = (
+        "no memory for what the native kernels keep of a layer of x [16, 128, 96, 96], weight [4, "
+        "2, 3, 3], share 1"
+    )
+    assert run.stdout.splitlines() == [f"{said}: take a smaller batch"] * 2 + ["done"], run.stderr[
+        -2000:
+    ]

@@ -1,4 +1,6 @@
-"""The Hub of the tests is one to the unmodified clients: huggingface_hub, timm and the `hf` command."""
+"""The Hub of the tests is one to the unmodified clients: huggingface_hub, timm and the `hf`
+command.
+"""
 
 import json
 import re
@@ -21,7 +23,9 @@ def hub():
 
 def python(code: str, environment: dict[str, str]) -> Any:
     """What `code` prints as JSON, in a process of its own: the client reads its environment once."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -57,9 +61,14 @@ print(json.dumps({"same": same, "moved": moved, "tag": refs.tags[0].target_commi
 def test_a_folder_goes_up_and_comes_down(hub, tmp_path):
     told = python(UPLOAD, hub.environment(tmp_path, "secret"))
     assert told["same"] and told["tag"] and told["moved"] == 412 and told["commits"] == 2
-    assert told["branches"] == ["dev/x", "main"] and told["who"] == "ann" and told["large"] == ["model.safetensors"]
+    assert (
+        told["branches"] == ["dev/x", "main"]
+        and told["who"] == "ann"
+        and told["large"] == ["model.safetensors"]
+    )
     assert told["listed"] == [".gitattributes", "config.json", "model.safetensors", "sub/a.txt"]
-    # The large file went to the other host both times, without the token: the server would have refused it.
+    # The large file went to the other host both times, without the token: the server would have
+    # refused it.
     assert any(r.startswith("PUT /upload/") for r in hub.requests)
     assert any(r.startswith("GET /storage/") for r in hub.requests)
 
@@ -93,17 +102,25 @@ print(json.dumps(seen))
 
 def test_errors_have_the_codes_that_the_client_knows(hub, tmp_path):
     for name in ("private", "gated", "open"):
-        hub.add(f"ann/{name}", {"a": name.encode()}, private=name == "private", gated=name == "gated")
+        hub.add(
+            f"ann/{name}", {"a": name.encode()}, private=name == "private", gated=name == "gated"
+        )
     hub.repos["ann/gated"].readers.add("ann")
     hub.account("reader", "bob", write=False)
     nobody = python(ERRORS, hub.environment(tmp_path / "1"))
     assert nobody == {
         **dict.fromkeys(("none", "private"), "RepositoryNotFoundError"),
-        **{"gated": "GatedRepoError", "file": "RemoteEntryNotFoundError", "revision": "RevisionNotFoundError"},
+        **{
+            "gated": "GatedRepoError",
+            "file": "RemoteEntryNotFoundError",
+            "revision": "RevisionNotFoundError",
+        },
         "write": "HfHubHTTPError 401",
     }
     owner = python(ERRORS, hub.environment(tmp_path / "2", "secret"))
-    assert owner["private"] == "private" and owner["gated"] == "gated" and owner["write"] == "created"
+    assert (
+        owner["private"] == "private" and owner["gated"] == "gated" and owner["write"] == "created"
+    )
     other = python(ERRORS, hub.environment(tmp_path / "3", "reader"))
     assert other["private"] == "RepositoryNotFoundError" and other["gated"] == "GatedRepoError"
     assert other["write"] == "HfHubHTTPError 403"
@@ -130,7 +147,10 @@ def test_faults_are_what_they_say(hub, tmp_path):
         return python(FETCH, hub.environment(tmp_path / name))[0]
 
     hub.fault("GET /storage/.*", drop=12 << 20)
-    assert fetch("drop") == size and len([r for r in hub.requests if r.startswith("GET /storage")]) == 2
+    assert (
+        fetch("drop") == size
+        and len([r for r in hub.requests if r.startswith("GET /storage")]) == 2
+    )
     hub.fault("GET /storage/.*", cut=100)
     assert "Consistency check failed" in fetch("cut")
     hub.fault("GET /storage/.*", status=503)
@@ -150,10 +170,18 @@ def test_the_hf_command_and_timm_talk_to_it(hub, tmp_path):
     hf = Path(sysconfig.get_path("scripts")) / "hf"
     if not hf.exists():
         hf = Path(sys.executable).parent / "hf"
-    for arguments in (["repos", "create", "ann/net"], ["upload", "ann/net", "m.safetensors"], ["download", "ann/net"]):
-        run = subprocess.run([hf, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    for arguments in (
+        ["repos", "create", "ann/net"],
+        ["upload", "ann/net", "m.safetensors"],
+        ["download", "ann/net"],
+    ):
+        run = subprocess.run(
+            [hf, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
         assert run.returncode == 0, run.stderr
-    assert set(hub.repos["ann/net"].commits[hub.repos["ann/net"].branches["main"]].files) >= {"m.safetensors"}
+    assert set(hub.repos["ann/net"].commits[hub.repos["ann/net"].branches["main"]].files) >= {
+        "m.safetensors"
+    }
     code = """
 import json, timm, torch, xzoo
 torch.set_num_threads(1)

@@ -28,7 +28,13 @@ from xzoo.errors import DataError
 
 CLASSES = ("n01440764", "n01443537", "n10000000", "n02")  # text order differs from this one
 SORTED = sorted(CLASSES)
-SMALL: dict[str, Any] = {"num_classes": 4, "batch_size": 4, "eval_batch_size": 3, "img_size": 16, "workers": 0}
+SMALL: dict[str, Any] = {
+    "num_classes": 4,
+    "batch_size": 4,
+    "eval_batch_size": 3,
+    "img_size": 16,
+    "workers": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +44,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def png(seed: int, size: tuple[int, int] = (24, 20)) -> bytes:
     file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 4, size[0] // 4, 3)).astype(np.uint8)
+    pixels = (
+        np.random.default_rng(seed)
+        .integers(0, 256, (size[1] // 4, size[0] // 4, 3))
+        .astype(np.uint8)
+    )
     Image.fromarray(pixels).resize(size).save(file, "PNG")
     return file.getvalue()
 
@@ -46,7 +56,11 @@ def png(seed: int, size: tuple[int, int] = (24, 20)) -> bytes:
 def images(part: str) -> list[tuple[str, str, bytes]]:
     """Class, file name and bytes of each image, class by class: 5 of each in train, 2 in val."""
     first, each = (0, 5) if part == "train" else (100, 2)
-    return [(name, f"{name}_{i}.JPEG", png(first + 10 * c + i)) for c, name in enumerate(SORTED) for i in range(each)]
+    return [
+        (name, f"{name}_{i}.JPEG", png(first + 10 * c + i))
+        for c, name in enumerate(SORTED)
+        for i in range(each)
+    ]
 
 
 @pytest.fixture
@@ -77,9 +91,14 @@ def shards(tmp_path: Path) -> Path:
         rows = images(part)
         for number in range(2):
             members: list[tuple[str, bytes]] = []
-            for name, file, content in rows[number * len(rows) // 2 : (number + 1) * len(rows) // 2]:
+            for name, file, content in rows[
+                number * len(rows) // 2 : (number + 1) * len(rows) // 2
+            ]:
                 stem = file.split(".")[0]
-                members += [(f"{stem}.cls", str(SORTED.index(name)).encode()), (f"{stem}.jpg", content)]
+                members += [
+                    (f"{stem}.cls", str(SORTED.index(name)).encode()),
+                    (f"{stem}.jpg", content),
+                ]
                 members += [(f"{stem}.json", b"{}")]
             write_tar(root / f"{part}-{number:06d}.tar", members)
     return root
@@ -94,7 +113,10 @@ def tables(tmp_path: Path) -> Path:
         column = [{"bytes": content, "path": file} for _, file, content in rows]
         table = pa.table({"image": column, "label": [SORTED.index(name) for name, _, _ in rows]})
         names = {"info": {"features": {"label": {"names": SORTED}}}}
-        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), root / f"{split}-0.parquet")
+        pq.write_table(
+            table.replace_schema_metadata({"huggingface": json.dumps(names)}),
+            root / f"{split}-0.parquet",
+        )
     return root
 
 
@@ -115,8 +137,14 @@ def same(ones: Batches, others: Batches) -> bool:
 
 
 def test_the_three_forms_show_the_same(folder: Path, shards: Path, tables: Path) -> None:
-    sets = [ImageNet(str(root), auto_augment="rand-m5", re_prob=0.5, **SMALL) for root in (folder, shards, tables)]
-    trained, validated = [epochs(data) for data in sets], [list(data.val_dataloader()) for data in sets]
+    sets = [
+        ImageNet(str(root), auto_augment="rand-m5", re_prob=0.5, **SMALL)
+        for root in (folder, shards, tables)
+    ]
+    trained, validated = (
+        [epochs(data) for data in sets],
+        [list(data.val_dataloader()) for data in sets],
+    )
     assert same(trained[0], trained[1])
     assert same(trained[0], trained[2])
     assert same(validated[0], validated[1])
@@ -129,7 +157,9 @@ def test_the_three_forms_show_the_same(folder: Path, shards: Path, tables: Path)
 def test_evaluation_is_timms_own(folder: Path) -> None:
     data = ImageNet(str(folder), crop_pct=0.8, **SMALL)
     transform = create_transform((3, 16, 16), interpolation="bicubic", crop_pct=0.8)
-    expected = [transform(Image.open(io.BytesIO(content)).convert("RGB")) for _, _, content in images("val")]
+    expected = [
+        transform(Image.open(io.BytesIO(content)).convert("RGB")) for _, _, content in images("val")
+    ]
     assert torch.equal(torch.cat([x for x, _ in data.val_dataloader()]), torch.stack(expected))
 
 
@@ -205,7 +235,9 @@ def test_held_out_images_do_not_train(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("form", "workers"), [("folder", 0), ("folder", 1), ("shards", 0)])
-def test_an_image_that_cannot_be_read_is_named(form: str, workers: int, request: pytest.FixtureRequest) -> None:
+def test_an_image_that_cannot_be_read_is_named(
+    form: str, workers: int, request: pytest.FixtureRequest
+) -> None:
     root = request.getfixturevalue(form)
     name = f"{SORTED[1]}_1"
     if form == "folder":
@@ -231,14 +263,24 @@ def test_the_index_of_shards_is_made_once(shards: Path, monkeypatch: pytest.Monk
         patch.setattr(imagenet, "_members", fail)
         assert same(list(ImageNet(str(shards), **SMALL).val_dataloader()), first)
     # A shard that changed, and an index that is broken, are read again.
-    write_tar(shards / "val-000001.tar", [("a/b.x.cls", b"3"), ("a/b.cls", b"2"), ("a/b.JPG", png(0))][1:])
-    assert torch.cat([y for _, y in ImageNet(str(shards), **SMALL).val_dataloader()]).tolist() == [0, 0, 1, 1, 2]
+    write_tar(
+        shards / "val-000001.tar", [("a/b.x.cls", b"3"), ("a/b.cls", b"2"), ("a/b.JPG", png(0))][1:]
+    )
+    assert torch.cat([y for _, y in ImageNet(str(shards), **SMALL).val_dataloader()]).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
     for file in home.iterdir():
         file.write_bytes(b"PK\x03\x04 half")
     assert len(list(ImageNet(str(shards), **SMALL).train_dataloader())) == 5
 
 
-def test_the_cache_is_where_the_platform_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_where_the_platform_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("XZOO_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
@@ -251,11 +293,31 @@ Spoil = Callable[[Path], Any]
 @pytest.mark.parametrize(
     ("form", "spoil", "message"),
     [
-        ("folder", lambda r: (r / "val").rename(r / "rest"), "no train/ and val/ in it, and no tar shards"),
-        ("folder", lambda r: (r / "val" / "n02").rename(r / "val" / "n03"), "only in train: n02; only in val: n03"),
-        ("folder", lambda r: [(d.rename(r / d.name)) for d in (r / "val").iterdir()], "val has no class folders"),
-        ("folder", lambda r: [f.unlink() for f in (r / "val").rglob("*.JPEG")], "no images in its val part"),
-        ("shards", lambda r: [f.unlink() for f in r.glob("val*")], r"shards are of train; train-\*.tar and val-\*.tar"),
+        (
+            "folder",
+            lambda r: (r / "val").rename(r / "rest"),
+            "no train/ and val/ in it, and no tar shards",
+        ),
+        (
+            "folder",
+            lambda r: (r / "val" / "n02").rename(r / "val" / "n03"),
+            "only in train: n02; only in val: n03",
+        ),
+        (
+            "folder",
+            lambda r: [(d.rename(r / d.name)) for d in (r / "val").iterdir()],
+            "val has no class folders",
+        ),
+        (
+            "folder",
+            lambda r: [f.unlink() for f in (r / "val").rglob("*.JPEG")],
+            "no images in its val part",
+        ),
+        (
+            "shards",
+            lambda r: [f.unlink() for f in r.glob("val*")],
+            r"shards are of train; train-\*.tar and val-\*.tar",
+        ),
         (
             "shards",
             lambda r: write_tar(r / "val-2.tar", [("a.cls", b"7"), ("a.jpg", b"")]),
@@ -276,7 +338,11 @@ Spoil = Callable[[Path], Any]
             lambda r: (r / "val-2.tar").write_bytes(b"no tar" * 200),
             "val-2.tar: no tar shard that can be read",
         ),
-        ("shards", lambda r: os.truncate(r / "val-000001.tar", 1700), "val-000001.tar.*fetch it anew"),
+        (
+            "shards",
+            lambda r: os.truncate(r / "val-000001.tar", 1700),
+            "val-000001.tar.*fetch it anew",
+        ),
         ("tables", lambda r: (r / "validation-0.parquet").unlink(), "no images in its val part"),
     ],
 )
@@ -303,7 +369,9 @@ def test_data_that_are_not_whole_are_refused(
         ({"workers": -1}, "workers=-1: 1 or more, and 0 or more"),
     ],
 )
-def test_arguments_that_do_not_go_with_the_data_are_refused(folder: Path, asked: dict, message: str) -> None:
+def test_arguments_that_do_not_go_with_the_data_are_refused(
+    folder: Path, asked: dict, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         ImageNet(**{"root": str(folder)} | SMALL | asked).train_dataloader()
 
@@ -327,7 +395,9 @@ class _Rows:
 
 def test_a_hub_data_set_is_indexed_by_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library: Any = ModuleType("datasets")
-    library.Image = type("Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
+    library.Image = type(
+        "Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)}
+    )
     library.ClassLabel = type("ClassLabel", (), {"names": SORTED})
     features = {"image": library.Image(), "label": library.ClassLabel()}
 
@@ -336,7 +406,9 @@ def test_a_hub_data_set_is_indexed_by_row(folder: Path, monkeypatch: pytest.Monk
             raise RuntimeError("no such data set\nand more")
         parts = {"train": images("train"), "validation": images("val")}
         return {
-            split: _Rows([{"image": {"bytes": b}, "label": SORTED.index(c)} for c, _, b in rows], features)
+            split: _Rows(
+                [{"image": {"bytes": b}, "label": SORTED.index(c)} for c, _, b in rows], features
+            )
             for split, rows in parts.items()
         }
 
@@ -347,7 +419,9 @@ def test_a_hub_data_set_is_indexed_by_row(folder: Path, monkeypatch: pytest.Monk
         ImageNet("org/other", **SMALL).setup()
 
 
-def test_without_the_library_a_hub_data_set_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_a_hub_data_set_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'xzoo\[data\]'"):
         ImageNet("org/name", **SMALL).setup()
@@ -369,7 +443,9 @@ class Probe(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_lightning_with_a_worker_sees_the_batches_of_the_loader(folder: Path, tmp_path: Path) -> None:
+def test_lightning_with_a_worker_sees_the_batches_of_the_loader(
+    folder: Path, tmp_path: Path
+) -> None:
     probe = Probe()
     quiet = {
         "enable_progress_bar": False,
@@ -377,7 +453,13 @@ def test_lightning_with_a_worker_sees_the_batches_of_the_loader(folder: Path, tm
         "logger": False,
         "enable_checkpointing": False,
     }
-    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", default_root_dir=str(tmp_path), limit_val_batches=0, **quiet)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        limit_val_batches=0,
+        **quiet,
+    )
     trainer.fit(probe, datamodule=ImageNet(str(folder), **SMALL | {"workers": 1}))
     expected = epochs(ImageNet(str(folder), **SMALL))
     assert len(probe.shown) == 10

@@ -34,7 +34,8 @@ def near(found: tuple[int, ...], wanted: tuple[int, ...], by: int = 12) -> bool:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
-    ("orientation", "size", "first"), [(1, (40, 20), RED), (3, (40, 20), BLUE), (6, (20, 40), RED), (8, (20, 40), BLUE)]
+    ("orientation", "size", "first"),
+    [(1, (40, 20), RED), (3, (40, 20), BLUE), (6, (20, 40), RED), (8, (20, 40), BLUE)],
 )
 def test_exif_orientation_is_applied(form, orientation, size, first):
     exif = Image.Exif()
@@ -50,7 +51,8 @@ BROKEN_EXIF = [
     b"Exif\0\0II*\0\xff\xff\xff\x7f",  # begins beyond its end
     b"Exif\0\0",
     b"\0" * 40,
-    b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",  # its orientation is a word
+    # its orientation is a word
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",
 ]
 
 
@@ -100,7 +102,10 @@ def test_what_lies_under_transparency_is_not_shown():
     assert load_rgb(encoded(hidden, "PNG")).getpixel((0, 0)) == WHITE
     assert near(load_rgb(encoded(half, "PNG")).getpixel((0, 0)), (127, 127, 127), by=1)
     assert load_rgb(encoded(palette, "PNG", transparency=1)).getpixel((0, 0)) == WHITE
-    assert load_rgb(encoded(Image.new("RGB", (4, 4), RED), "PNG", transparency=RED)).getpixel((0, 0)) == WHITE
+    assert (
+        load_rgb(encoded(Image.new("RGB", (4, 4), RED), "PNG", transparency=RED)).getpixel((0, 0))
+        == WHITE
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,21 +129,33 @@ def deep(values: np.ndarray, form: str = "PNG") -> bytes:
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("kind", [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")])
+@pytest.mark.parametrize(
+    "kind", [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")]
+)
 def test_the_range_that_images_use_is_white(bits, kind):
     """That of all of them: a dark one stays dark."""
     (dtype, form), full = kind, 2**bits - 1
     ramp = np.tile(np.linspace(0, full, 256).round().astype(dtype), (8, 1))
-    sources = [deep(ramp, form), deep((ramp // 4).astype(dtype), form), encoded(halves().convert("L"), "PNG")]
+    sources = [
+        deep(ramp, form),
+        deep((ramp // 4).astype(dtype), form),
+        encoded(halves().convert("L"), "PNG"),
+    ]
     ranges = grey_ranges(map(grey_peak, sources))
     assert list(ranges.values()) == [full]
-    bright, dark, plain = (np.asarray(load_rgb(source, ranges=ranges))[..., 0].astype(int) for source in sources)
-    assert np.abs(bright[0] - np.arange(256)).max() <= 1 and np.abs(dark[0] - np.arange(256) // 4).max() <= 1
+    bright, dark, plain = (
+        np.asarray(load_rgb(source, ranges=ranges))[..., 0].astype(int) for source in sources
+    )
+    assert (
+        np.abs(bright[0] - np.arange(256)).max() <= 1
+        and np.abs(dark[0] - np.arange(256) // 4).max() <= 1
+    )
     assert np.array_equal(plain, np.asarray(halves().convert("L")))
 
 
 @pytest.mark.parametrize(
-    ("largest", "white"), [(1.0, 1.0), (1.001, 1.0), (1.05, 1.0), (1.5, 1.5), (2.0, 2.0), (100.0, 100.0), (0.9, 1.0)]
+    ("largest", "white"),
+    [(1.0, 1.0), (1.001, 1.0), (1.05, 1.0), (1.5, 1.5), (2.0, 2.0), (100.0, 100.0), (0.9, 1.0)],
 )
 def test_floats_have_the_range_of_their_largest_value(largest, white):
     ramp = np.tile(np.linspace(0, largest, 256, dtype=np.float32), (8, 1))
@@ -152,13 +169,19 @@ def test_floats_have_the_range_of_their_largest_value(largest, white):
 def test_kinds_of_images_have_ranges_of_their_own():
     ramp = np.tile(np.linspace(0, 1, 256), (8, 1))
     sources = [deep((ramp * 4095).astype(np.uint16)), deep((ramp * 65535).astype(np.int32), "TIFF")]
-    sources += [deep(ramp.astype(np.float32), "TIFF"), b"broken", deep(np.full((4, 4), np.nan, np.float32), "TIFF")]
+    sources += [
+        deep(ramp.astype(np.float32), "TIFF"),
+        b"broken",
+        deep(np.full((4, 4), np.nan, np.float32), "TIFF"),
+    ]
     ranges = grey_ranges(map(grey_peak, sources))
     assert ranges == {"16-bit": 4095.0, "32-bit": 65535.0, "float": 1.0}
     for source in sources[:3]:
         found = np.asarray(load_rgb(source, ranges=ranges))[0, :, 0].astype(int)
         assert np.abs(found - np.arange(256)).max() <= 1
-    with pytest.raises(DataError, match=r"grey values up to 65535, and the other 16-bit images use 0 to 4095"):
+    with pytest.raises(
+        DataError, match=r"grey values up to 65535, and the other 16-bit images use 0 to 4095"
+    ):
         load_rgb(deep((ramp * 65535).astype(np.uint16)), ranges=ranges)
 
 
@@ -224,7 +247,8 @@ def test_no_image_is_an_error(content, tmp_path: Path):
 
 def test_a_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(DataError, match="pixels"):  # 800: more than the limit, less than Pillow's own error
+    # 800: more than the limit, less than Pillow's own error
+    with pytest.raises(DataError, match="pixels"):
         load_rgb(encoded(halves(), "PNG"))
     with pytest.raises(DataError, match="pixels"):
         load_rgb(encoded(halves(400, 200), "PNG"))
@@ -236,6 +260,8 @@ def test_large_images_are_reduced_and_never_below(form):
     exif[0x0112] = 6
     content = encoded(halves(1300, 900), form, exif=exif.tobytes())
     image = load_rgb(content, at_least=128)
-    assert 128 <= image.width < 256 and image.height / image.width == pytest.approx(1300 / 900, rel=0.02)
+    assert 128 <= image.width < 256 and image.height / image.width == pytest.approx(
+        1300 / 900, rel=0.02
+    )
     assert near(image.getpixel((64, 5)), RED) and near(image.getpixel((64, image.height - 5)), BLUE)
     assert load_rgb(content, at_least=901).size == (900, 1300)

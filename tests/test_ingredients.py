@@ -1,4 +1,6 @@
-"""What makes short runs good: each option by itself against a plain computation, and all of them in one run."""
+"""What makes short runs good: each option by itself against a plain computation, and all of them in
+one run.
+"""
 
 import json
 from types import SimpleNamespace
@@ -78,11 +80,15 @@ def test_the_base_rate_is_for_256_images(module):
     rates = Rates()
     task = Classifier(**NET, lr_base=0.8, optimizer="sgd", warmup=0.0)
     trainer(max_epochs=1, callbacks=[rates], accumulate_grad_batches=2).fit(task, module)
-    assert task.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(0.8 * 16 * 2 / 256)
+    assert task.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(
+        0.8 * 16 * 2 / 256
+    )
 
 
 def test_biases_of_norms_have_a_rate_of_their_own_and_their_scales_stay(module):
-    task = Classifier(**NET, lr=0.01, optimizer="sgd", fix_norm_scale=True, norm_bias_lr=64, decay_all=True)
+    task = Classifier(
+        **NET, lr=0.01, optimizer="sgd", fix_norm_scale=True, norm_bias_lr=64, decay_all=True
+    )
     scales = [m.weight.clone() for m in task.modules() if isinstance(m, nn.BatchNorm2d)]
     trainer(max_epochs=1).fit(task, module)
     norms = [m for m in task.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -120,13 +126,16 @@ def test_lookahead_is_the_recursion_and_leaves_the_graph():
         if step % 3 == 0:
             kept = 0.95**3 * (step / 11) ** 3
             average = fast = kept * average + (1 - kept) * fast
-    np.testing.assert_allclose(net.weight.detach().numpy(), average, rtol=1e-12)  # the end: the average alone
+    # the end: the average alone
+    np.testing.assert_allclose(net.weight.detach().numpy(), average, rtol=1e-12)
     assert torch.equal(net.neighbours, graph)
 
 
 def test_ham_is_its_formula():
     torch.manual_seed(0)
-    weight, vector = (nn.Parameter(torch.randn(*size, dtype=torch.float64)) for size in ((5, 4), (5,)))
+    weight, vector = (
+        nn.Parameter(torch.randn(*size, dtype=torch.float64)) for size in ((5, 4), (5,))
+    )
     before, unchanged = weight.detach().clone(), vector.detach().clone()
     ((weight**2).sum() + vector.sum()).backward()
     ham_(torch.optim.SGD([weight, vector], lr=0.01), 20.0)
@@ -164,7 +173,9 @@ def test_images_grow_and_their_work_is_counted(recipe, data, tmp_path, monkeypat
     assert {side for training, side in seen if not training} == {32}
     net = Classifier(**NET).net
     macs = [profile(net, (3, side, side)).macs for side in (20, 24, 32)]
-    assert result["train_macs"] == pytest.approx(3 * 15 * 16 * (0.4 * macs[0] + 0.4 * macs[1] + 0.2 * macs[2]), abs=1)
+    assert result["train_macs"] == pytest.approx(
+        3 * 15 * 16 * (0.4 * macs[0] + 0.4 * macs[1] + 0.2 * macs[2]), abs=1
+    )
 
 
 def saved(net: nn.Module, place, names: list[str], **config) -> str:
@@ -180,7 +191,9 @@ def test_a_teacher_sees_its_own_size_and_colors(tmp_path):
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
     images = (pixels - mean[:, None, None]) / std[:, None, None]
     shown = nn.functional.interpolate(pixels, (24, 24), mode="bilinear", antialias=True)
-    shown = (shown - torch.tensor(own["mean"])[:, None, None]) / torch.tensor(own["std"])[:, None, None]
+    shown = (shown - torch.tensor(own["mean"])[:, None, None]) / torch.tensor(own["std"])[
+        :, None, None
+    ]
     with torch.no_grad():
         logits = net(shown)
     for names in (["bee", "ant"], ["fly", "bee", "ant"]):  # some of its classes, and another order
@@ -192,7 +205,10 @@ def test_a_teacher_sees_its_own_size_and_colors(tmp_path):
     # As many classes, all of other names: taken for the same ones.
     teacher = Teacher(name, ["Ameise", "Biene", "Fliege"], mean.tolist(), std.tolist())
     torch.testing.assert_close(teacher(images), logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ModelError, match="knows 3 classes, the data have 2, and 'wasp' is none of the teacher's names"):
+    with pytest.raises(
+        ModelError,
+        match="knows 3 classes, the data have 2, and 'wasp' is none of the teacher's names",
+    ):
         Teacher(name, ["ant", "wasp"], mean.tolist(), std.tolist())
 
 
@@ -203,7 +219,9 @@ def test_a_teacher_sees_its_own_size_and_colors(tmp_path):
 def everything(recipe, tmp_path):
     """The recipe, with a teacher too."""
     own = {"input_size": (3, 24, 24), "mean": (0.4,) * 3}
-    name = saved(Classifier(**NET, seed=3).net, tmp_path / "teacher", [f"c{i}" for i in range(10)], **own)
+    name = saved(
+        Classifier(**NET, seed=3).net, tmp_path / "teacher", [f"c{i}" for i in range(10)], **own
+    )
     path = tmp_path / "everything.yaml"
     path.write_text(ALL_ON.replace("  ham: 0.01\n", f"  ham: 0.01\n  teacher: '{name}'\n"))
     return str(path)
@@ -215,7 +233,11 @@ def test_all_together_resumed_ends_with_the_same_bits(everything, data, tmp_path
 
 
 @pytest.mark.slow
-def test_all_together_in_two_processes_killed_and_resumed_ends_with_the_same_bits(everything, data, tmp_path):  # noqa: F811
+def test_all_together_in_two_processes_killed_and_resumed_ends_with_the_same_bits(
+    everything,
+    data,  # noqa: F811
+    tmp_path,
+):
     """Batch statistics and their average among them."""
     two_processes_killed_and_resumed(everything, data, tmp_path)
 
@@ -240,8 +262,14 @@ def test_all_together_in_two_processes_is_one(everything, data, tmp_path):  # no
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ("--model.optimizer muon", "optimizer=muon: it takes a compact weight [out, degree] for a matrix"),
-        ("--model.lookahead 5 --ema 0.9", "lookahead=5 beside EMA: two averages of the same weights"),
+        (
+            "--model.optimizer muon",
+            "optimizer=muon: it takes a compact weight [out, degree] for a matrix",
+        ),
+        (
+            "--model.lookahead 5 --ema 0.9",
+            "lookahead=5 beside EMA: two averages of the same weights",
+        ),
         ("--model.lookahead -1", "lookahead=-1: use a number of steps, 0 for never"),
         ("--model.optimizer Muon", "optimizer=Muon: it takes a compact weight"),
         ("--model.norm_bias_lr 0", "norm_bias_lr=0.0: use a multiple of lr, over 0"),
@@ -251,9 +279,15 @@ def test_all_together_in_two_processes_is_one(everything, data, tmp_path):  # no
         ("--model.name crossvit_9_240", "2 first convolutions"),
         ("--model.grow_sizes [40]", "grow_sizes: 40 pixels; use sides below those of the data, 32"),
         ("--model.grow_until 0", "grow_until=0.0: use a share of the run"),
-        ("--model.name x_vgg16_c16 --model.grow_sizes [0]", "grow_sizes: 0 pixels; use sides below"),
+        (
+            "--model.name x_vgg16_c16 --model.grow_sizes [0]",
+            "grow_sizes: 0 pixels; use sides below",
+        ),
         ("--model.name densenetblur121d --model.grow_sizes [8]", "cannot take images of 8 pixels"),
-        ("--model.name mixer_s16_224.no_such --model.pretrained true", "whiten and identity_start would overwrite"),
+        (
+            "--model.name mixer_s16_224.no_such --model.pretrained true",
+            "whiten and identity_start would overwrite",
+        ),
         ("--model.pretrained true", "whiten and identity_start would overwrite trained weights"),
     ],
 )
@@ -270,12 +304,16 @@ def test_whitening_needs_images_in_memory(make_folder):
     from xzoo.data.scan import read
 
     photos = ImageModule(read(make_folder(each=12)), CONFIG, batch_size=8, workers=0)
-    with pytest.raises(ModelError, match="whiten looks at training images, which ImageModule does not keep"):
+    with pytest.raises(
+        ModelError, match="whiten looks at training images, which ImageModule does not keep"
+    ):
         trainer().fit(Classifier(**NET | {"num_classes": 2}, whiten="start"), photos)
 
 
 def test_an_average_begins_with_the_whitened_weights(module):
-    """EMA copies the module before it is whitened; its average is the first step's weights all the same."""
+    """EMA copies the module before it is whitened; its average is the first step's weights all the
+    same.
+    """
     task, copies = Classifier(**NET, whiten="fixed", optimizer="sgd", lr=0.1), EMA()
     trainer(max_epochs=1, callbacks=[copies]).fit(task, module)
     plain = Classifier(**NET, whiten="fixed", optimizer="sgd", lr=0.1)

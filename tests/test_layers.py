@@ -1,6 +1,8 @@
-"""X-layers behave as their dense namesakes with zeros would, wherever torch takes a module; and their graph survives.
+"""X-layers behave as their dense namesakes with zeros would, wherever torch takes a module; and
+their graph survives.
 
-The dense twin of every comparison is nn.Conv2d or nn.Linear, its weight filled in by the loop below.
+The dense twin of every comparison is nn.Conv2d or nn.Linear, its weight filled in by the loop
+below.
 """
 
 import copy
@@ -26,7 +28,8 @@ from xzoo.layers import ExpanderConv2d, ExpanderLinear
 scripting = pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning",
     "ignore:`torch.jit:FutureWarning",
-    "ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning",  # the check of the number of inputs
+    # the check of the number of inputs
+    "ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning",
 )
 
 
@@ -45,7 +48,11 @@ def conv(seed=0, **options):
 def net(**options):
     """Two X-layers and what usually stands between them; x [B, 16, 9, 7] -> [B, 10]."""
     return nn.Sequential(
-        conv(**options), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(1), ExpanderLinear(640, 10, degree=64, share=2)
+        conv(**options),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(1),
+        ExpanderLinear(640, 10, degree=64, share=2),
     )
 
 
@@ -56,11 +63,18 @@ def images(batch=2, height=9, width=7, channels=16, **options):
 
 def dense_twin(layer):
     """The layer of torch that computes the same."""
-    sizes = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    sizes = {
+        "bias": layer.bias is not None,
+        "device": layer.weight.device,
+        "dtype": layer.weight.dtype,
+    }
     if isinstance(layer, ExpanderLinear):
         twin = nn.Linear(layer.in_features, layer.out_features, **sizes)
     else:
-        geometry = {n: getattr(layer, n) for n in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        geometry = {
+            n: getattr(layer, n)
+            for n in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        }
         twin = nn.Conv2d(layer.in_channels, layer.out_channels, **geometry, **sizes)
     with torch.no_grad():
         twin.weight.zero_()
@@ -93,21 +107,30 @@ def assert_equals_twin(layer, x):
         {"bias": False},
         {"dtype": torch.float64},
         {"device": "cpu", "dtype": torch.bfloat16},
-        *({"padding": (1, 2), "padding_mode": mode} for mode in ("zeros", "reflect", "replicate", "circular")),
-        *({"padding": "same", "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
+        *(
+            {"padding": (1, 2), "padding_mode": mode}
+            for mode in ("zeros", "reflect", "replicate", "circular")
+        ),
+        *(
+            {"padding": "same", "padding_mode": mode}
+            for mode in ("reflect", "replicate", "circular")
+        ),
         {"padding": "valid", "padding_mode": "reflect"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, (4, 3)], ids=str)
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # of the dense twin
+# of the dense twin
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_convolution_takes_the_arguments_of_torch(kernel_size, options):
     layer = ExpanderConv2d(16, 8, kernel_size, **options, degree=4, share=2)
     assert_equals_twin(layer, images(dtype=options.get("dtype", torch.float32)))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "cpu", "share": 3}], ids=str
+    "options",
+    [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "cpu", "share": 3}],
+    ids=str,
 )
 def test_linear_takes_the_arguments_of_torch(options):
     layer = ExpanderLinear(16, 12, **options, degree=4)
@@ -148,7 +171,10 @@ def test_graph_leaves_torchs_generator_alone():
 
 
 def test_initial_weights_have_torchs_bound_at_the_true_fan_in():
-    for layer, fan_in in ((ExpanderConv2d(64, 64, 3, degree=8), 72), (ExpanderLinear(512, 512, degree=16), 16)):
+    for layer, fan_in in (
+        (ExpanderConv2d(64, 64, 3, degree=8), 72),
+        (ExpanderLinear(512, 512, degree=16), 16),
+    ):
         bound = 1 / math.sqrt(fan_in)
         for parameter in (layer.weight, layer.bias):
             assert 0.9 * bound < parameter.abs().max() <= bound
@@ -158,7 +184,8 @@ def test_initial_weights_have_torchs_bound_at_the_true_fan_in():
 def test_representation_says_what_shapes_the_layer():
     layer = conv(padding="same", stride=1, dilation=2, padding_mode="reflect", bias=False)
     assert repr(layer) == (
-        "ExpanderConv2d(16, 32, kernel_size=(3, 3), stride=(1, 1), padding='same', dilation=(2, 2), "
+        "ExpanderConv2d(16, 32, kernel_size=(3, 3), stride=(1, 1), padding='same', dilation=(2, "
+        "2), "
         "padding_mode='reflect', bias=False, degree=4, share=2, graph='biregular', seed=0)"
     )
     assert repr(ExpanderLinear(8, 4, degree=2, seed=5)) == (
@@ -175,19 +202,28 @@ def test_representation_says_what_shapes_the_layer():
         (GraphError, r"degree=0 with 16 inputs", {"expandSize": 0}),
         (GraphError, r"degree=2\.5 is not an integer", {"degree": 2.5}),
         (GraphError, r"share=3 with 32 outputs: use a divisor of 32", {"degree": 4, "share": 3}),
-        (GraphError, r"graph='magic' is not a kind of graph; use one of random, ", {"degree": 4, "graph": "magic"}),
+        (
+            GraphError,
+            r"graph='magic' is not a kind of graph; use one of random, ",
+            {"degree": 4, "graph": "magic"},
+        ),
         (GraphError, r"nearest that do are 4 and 8", {"degree": 5, "graph": "group"}),
         (GraphError, r"seed=-1: use an integer from 0 on", {"degree": 4, "seed": -1}),
     ],
 )
 def test_impossible_graphs_are_refused(error, match, options):
-    for make in (lambda: ExpanderConv2d(16, 32, 3, **options), lambda: ExpanderLinear(16, 32, **options)):
+    for make in (
+        lambda: ExpanderConv2d(16, 32, 3, **options),
+        lambda: ExpanderLinear(16, 32, **options),
+    ):
         with pytest.raises(error, match=match):
             make()
 
 
 def test_impossible_convolutions_are_refused():
-    with pytest.raises(ModelError, match=r"groups=4: a graph takes the place of groups; .*'group' with degree=4"):
+    with pytest.raises(
+        ModelError, match=r"groups=4: a graph takes the place of groups; .*'group' with degree=4"
+    ):
         ExpanderConv2d(16, 32, 3, groups=4, degree=4)
     with pytest.raises(GraphError, match="a graph from 0 inputs to 32 outputs"):
         ExpanderConv2d(0, 32, 3, degree=1)
@@ -199,9 +235,13 @@ def test_impossible_convolutions_are_refused():
 
 def test_input_of_another_size_is_refused():
     for channels in (8, 32):
-        with pytest.raises(AssertionError, match=r"ExpanderConv2d of 16 inputs: x is not \[B, 16, H, W\]"):
+        with pytest.raises(
+            AssertionError, match=r"ExpanderConv2d of 16 inputs: x is not \[B, 16, H, W\]"
+        ):
             conv()(images(channels=channels))
-        with pytest.raises(AssertionError, match=r"ExpanderLinear of 16 inputs: x is not \[\.\.\., 16\]"):
+        with pytest.raises(
+            AssertionError, match=r"ExpanderLinear of 16 inputs: x is not \[\.\.\., 16\]"
+        ):
             ExpanderLinear(16, 4, degree=4)(images(channels=channels)[:, :, 0, 0])
 
 
@@ -245,7 +285,8 @@ def test_autocast_casts_as_it_does_for_torchs_layers(backend):
         with ops.backend(backend), torch.autocast("cpu", torch.bfloat16):
             got, want = layer(x), twin(x)
         assert got.dtype == want.dtype == torch.bfloat16
-        torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-2)  # sums in another order, rounded to 8 bits
+        # sums in another order, rounded to 8 bits
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=2e-2)
         got.sum().backward()
         assert layer.weight.grad.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
@@ -253,7 +294,9 @@ def test_autocast_casts_as_it_does_for_torchs_layers(backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in ops.available() if b != "triton"])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiles_in_one_graph(compiler, backend, form):
     model = net().to(memory_format=form)
@@ -275,7 +318,9 @@ def test_compiled_module_follows_the_chosen_backend(monkeypatch):
     for backend in (ops.dense, ops.gather):
         plain = backend.conv2d
         monkeypatch.setattr(
-            backend, "conv2d", lambda *a, f=plain, n=backend.__name__: calls.append(n.rpartition(".")[2]) or f(*a)
+            backend,
+            "conv2d",
+            lambda *a, f=plain, n=backend.__name__: calls.append(n.rpartition(".")[2]) or f(*a),
         )
     torch.compiler.reset()
     module = torch.compile(conv(), fullgraph=True, backend="aot_eager")
@@ -318,10 +363,20 @@ def test_feature_extractor_gives_the_same_bits():
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_exports_with_dynamic_sizes(strict):
-    model = nn.Sequential(conv(), nn.ReLU(), ExpanderConv2d(32, 8, 2, padding="same", degree=4), nn.Flatten(2)).eval()
-    sizes = {"input": {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=5), 3: torch.export.Dim("w", min=5)}}
+    model = nn.Sequential(
+        conv(), nn.ReLU(), ExpanderConv2d(32, 8, 2, padding="same", degree=4), nn.Flatten(2)
+    ).eval()
+    sizes = {
+        "input": {
+            0: torch.export.Dim("b"),
+            2: torch.export.Dim("h", min=5),
+            3: torch.export.Dim("w", min=5),
+        }
+    }
     program = torch.export.export(model, (images(),), dynamic_shapes=sizes, strict=strict)
-    graphs_of_program = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    graphs_of_program = [
+        m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)
+    ]
     targets = [str(node.target) for graph in graphs_of_program for node in graph.nodes]
     assert targets.count("xzoo.conv2d.default") == 2
     for x in (images(), images(1), images(5, 12, 6)):
@@ -338,7 +393,12 @@ def test_onnx_form_has_operations_of_torch_only(monkeypatch):
 
 @scripting
 def test_torchscript_gets_the_dense_form():
-    layers = [net(), conv(padding_mode="reflect"), conv(stride=1, padding="same", dilation=2), conv(bias=False)]
+    layers = [
+        net(),
+        conv(padding_mode="reflect"),
+        conv(stride=1, padding="same", dilation=2),
+        conv(bias=False),
+    ]
     for model in layers:
         model.eval()
         for scripted in (torch.jit.script(model), torch.jit.trace(model, images())):
@@ -353,7 +413,10 @@ def test_torchscript_gets_the_dense_form():
 
 
 @scripting
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
+# torch's own
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_onnx_export(dynamo, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -409,9 +472,13 @@ def test_reset_parameters_restores_the_graph_of_the_seed():
 def run_rank(rank, file, folder):
     """One of two processes of DDP: half the batch, and seeds that differ until DDP broadcasts."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2
+    )
     torch.manual_seed(rank)
-    model = nn.Sequential(conv(seed=rank), nn.ReLU(), nn.Flatten(1), ExpanderLinear(640, 10, degree=64, seed=rank))
+    model = nn.Sequential(
+        conv(seed=rank), nn.ReLU(), nn.Flatten(1), ExpanderLinear(640, 10, degree=64, seed=rank)
+    )
     wrapped = nn.parallel.DistributedDataParallel(model)
     wrapped(images(4).chunk(2)[rank]).square().mean().backward()
     grads = [p.grad for p in model.parameters()]
@@ -420,17 +487,23 @@ def run_rank(rank, file, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
+)
 def test_data_parallel_training_equals_one_process(tmp_path):
     torch.multiprocessing.spawn(run_rank, (tmp_path / "store", tmp_path), nprocs=2)
-    (state, grads), (other_state, other_grads) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (state, grads), (other_state, other_grads) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
     assert torch.equal(state["0.neighbours"], conv(seed=0).neighbours)
     for key, value in state.items():
         assert torch.equal(value, other_state[key]), key
     model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(1), ExpanderLinear(640, 10, degree=64))
     model.load_state_dict(state)
     model(images(4)).square().mean().backward()
-    for ours, other, single in zip(grads, other_grads, (p.grad for p in model.parameters()), strict=True):
+    for ours, other, single in zip(
+        grads, other_grads, (p.grad for p in model.parameters()), strict=True
+    ):
         assert torch.equal(ours, other)
         torch.testing.assert_close(ours, single)
 
@@ -453,7 +526,9 @@ def test_weights_without_their_graph_are_refused(strict, assign):
     state = model.state_dict()
     del state["stage.0.neighbours"]
     before = copy.deepcopy(model["stage"][0].state_dict())
-    with pytest.raises(RuntimeError, match=r"stage\.0\.neighbours: missing, and the weights beside it mean nothing"):
+    with pytest.raises(
+        RuntimeError, match=r"stage\.0\.neighbours: missing, and the weights beside it mean nothing"
+    ):
         model.load_state_dict({k: v + 1 for k, v in state.items()}, strict=strict, assign=assign)
     assert_same(model["stage"][0].state_dict(), before)
 
@@ -495,9 +570,13 @@ def changed(row, column, value):
         (lambda rows: rows.flip(1), r"is not ascending: row 0 has"),
         (lambda rows: rows[:, [0, 0, 2, 3]], r"repeats an input: row 0 has"),
         (lambda rows: rows.float() + 0.01, r"has dtype torch\.float32; a graph is integers"),
-        (lambda rows: rows.roll(1, 0).bfloat16(), r"has dtype torch\.bfloat16; a graph is integers"),
+        (
+            lambda rows: rows.roll(1, 0).bfloat16(),
+            r"has dtype torch\.bfloat16; a graph is integers",
+        ),
         (lambda rows: rows.bool(), r"dtype bool; allowed is a non-empty integer array"),
-        (lambda rows: rows[::2], r"has shape \[8, 4\]; this layer needs \[16, 4\]"),  # of another share
+        # of another share
+        (lambda rows: rows[::2], r"has shape \[8, 4\]; this layer needs \[16, 4\]"),
         (lambda rows: rows[:, :3], r"has shape \[16, 3\]; this layer needs \[16, 4\]"),
         (lambda rows: rows[0], r"has shape \[4\]; this layer needs \[16, 4\]"),
     ],
@@ -505,7 +584,9 @@ def changed(row, column, value):
 def test_what_is_not_a_graph_is_refused_by_name(change, match):
     model = nn.ModuleDict({"block": conv()})
     before = copy.deepcopy(model.state_dict())
-    state = {k: v + 1 for k, v in before.items()} | {"block.neighbours": change(before["block.neighbours"])}
+    state = {k: v + 1 for k, v in before.items()} | {
+        "block.neighbours": change(before["block.neighbours"])
+    }
     for options in ({}, {"strict": False}, {"assign": True}):
         with pytest.raises(RuntimeError, match=rf"block\.neighbours: .*{match}"):
             model.load_state_dict(state, **options)
@@ -601,7 +682,9 @@ WHOLE_MATRIX = {
 def test_what_goes_by_the_whole_matrix_is_refused_and_the_layer_stays(form):
     layer, x = conv(), images()
     before, text = layer(x), repr(layer)
-    with pytest.raises(ModelError, match=r"on an X-layer would go by its compact weight .*xzoo\.to_dense\(layer\)"):
+    with pytest.raises(
+        ModelError, match=r"on an X-layer would go by its compact weight .*xzoo\.to_dense\(layer\)"
+    ):
         WHOLE_MATRIX[form](layer)
     assert type(layer) is ExpanderConv2d and repr(layer) == text
     assert {*layer.state_dict()} == {*conv().state_dict()}
@@ -654,7 +737,11 @@ def test_weight_norm_by_output_is_that_of_the_matrix(form, dim):
     wanted = layer.dense_weight()
     form(layer, dim=dim)
     torch.testing.assert_close(layer.dense_weight(), wanted)
-    length = layer.parametrizations.weight.original0 if hasattr(layer, "parametrizations") else layer.weight_g
+    length = (
+        layer.parametrizations.weight.original0
+        if hasattr(layer, "parametrizations")
+        else layer.weight_g
+    )
     norm = wanted.norm() if dim is None else wanted.flatten(1).norm(dim=1)
     torch.testing.assert_close(length.flatten(), norm.flatten())
 

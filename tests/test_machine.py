@@ -1,4 +1,6 @@
-"""What the machine lends a process: CPUs by affinity and control groups, torch's threads, and how they wait."""
+"""What the machine lends a process: CPUs by affinity and control groups, torch's threads, and how
+they wait.
+"""
 
 import os
 import platform
@@ -40,7 +42,12 @@ CASES = {
     "none": ("", "", {}, None),
     "v1": ("4:cpu,cpuacct:/\n", V1, v1("", 150_000), 1.5),
     "v1 without a limit": ("4:cpu,cpuacct:/\n", V1, v1("", -1), None),
-    "v1 nested": ("4:cpuacct,cpu:/a/b\n", V1, v1("a/b", 400_000) | v1("a", 50_000) | v1("", -1), 0.5),
+    "v1 nested": (
+        "4:cpuacct,cpu:/a/b\n",
+        V1,
+        v1("a/b", 400_000) | v1("a", 50_000) | v1("", -1),
+        0.5,
+    ),
     "v1 of other controllers": ("4:cpuset:/a\n", V1, v1("a", 50_000), None),
     "v2": ("0::/\n", V2, v2("", "200000 100000"), 2.0),
     "v2 without a limit": ("0::/\n", V2, v2("", "max 100000"), None),
@@ -50,9 +57,20 @@ CASES = {
         v2("a/b/c", "max 100000") | v2("a/b", "75000 50000") | v2("a", "300000 100000"),
         1.5,
     ),
-    "both": ("4:cpu,cpuacct:/a\n0::/a\n", V1 + V2, v1("a", 300_000) | v2("a", "250000 100000"), 2.5),
-    # docker without a namespace of its own: the group has the host's name, and its folder alone is mounted.
-    "docker v1": ("4:cpu,cpuacct:/docker/12ab\n", V1.replace("/ /sys", "/docker/12ab /sys"), v1("", 50_000), 0.5),
+    "both": (
+        "4:cpu,cpuacct:/a\n0::/a\n",
+        V1 + V2,
+        v1("a", 300_000) | v2("a", "250000 100000"),
+        2.5,
+    ),
+    # docker without a namespace of its own: the group has the host's name, and its folder alone is
+    # mounted.
+    "docker v1": (
+        "4:cpu,cpuacct:/docker/12ab\n",
+        V1.replace("/ /sys", "/docker/12ab /sys"),
+        v1("", 50_000),
+        0.5,
+    ),
     "the host's name, mounted elsewhere": ("0::/kube/pod/12ab\n", V2, v2("", "50000 100000"), 0.5),
     "a blank in a name": (
         "0::/a b\n",
@@ -108,7 +126,9 @@ print(*seen)
     ],
     ids=["alone", "set", "OMP_NUM_THREADS"],
 )
-def test_torch_has_no_more_threads_than_there_are_cores_unless_it_was_told(before, environment, within):
+def test_torch_has_no_more_threads_than_there_are_cores_unless_it_was_told(
+    before, environment, within
+):
     clean = {name: value for name, value in os.environ.items() if name not in machine.CHOSEN_BY}
     told = subprocess.run(
         [sys.executable, "-c", THREADS.format(before=before), machine.__file__],
@@ -161,13 +181,23 @@ def test_half_a_core_is_one_thread_for_a_run(half_a_core, make_folder, tmp_path)
         "    print(torch.get_num_threads())\n"
         "    fit(*arguments)\n"
         "module.fit = spy\n"
-        "options = dict(model='test_resnet', expand=4, pretrained=False, img_size=32, batch_size=8, device='cpu')\n"
+        "options = dict(model='test_resnet', expand=4, pretrained=False, img_size=32, "
+        "batch_size=8, device='cpu')\n"
         "module.finetune(sys.argv[2], epochs=1, out=sys.argv[3], **options)\n"
         "print(torch.get_num_threads() > 1)\n"
     )
     clean = {name: value for name, value in os.environ.items() if name not in machine.CHOSEN_BY}
-    command = [sys.executable, "-c", code, str(half_a_core), str(make_folder()), str(tmp_path / "run")]
-    told = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=600)
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(half_a_core),
+        str(make_folder()),
+        str(tmp_path / "run"),
+    ]
+    told = subprocess.run(
+        command, env=clean, capture_output=True, text=True, check=False, timeout=600
+    )
     assert told.stdout.split() == ["1", "True"], told.stderr
 
 
@@ -175,12 +205,20 @@ def test_half_a_core_is_one_thread_for_a_run(half_a_core, make_folder, tmp_path)
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
 def test_the_command_waits_briefly_on_a_busy_machine():
     """What torch's library of threads says itself that it read, while a process runs on each CPU."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
     command = [sys.executable, "-m", "xzoo", "--help"]
     shown = clean | {"OMP_DISPLAY_ENV": "verbose"}
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
+    ]
     try:
-        told = subprocess.run(command, env=shown, capture_output=True, text=True, check=True, timeout=600).stderr
+        told = subprocess.run(
+            command, env=shown, capture_output=True, text=True, check=True, timeout=600
+        ).stderr
     finally:
         for process in busy:
             process.kill()
@@ -203,7 +241,9 @@ def test_other_programs_and_the_users_own_choice_are_left(
     monkeypatch, tmp_path, program, loaded, environment, others, want
 ):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, environment[name]) if name in environment else monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, environment[name]) if name in environment else monkeypatch.delenv(
+            name, raising=False
+        )
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setattr(sys, "orig_argv", ["python", program])
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -254,7 +294,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("child", ["told", "untold"])
 def test_x_layers_compute_in_a_fork_as_before_it(child):
-    """After two threads have run: forwards and both gradients where the child says that it is alone, else forwards."""
+    """After two threads have run: forwards and both gradients where the child says that it is
+    alone, else forwards.
+    """
     command = [sys.executable, "-W", "ignore", "-c", FORK, child]
     told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert told.stdout.split() == ["0", "True"], told.stderr
@@ -262,8 +304,13 @@ def test_x_layers_compute_in_a_fork_as_before_it(child):
 
 @pytest.mark.slow
 def test_python_within_another_program_has_no_arguments():
-    code = "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; print(xzoo.machine._is_command())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
+    code = (
+        "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; "
+        "print(xzoo.machine._is_command())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
+    )
     assert told.stdout.strip() == "False", told.stderr
 
 
@@ -283,7 +330,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
     def faults(how, **variables):
-        environment = {name: text for name, text in os.environ.items() if not name.startswith("MALLOC_")}
+        environment = {
+            name: text for name, text in os.environ.items() if not name.startswith("MALLOC_")
+        }
         done = subprocess.run(
             [sys.executable, "-c", code, how],
             env=environment | variables,

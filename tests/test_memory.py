@@ -59,7 +59,12 @@ def write(tmp_path: Path) -> Write:
     """Parquet in the Hub's layout; image i of a part has the value i in its first pixel."""
 
     def make(
-        train: int = 41, test: int = 13, classes: int = 4, side: int = 12, label: str = "label", **odd: Any
+        train: int = 41,
+        test: int = 13,
+        classes: int = 4,
+        side: int = 12,
+        label: str = "label",
+        **odd: Any,
     ) -> Path:
         root, draw = tmp_path / f"set{len(list(tmp_path.iterdir()))}", np.random.default_rng(0)
         root.mkdir()
@@ -72,16 +77,20 @@ def write(tmp_path: Path) -> Write:
                 images.append({"bytes": odd.get(f"{split}{i}", png(pixels)), "path": None})
             kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
             table = pa.table({"image": pa.array(images, kind), label: pa.array(labels, pa.int64())})
-            names = {"info": {"features": {label: {"names": [f"class {i}" for i in range(classes)]}}}}
+            names = {
+                "info": {"features": {label: {"names": [f"class {i}" for i in range(classes)]}}}
+            }
             pq.write_table(
-                table.replace_schema_metadata({"huggingface": json.dumps(names)}), root / f"{split}-0.parquet"
+                table.replace_schema_metadata({"huggingface": json.dumps(names)}),
+                root / f"{split}-0.parquet",
             )
         return root
 
     return make
 
 
-PLAIN: dict[str, Any] = {"shift": 0, "flip": "none", "mean": (0, 0, 0), "std": (1 / 255,) * 3}  # the pixels as they are
+# the pixels as they are
+PLAIN: dict[str, Any] = {"shift": 0, "flip": "none", "mean": (0, 0, 0), "std": (1 / 255,) * 3}
 
 
 class Rank:
@@ -152,7 +161,9 @@ def test_augmentation_does_not_depend_on_ranks_or_batches(write: Write) -> None:
     data = Small(root, batch_size=8, cutout=4, crop="resized")
     images, labels = zip(*(data.batch(p) for p in at(data, 0, 1).train_dataloader()), strict=True)
     halves = [[data.batch(p) for p in at(data, rank, 2).train_dataloader()] for rank in range(2)]
-    assert torch.equal(torch.cat(images), torch.cat([x for step in zip(*halves, strict=True) for x, _ in step]))
+    assert torch.equal(
+        torch.cat(images), torch.cat([x for step in zip(*halves, strict=True) for x, _ in step])
+    )
     other = Small(root, batch_size=4, cutout=4, crop="resized")
     fours, their_labels = zip(*other.train_dataloader(), strict=True)
     assert torch.equal(torch.cat(images), torch.cat(fours))
@@ -185,7 +196,9 @@ def test_held_out_images_are_a_share_of_every_class() -> None:
             got = int((labels[held] == c).sum())
             assert abs(got - count * size / 100) <= 1.5, f"class {c}: {got} of {count}"
             assert got < size
-    with pytest.raises(DataError, match="holdout=98 of 100 training images of 3 classes: use 0 to 97"):
+    with pytest.raises(
+        DataError, match="holdout=98 of 100 training images of 3 classes: use 0 to 97"
+    ):
         held_out(labels, 98)
 
 
@@ -205,7 +218,8 @@ def test_smaller_images_are_means_of_areas(write: Write) -> None:
     root = str(write())
     full, half = Small(root, **PLAIN), Small(root, img_size=6, **PLAIN)
     (x, _), (y, _) = next(iter(full.val_dataloader())), next(iter(half.val_dataloader()))
-    torch.testing.assert_close(y, nn.functional.avg_pool2d(x, 2), rtol=0, atol=0.5 + 1e-4)  # rounded to uint8
+    # rounded to uint8
+    torch.testing.assert_close(y, nn.functional.avg_pool2d(x, 2), rtol=0, atol=0.5 + 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +234,18 @@ def test_smaller_images_are_means_of_areas(write: Write) -> None:
         ),
         ({"train7": b"no image"}, {}, r"train-0.parquet:7 cannot be read \(.*\); mend the data"),
         ({"test": 0}, {}, "no test part with images beside a train part; Small needs both"),
-        ({"label": "sentiment_score_x"}, {"batch_size": 64}, "batch_size=64 for 41 training images and 1 devices"),
+        (
+            {"label": "sentiment_score_x"},
+            {"batch_size": 64},
+            "batch_size=64 for 41 training images and 1 devices",
+        ),
         ({}, {"holdout": 38}, "holdout=38 of 41 training images of 4 classes: use 0 to 37"),
         ({}, {"batch_size": 1}, "batch_size=1: batch norm needs two"),
     ],
 )
-def test_data_that_are_not_the_data_set_are_refused(write: Write, made: dict, asked: dict, message: str) -> None:
+def test_data_that_are_not_the_data_set_are_refused(
+    write: Write, made: dict, asked: dict, message: str
+) -> None:
     data = Small(str(write(**made)), **asked)
     with pytest.raises(DataError, match=message) as caught:
         data.train_dataloader()
@@ -234,7 +254,9 @@ def test_data_that_are_not_the_data_set_are_refused(write: Write, made: dict, as
 
 def test_a_batch_that_devices_cannot_share_is_refused(write: Write) -> None:
     data = Small(str(write()), batch_size=9)
-    with pytest.raises(DataError, match=r"batch_size=9 for 41 training images and 2 devices.* use a multiple of 2"):
+    with pytest.raises(
+        DataError, match=r"batch_size=9 for 41 training images and 2 devices.* use a multiple of 2"
+    ):
         at(data, 1, 2).train_dataloader()
 
 
@@ -252,7 +274,8 @@ def test_missing_data_say_where_there_are_some(tmp_path: Path) -> None:
         (TinyImageNet, "zh-plus/tiny-imagenet"),
     ):
         with pytest.raises(
-            DataError, match=f"does not exist.*{kind.__name__} is {hub} on the Hub.*CIFAR-100 is the rarest"
+            DataError,
+            match=f"does not exist.*{kind.__name__} is {hub} on the Hub.*CIFAR-100 is the rarest",
         ):
             kind(str(tmp_path / "no" / "such")).setup()
 
@@ -295,11 +318,18 @@ class SaveAt(pl.Callback):
 def trainer(folder: Path, epochs: int, **arguments: Any) -> pl.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", default_root_dir=str(folder), num_sanity_val_steps=0, **quiet, **arguments
+        max_epochs=epochs,
+        accelerator="cpu",
+        default_root_dir=str(folder),
+        num_sanity_val_steps=0,
+        **quiet,
+        **arguments,
     )
 
 
-def test_lightning_sees_the_batches_of_the_loaders_and_a_resume_goes_on(write: Write, tmp_path: Path) -> None:
+def test_lightning_sees_the_batches_of_the_loaders_and_a_resume_goes_on(
+    write: Write, tmp_path: Path
+) -> None:
     root = str(write())
     alone = Probe()
     fit = trainer(tmp_path, 2, enable_checkpointing=False)
@@ -315,12 +345,15 @@ def test_lightning_sees_the_batches_of_the_loaders_and_a_resume_goes_on(write: W
     assert all(torch.equal(a, b) for a, b in zip(alone.shown, expected, strict=True))
 
     # Stopped within the second epoch, and gone on by another process.
-    trainer(tmp_path, 2, enable_checkpointing=False, callbacks=[SaveAt(7, tmp_path / "last.ckpt")]).fit(
-        Probe(), datamodule=Small(root, batch_size=8)
-    )
+    trainer(
+        tmp_path, 2, enable_checkpointing=False, callbacks=[SaveAt(7, tmp_path / "last.ckpt")]
+    ).fit(Probe(), datamodule=Small(root, batch_size=8))
     rest = Probe()
     trainer(tmp_path, 2, enable_checkpointing=False).fit(
-        rest, datamodule=Small(root, batch_size=8), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
+        rest,
+        datamodule=Small(root, batch_size=8),
+        ckpt_path=str(tmp_path / "last.ckpt"),
+        weights_only=True,
     )
     assert len(rest.shown) == 3
     assert all(torch.equal(a, b) for a, b in zip(rest.shown, expected[7:], strict=True))
@@ -328,7 +361,9 @@ def test_lightning_sees_the_batches_of_the_loaders_and_a_resume_goes_on(write: W
 
 def test_a_classifier_trains_on_it(write: Write, tmp_path: Path) -> None:
     task = Classifier("x_mobilenet050_c4", 4, mixup=0.2, cutmix=1.0, channels_last=True)
-    data = Small(str(write(train=17)), batch_size=8, img_size=32, crop="resized", channels_last=True)
+    data = Small(
+        str(write(train=17)), batch_size=8, img_size=32, crop="resized", channels_last=True
+    )
     fit = trainer(tmp_path, 1, enable_checkpointing=False, log_every_n_steps=1)
     fit.fit(task, datamodule=data)
     assert fit.global_step == 2
@@ -375,47 +410,80 @@ def test_a_whole_copy_has_the_name_and_a_sample_has_none(copied: Callable[..., I
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        ({"train": 39}, "39 training and 20 test images, Small-4 has 40 and 20; fetch the data anew"),
+        (
+            {"train": 39},
+            "39 training and 20 test images, Small-4 has 40 and 20; fetch the data anew",
+        ),
         ({"test": 19}, "40 training and 19 test images, Small-4 has 40 and 20"),
         ({"train": 41}, "41 training and 20 test images, Small-4"),
         ({"train": 5, "test": 2}, "5 training and 2 test images, Small-4"),
-        ({"train7": jpeg(np.zeros((12, 12, 3), np.uint8))}, "train-0.parquet:7 is a JPEG file, and Small means the"),
-        ({"test19": jpeg(np.zeros((12, 12, 3), np.uint8))}, "test-0.parquet:19 is a JPEG file, and Small means the"),
-        ({"train": 4, "test": 2, "test1": jpeg(np.zeros((12, 12, 3), np.uint8))}, "test-0.parquet:1 is a JPEG file"),
+        (
+            {"train7": jpeg(np.zeros((12, 12, 3), np.uint8))},
+            "train-0.parquet:7 is a JPEG file, and Small means the",
+        ),
+        (
+            {"test19": jpeg(np.zeros((12, 12, 3), np.uint8))},
+            "test-0.parquet:19 is a JPEG file, and Small means the",
+        ),
+        (
+            {"train": 4, "test": 2, "test1": jpeg(np.zeros((12, 12, 3), np.uint8))},
+            "test-0.parquet:1 is a JPEG file",
+        ),
     ],
 )
-def test_a_damaged_copy_is_refused_in_one_line(copied: Callable[..., InMemory], made: dict, told: str) -> None:
+def test_a_damaged_copy_is_refused_in_one_line(
+    copied: Callable[..., InMemory], made: dict, told: str
+) -> None:
     data = copied(**made)
     with pytest.raises(DataError, match=told) as caught:
         data.setup()
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "refused"), [(CIFAR10, True), (CIFAR100, True), (TinyImageNet, False)])
-def test_only_tiny_imagenet_is_jpeg_by_itself(write: Write, kind: type[InMemory], refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "refused"), [(CIFAR10, True), (CIFAR100, True), (TinyImageNet, False)]
+)
+def test_only_tiny_imagenet_is_jpeg_by_itself(
+    write: Write, kind: type[InMemory], refused: bool
+) -> None:
     first = jpeg(np.zeros((kind.facts.sides[0],) * 2 + (3,), np.uint8))
     classes = kind.facts.classes
-    root = write(train=classes, test=classes, classes=classes, side=kind.facts.sides[0], train0=first)
+    root = write(
+        train=classes, test=classes, classes=classes, side=kind.facts.sides[0], train0=first
+    )
     if not refused:
         assert kind(str(root)).n_val == kind.facts.classes
         return
-    with pytest.raises(DataError, match=f"train-0.parquet:0 is a JPEG file, and {kind.__name__} means the exact pix"):
+    with pytest.raises(
+        DataError,
+        match=f"train-0.parquet:0 is a JPEG file, and {kind.__name__} means the exact pix",
+    ):
         kind(str(root)).setup()
 
 
-def test_a_lossy_copy_in_files_is_refused_by_the_command(write: Write, tmp_path: Path, capsys: Any) -> None:
+def test_a_lossy_copy_in_files_is_refused_by_the_command(
+    write: Write, tmp_path: Path, capsys: Any
+) -> None:
     for part, each in (("train", 2), ("test", 1)):
         for label in range(10):
             folder = tmp_path / "jpegs" / part / str(label)
             folder.mkdir(parents=True)
             for i in range(each):
-                (folder / f"{i}.jpg").write_bytes(jpeg(np.full((32, 32, 3), label * 20 + i, np.uint8)))
+                (folder / f"{i}.jpg").write_bytes(
+                    jpeg(np.full((32, 32, 3), label * 20 + i, np.uint8))
+                )
     for command in ("fit", "test"):
-        weights = ["--model.pretrained", "true", "--model.name", "x_vgg16_2"] if command == "test" else []
+        weights = (
+            ["--model.pretrained", "true", "--model.name", "x_vgg16_2"] if command == "test" else []
+        )
         asked = ["--data.root", str(tmp_path / "jpegs"), "--out", str(tmp_path / "run"), *weights]
         assert main([command, "--config", "cifar10/x_vgg16_2", *asked]) == 2
         err = capsys.readouterr().err
-        assert err.startswith("xzoo: error: ") and err.count("\n") == 1 and ".jpg is a JPEG file, and CIFAR10" in err
+        assert (
+            err.startswith("xzoo: error: ")
+            and err.count("\n") == 1
+            and ".jpg is a JPEG file, and CIFAR10" in err
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,8 @@
 """Every architecture of the zoo: its name, its counts, its graphs, and what timm asks of a model.
 
-golden/counts.csv was counted by a program that shares no code with xzoo; its rows with compression 1 equal
-torchvision's published parameters and multiply-accumulates. The sections on timm follow timm's own tests of models.
+golden/counts.csv was counted by a program that shares no code with xzoo; its rows with compression
+1 equal torchvision's published parameters and multiply-accumulates. The sections on timm follow
+timm's own tests of models.
 """
 
 import copy
@@ -76,7 +77,9 @@ TIMM = {
     "x_mobilenet100_c4": "mobilenetv1_100",
 }
 
-scripting = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+scripting = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning"
+)
 
 
 def slow_unless(fast, names):
@@ -123,7 +126,9 @@ def images(name, batch=1, channels=3):
 
 
 def x_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)
+    }
 
 
 def graphs_of(model):
@@ -145,11 +150,16 @@ def assert_same_output(one, other, x):
 @functools.cache
 def counts():
     with (GOLDEN / "counts.csv").open(newline="") as file:
-        return [{k: v if k == "network" else int(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [
+            {k: v if k == "network" else int(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def rows(network, compression):
-    return [row for row in counts() if (row["network"], row["compression"]) == (network, compression)]
+    return [
+        row for row in counts() if (row["network"], row["compression"]) == (network, compression)
+    ]
 
 
 def assert_counts(model, expected):
@@ -157,7 +167,11 @@ def assert_counts(model, expected):
     assert expected
     for row in expected:
         found = xzoo.profile(model, (3, row["size"], row["size"]))
-        assert (found.weights, found.params, found.macs) == (row["weights"], row["params"], row["macs"])
+        assert (found.weights, found.params, found.macs) == (
+            row["weights"],
+            row["params"],
+            row["macs"],
+        )
 
 
 # The registry.
@@ -200,7 +214,9 @@ def test_name_has_the_independent_counts(name):
 
 
 @pytest.mark.parametrize("compression", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("network", slow_unless(("vgg16_cifar", "resnet18", "densenetbc_40_24"), dict(EVEN.values())))
+@pytest.mark.parametrize(
+    "network", slow_unless(("vgg16_cifar", "resnet18", "densenetbc_40_24"), dict(EVEN.values()))
+)
 def test_every_compression_has_the_independent_counts(network, compression):
     name = next(name for name, (of, _) in EVEN.items() if of == network)
     found = rows(network, compression)[:1]  # the larger images; the smaller are in the test above
@@ -264,7 +280,8 @@ def test_air_has_the_counts_that_it_was_made_for(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs"), [("x_vgg16_c8", 512), ("x_densenetbc_40_24", 264), ("x_densenetbc_100_12", 342)]
+    ("name", "inputs"),
+    [("x_vgg16_c8", 512), ("x_densenetbc_40_24", 264), ("x_densenetbc_100_12", 342)],
 )
 def test_ninety_more_classes_cost_ninety_rows_of_the_classifier(name, inputs):
     ten, hundred = (xzoo.profile(on_meta(name, num_classes=n)) for n in (10, 100))
@@ -312,17 +329,24 @@ def test_spatial_kernels_have_a_share_of_their_own():
 def test_graph_is_that_of_the_seed_and_the_name_of_the_layer(built):
     for name, layer in x_layers(built).items():
         seed = graphs.layer_seed(0, name)
-        expected = graphs.sample("biregular", layer._n_in, layer._n_out, layer.degree, layer.share, seed)
+        expected = graphs.sample(
+            "biregular", layer._n_in, layer._n_out, layer.degree, layer.share, seed
+        )
         assert np.array_equal(layer.neighbours, expected)
 
 
 def digest(model):
-    found = {name: graphs.fingerprint(layer.neighbours.numpy()) for name, layer in x_layers(model).items()}
+    found = {
+        name: graphs.fingerprint(layer.neighbours.numpy())
+        for name, layer in x_layers(model).items()
+    }
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def test_graphs_are_the_golden_ones(name, built):
-    """Renew with: python tests/test_models.py (which means that seeds no longer give the graphs that they gave)."""
+    """Renew with: python tests/test_models.py (which means that seeds no longer give the graphs
+    that they gave).
+    """
     assert digest(built) == json.loads((GOLDEN / "model_graphs.json").read_text())[name]
 
 
@@ -373,8 +397,13 @@ print([xzoo.graphs.fingerprint(b.numpy()) for name, b in model.named_buffers() i
 """
     # Another hash seed: sets of strings come in another order.
     environment = os.environ | {"PYTHONHASHSEED": "7"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    ours = [graphs.fingerprint(graph.numpy()) for graph in graphs_of(timm.create_model("x_mobilenet050_c16"))]
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    ours = [
+        graphs.fingerprint(graph.numpy())
+        for graph in graphs_of(timm.create_model("x_mobilenet050_c16"))
+    ]
     assert run.stdout.strip() == str(ours)
 
 
@@ -401,7 +430,9 @@ def test_ramanujan_is_met_by_every_layer():
     model = timm.create_model("x_mobilenet050_c4", graph="ramanujan")
     for layer in x_layers(model).values():
         _, second = graphs.singular_values(layer.neighbours.numpy(), layer._n_in)
-        assert second <= graphs.ramanujan_bound(layer._n_in, len(layer.neighbours), layer.degree) * (1 + 1e-6)
+        assert second <= graphs.ramanujan_bound(
+            layer._n_in, len(layer.neighbours), layer.degree
+        ) * (1 + 1e-6)
 
 
 # What is expanded, and what that leaves alone.
@@ -413,7 +444,9 @@ def test_dense_twin_has_the_same_other_keys(name, skeleton):
     expanded = x_layers(skeleton)
     for prefix, layer in expanded.items():
         keys = ["weight", "neighbours"] if layer.bias is None else ["weight", "bias", "neighbours"]
-        assert [key for key in skeleton.state_dict() if key.startswith(f"{prefix}.")] == [f"{prefix}.{k}" for k in keys]
+        assert [key for key in skeleton.state_dict() if key.startswith(f"{prefix}.")] == [
+            f"{prefix}.{k}" for k in keys
+        ]
     ours = [key for key in skeleton.state_dict() if not key.endswith(".neighbours")]
     assert ours == list(twin.state_dict())
 
@@ -431,7 +464,10 @@ def test_stem_classifier_and_depthwise_convolutions_stay_dense(skeleton):
 
 @pytest.mark.parametrize("name", slow_unless(("x_resnet18", "x_mobilenet100_c4"), TIMM))
 def test_compression_one_is_the_network_of_timm(name):
-    ours, theirs = timm.create_model(name, compression=1).eval(), timm.create_model(TIMM[name]).eval()
+    ours, theirs = (
+        timm.create_model(name, compression=1).eval(),
+        timm.create_model(TIMM[name]).eval(),
+    )
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
     assert_same_output(ours, theirs, images(name))
@@ -439,7 +475,8 @@ def test_compression_one_is_the_network_of_timm(name):
 
 def test_expanded_weights_start_with_the_variance_of_the_true_fan_in(built):
     for layer in x_layers(built).values():
-        # Four standard errors of a sample's standard deviation, 1 / sqrt(2 n); 5 % for the large layers.
+        # Four standard errors of a sample's standard deviation, 1 / sqrt(2 n); 5 % for the large
+        # layers.
         tolerance = max(0.05, 4 / math.sqrt(2 * layer.weight.numel()))
         fan_in = layer.weight[0].numel()
         assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=tolerance)
@@ -448,7 +485,10 @@ def test_expanded_weights_start_with_the_variance_of_the_true_fan_in(built):
 
 @pytest.mark.parametrize(
     ("name", "initialise"),
-    [("x_resnet18", timm.models.ResNet.init_weights), ("x_mobilenet050_c16", efficientnet_init_weights)],
+    [
+        ("x_resnet18", timm.models.ResNet.init_weights),
+        ("x_mobilenet050_c16", efficientnet_init_weights),
+    ],
 )
 def test_initialising_anew_leaves_the_graphs_alone(name, initialise):
     """timm calls every submodule's methods of certain names."""
@@ -473,7 +513,9 @@ def test_air_computes_what_its_source_does(name):
         return F.conv2d(x, state[f"{key}.weight"], padding=1)
 
     def norm(x, key):
-        return F.batch_norm(x, None, None, state[f"{key}.weight"], state[f"{key}.bias"], training=True)
+        return F.batch_norm(
+            x, None, None, state[f"{key}.weight"], state[f"{key}.bias"], training=True
+        )
 
     y = F.gelu(F.conv2d(x, state["features.0.weight"], state["features.0.bias"]))
     for stage in ("features.2", "features.3", "features.4"):
@@ -497,9 +539,15 @@ def test_small_networks_take_images_of_growing_sizes(name, side):
     model(x).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert model.fc.weight.grad.any()
-    sizes = [feature.shape[2] for feature in model.eval().forward_intermediates(x, intermediates_only=True)]
+    sizes = [
+        feature.shape[2]
+        for feature in model.eval().forward_intermediates(x, intermediates_only=True)
+    ]
     reductions = [info["reduction"] for info in model.feature_info]
-    assert all(size <= math.ceil(side / reduction) for size, reduction in zip(sizes, reductions, strict=True))
+    assert all(
+        size <= math.ceil(side / reduction)
+        for size, reduction in zip(sizes, reductions, strict=True)
+    )
 
 
 @pytest.mark.parametrize("side", [32, 64])
@@ -509,7 +557,9 @@ def test_rounding_up_changes_nothing_at_multiples_of_32_pixels(side):
     for layer in other.modules():
         if isinstance(layer, nn.MaxPool2d):
             layer.ceil_mode = False
-    assert_same_output(model, other, torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)))
+    assert_same_output(
+        model, other, torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    )
 
 
 # timm's contract: shapes and names.
@@ -527,7 +577,10 @@ def test_configuration_describes_the_network(name, skeleton):
     with torch.no_grad():
         features = skeleton.forward_features(x)
         assert tuple(features.shape) == (1, skeleton.num_features, *cfg["pool_size"])
-        assert skeleton.forward_head(features, pre_logits=True).shape == (1, skeleton.head_hidden_size)
+        assert skeleton.forward_head(features, pre_logits=True).shape == (
+            1,
+            skeleton.head_hidden_size,
+        )
         assert skeleton(x).shape == (1, cfg["num_classes"])
 
 
@@ -579,7 +632,8 @@ def test_group_matcher_puts_every_parameter_into_one_group(name, skeleton):
 
 
 def test_forward_is_finite_and_the_same_with_checkpointing(name, model):
-    x = images(name).requires_grad_()  # else torch warns that checkpoints have nothing to recompute for
+    # else torch warns that checkpoints have nothing to recompute for
+    x = images(name).requires_grad_()
     y = model(x)
     assert y.shape == (1, 10)
     assert y.isfinite().all()
@@ -634,7 +688,9 @@ def test_traced_and_scripted_it_computes_the_same(name):
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [{}, {"feature_cls": "getter"}, {"feature_cls": "hook"}, {"feature_cls": "fx"}])
+@pytest.mark.parametrize(
+    "form", [{}, {"feature_cls": "getter"}, {"feature_cls": "hook"}, {"feature_cls": "fx"}]
+)
 def test_features_have_the_channels_and_sizes_that_they_say(name, form):
     with torch.device("meta"):
         model = timm.create_model(name, features_only=True, **form).eval()
@@ -656,12 +712,16 @@ def test_features_are_those_of_the_model(name, model):
     x = images(name)
     with torch.no_grad():
         *_, last = extractor(x)
-        _, intermediates = model.forward_intermediates(x, indices=extractor.feature_info.out_indices)
+        _, intermediates = model.forward_intermediates(
+            x, indices=extractor.feature_info.out_indices
+        )
     assert torch.equal(last, intermediates[-1])
 
 
 def flat_keys(model, extractor):
-    """The state of the model under the names of an extractor, which writes features_conv0 for features.conv0."""
+    """The state of the model under the names of an extractor, which writes features_conv0 for
+    features.conv0.
+    """
     state = model.state_dict()
     if any(key.startswith("features_") for key in extractor.state_dict()):
         return {key.replace("features.", "features_", 1): value for key, value in state.items()}
@@ -697,7 +757,10 @@ def test_pruning_keeps_the_intermediates_that_were_asked_for(name, model):
 def test_images_may_have_other_channels(name, channels):
     model = on_meta(name, in_chans=channels).eval()
     side = images(name).shape[-1]
-    assert model(torch.empty(2, channels, side, side, device="meta")).shape == (2, model.num_classes)
+    assert model(torch.empty(2, channels, side, side, device="meta")).shape == (
+        2,
+        model.num_classes,
+    )
     assert model.in_chans == channels
     cfg = timm.data.resolve_model_data_config(model)
     assert cfg["input_size"][1:] == model.pretrained_cfg["input_size"][1:]
@@ -727,7 +790,9 @@ def test_norms_can_be_frozen_or_synchronised(name, model):
 
 @pytest.mark.parametrize("name", ["x_resnet18", "x_densenet121", "x_mobilenet050_c4"])
 def test_norm_and_activation_can_be_chosen_by_name(name):
-    model = on_meta(name, norm_layer="groupnorm1" if "resnet" in name else "batchnorm2d", act_layer="silu")
+    model = on_meta(
+        name, norm_layer="groupnorm1" if "resnet" in name else "batchnorm2d", act_layer="silu"
+    )
     assert [m for m in model.modules() if isinstance(m, nn.SiLU)]
     assert model(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 1000)
 
@@ -748,30 +813,43 @@ def test_averaging_of_norms_over_ranks_keeps_the_graphs(built, model, monkeypatc
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7))
     timm.utils.distribute_bn(model, world_size=2, reduce=False)
     assert_same_graphs(built, model)
-    assert all((m.running_mean == 7).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(
+        (m.running_mean == 7).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+    )
 
 
 def test_weight_decay_takes_compact_weights_and_no_graph(skeleton):
     model = copy.deepcopy(skeleton)
     optimizer = create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.5)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     parameters = dict(model.named_parameters())
     assert decay.keys() == {id(p) for p in parameters.values()}
     assert not {id(t) for t in graphs_of(model)} & decay.keys()
     for key, parameter in parameters.items():
-        assert decay[id(parameter)] == (0.5 if parameter.dim() > 1 and not key.endswith(".bias") else 0)
+        assert decay[id(parameter)] == (
+            0.5 if parameter.dim() > 1 and not key.endswith(".bias") else 0
+        )
 
 
 def test_layer_decay_scales_as_in_the_dense_twin(name, skeleton):
     def scales(model):
         optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.5, layer_decay=0.7)
-        scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+        scale = {
+            id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]
+        }
         return {key: scale[id(p)] for key, p in model.named_parameters()}
 
     found = scales(copy.deepcopy(skeleton))
     assert found == scales(on_meta(name, compression=1))
     cfg = skeleton.pretrained_cfg
-    assert found[f"{cfg['first_conv']}.weight"] == min(found.values()) < found[f"{cfg['classifier']}.weight"] == 1
+    assert (
+        found[f"{cfg['first_conv']}.weight"]
+        == min(found.values())
+        < found[f"{cfg['classifier']}.weight"]
+        == 1
+    )
 
 
 def test_reparameterizing_leaves_the_model_as_it_is(name, built, model):
@@ -817,8 +895,12 @@ def test_trained_weights_suit_other_channels_classes_and_uses(name, built, optio
     path = tmp_path / "weights.pth"
     torch.save(built.state_dict(), path)
     overlay = {"file": str(path), "num_classes": 10}
-    model = timm.create_model(name, pretrained=True, seed=1, pretrained_cfg_overlay=overlay, **options).eval()
-    for ours, theirs in zip(x_layers(model).values(), x_layers(built).values(), strict="features_only" not in options):
+    model = timm.create_model(
+        name, pretrained=True, seed=1, pretrained_cfg_overlay=overlay, **options
+    ).eval()
+    for ours, theirs in zip(
+        x_layers(model).values(), x_layers(built).values(), strict="features_only" not in options
+    ):
         assert torch.equal(ours.neighbours, theirs.neighbours)
         assert torch.equal(ours.weight, theirs.weight)
     channels = 1 if "in_chans" in options else 3
@@ -826,13 +908,21 @@ def test_trained_weights_suit_other_channels_classes_and_uses(name, built, optio
         y = model(images(name, channels=channels))
         if channels == 1:  # the sum over the channels of the trained stem
             features = built.forward_features(images(name, channels=1).expand(-1, 3, -1, -1))
-            torch.testing.assert_close(y, built.forward_head(features, pre_logits=True), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                y, built.forward_head(features, pre_logits=True), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_folder_in_the_format_of_the_hub_gives_the_model_back(name, reseeded, tmp_path):
     model = reseeded
-    save_for_hf(model, str(tmp_path), model_config={"label_names": list("abcdefghij")}, safe_serialization=True)
-    # The arguments alone give the graphs; with the weights, the file's graphs win over those of the seed.
+    save_for_hf(
+        model,
+        str(tmp_path),
+        model_config={"label_names": list("abcdefghij")},
+        safe_serialization=True,
+    )
+    # The arguments alone give the graphs; with the weights, the file's graphs win over those of the
+    # seed.
     assert_same_graphs(model, timm.create_model(f"local-dir:{tmp_path}"))
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, seed=4).eval()
     assert_same_output(model, loaded, images(name))
@@ -856,7 +946,9 @@ def test_transformers_loads_the_folder(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = timm.create_model("x_mobilenet050_c16", num_classes=10, seed=3).eval()
     hub_folder.save(model, tmp_path / "folder", label_names=list("abcdefghij"))
-    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "folder").eval()
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "folder"
+    ).eval()
     assert_same_graphs(model, loaded)
     x = images("x_mobilenet050_c16")
     with torch.no_grad():
@@ -867,7 +959,9 @@ def test_transformers_loads_the_folder(tmp_path):
 def test_hooks_of_mobilenet_survive_the_expansion(location):
     options = {"features_only": True, "feature_location": location}
     x = torch.zeros(1, 3, 64, 64)
-    ours, dense = (timm.create_model("x_mobilenet050_c16", compression=c, **options).eval()(x) for c in (16, 1))
+    ours, dense = (
+        timm.create_model("x_mobilenet050_c16", compression=c, **options).eval()(x) for c in (16, 1)
+    )
     assert [y.shape for y in ours] == [y.shape for y in dense]
     assert len(ours) == 5
 
@@ -891,7 +985,9 @@ def test_expanded_base_comes_back_from_its_folder(base, tmp_path):
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert_same_output(model, loaded, torch.randn(1, *model.pretrained_cfg["input_size"]))
-    ours, theirs = (timm.data.resolve_model_data_config(m) for m in (loaded, timm.create_model(base)))
+    ours, theirs = (
+        timm.data.resolve_model_data_config(m) for m in (loaded, timm.create_model(base))
+    )
     assert json.dumps(ours) == json.dumps(theirs)  # where lists and tuples are the same
 
 
@@ -900,7 +996,9 @@ def test_expanded_base_takes_the_trained_weights_of_what_stays_connected(tmp_pat
     state = {key: value + 1 for key, value in dense.state_dict().items()}
     path = tmp_path / "weights.pth"
     torch.save(state, path)
-    cfg = timm.models.PretrainedCfg(file=str(path), input_size=(3, 160, 160), first_conv="conv1", classifier="fc")
+    cfg = timm.models.PretrainedCfg(
+        file=str(path), input_size=(3, 160, 160), first_conv="conv1", classifier="fc"
+    )
     for key in ("test_resnet", "test_resnet.r160_in1k"):
         monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, key, cfg)
     model = xzoo.create_model("x_timm", base="test_resnet", pretrained=True)
@@ -936,7 +1034,11 @@ def test_base_must_be_a_dense_model(base):
         ("qqqqqqq", {}, r"xzoo.list_models\(\) has the names"),
         ("x_vgg16.cifar11", {}, "x_vgg16 has no tag 'cifar11'; it has untrained"),
         ("x_vgg16.cifar11", {"pretrained": True}, "x_vgg16 has no tag 'cifar11'"),
-        ("x_vgg16", {"pretrained": True}, "x_vgg16 has no trained weights yet; use pretrained=False"),
+        (
+            "x_vgg16",
+            {"pretrained": True},
+            "x_vgg16 has no trained weights yet; use pretrained=False",
+        ),
         (
             "x_timm",
             {"base": "test_nope", "pretrained": True},
@@ -981,7 +1083,8 @@ def test_mistakes_are_told_in_a_line(name, options, match):
     [
         (
             {"graph": "ring"},
-            "layer layer1.0.conv1: graph='ring' is not a kind of graph; use one of random, biregular",
+            "layer layer1.0.conv1: graph='ring' is not a kind of graph; use one of random, "
+            "biregular",
         ),
         (
             {"graph": "ramanujan", "compression": 64},

@@ -36,13 +36,71 @@ from xzoo.train.finetune import _run_name, finetune
 # No font has these two (private use), on any machine.
 UNKNOWN = ("\U0010fff0", "\U0010fff1")
 HARD = [
-    *("cat", "c\u0430t", "caf\u00e9", "cafe\u0301", "dog", "dog ", "", " ", "#3", '"#3"', "a_$x^$", "$5$_", r"\frac{"),
-    *("a\nb", r"a\nb", "tab\there", "\x1b[31mred", "a\u200bb", "ab", "a\u2028b", "\ufeffbom", "x" * 40 + "1"),
-    *("x" * 40 + "2", "x" * 30 + "1" + "x" * 30, "x" * 30 + "2" + "x" * 30, "\u732b", "\u72ac", "\U0001f436"),
-    *("\u05e9\u05dc\u05d5\u05dd", "\u0939\u093f\u0928\u094d\u0926\u0940", *UNKNOWN, "caf\udce9", "half \ud83d"),
-    *("yes", "null", "1e3", "0o17", "12:30:45", "con", "-rf", "[red]x[/]", ":cat:", "~", "_x", "a|b", "con."),
+    *(
+        "cat",
+        "c\u0430t",
+        "caf\u00e9",
+        "cafe\u0301",
+        "dog",
+        "dog ",
+        "",
+        " ",
+        "#3",
+        '"#3"',
+        "a_$x^$",
+        "$5$_",
+        r"\frac{",
+    ),
+    *(
+        "a\nb",
+        r"a\nb",
+        "tab\there",
+        "\x1b[31mred",
+        "a\u200bb",
+        "ab",
+        "a\u2028b",
+        "\ufeffbom",
+        "x" * 40 + "1",
+    ),
+    *(
+        "x" * 40 + "2",
+        "x" * 30 + "1" + "x" * 30,
+        "x" * 30 + "2" + "x" * 30,
+        "\u732b",
+        "\u72ac",
+        "\U0001f436",
+    ),
+    *(
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\u0939\u093f\u0928\u094d\u0926\u0940",
+        *UNKNOWN,
+        "caf\udce9",
+        "half \ud83d",
+    ),
+    *(
+        "yes",
+        "null",
+        "1e3",
+        "0o17",
+        "12:30:45",
+        "con",
+        "-rf",
+        "[red]x[/]",
+        ":cat:",
+        "~",
+        "_x",
+        "a|b",
+        "con.",
+    ),
 ]
-TINY = {"model": "test_resnet", "expand": 4, "pretrained": False, "img_size": 32, "batch_size": 8, "device": "cpu"}
+TINY = {
+    "model": "test_resnet",
+    "expand": 4,
+    "pretrained": False,
+    "img_size": 32,
+    "batch_size": 8,
+    "device": "cpu",
+}
 
 
 @pytest.fixture
@@ -60,7 +118,9 @@ def drawn(monkeypatch):
 
 
 def texts(figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))]
+    return [
+        text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))
+    ]
 
 
 def squares(count: int) -> list[Image.Image]:
@@ -73,14 +133,23 @@ def squares(count: int) -> list[Image.Image]:
 @pytest.mark.parametrize("name", HARD)
 def test_a_name_is_one_line_of_what_can_be_seen_and_no_two_are_one(name):
     for line in (shown(name), escaped(name), shown(name, "ascii"), shown(name, "cp1252")):
-        assert len(f"<{line}>".splitlines()) == 1 and not any(unicodedata.category(c) in ("Cc", "Cs") for c in line)
+        assert len(f"<{line}>".splitlines()) == 1 and not any(
+            unicodedata.category(c) in ("Cc", "Cs") for c in line
+        )
     assert shown(name, "ascii").isascii()
     assert escaped(name).encode("latin-1", "backslashreplace").decode("unicode_escape") == name
     assert len({escaped(other) for other in HARD}) == len(HARD)
 
 
 def test_what_is_ordinary_stays_as_it_is():
-    for name in ("photo 1.jpg", "caf\u00e9", "\u732b", "C:\\photos\\a.png", "\u05e9\u05dc\u05d5\u05dd", "a\u200db"):
+    for name in (
+        "photo 1.jpg",
+        "caf\u00e9",
+        "\u732b",
+        "C:\\photos\\a.png",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "a\u200db",
+    ):
         assert shown(name) == name
     assert shown("caf\udce9.png") == r"caf\udce9.png" and escaped("a\\n\n") == r"a\\n\n"
 
@@ -94,10 +163,15 @@ def test_bytes_that_are_no_utf8_survive():
 @pytest.mark.slow
 def test_a_locale_of_ascii_reads_the_same_names(tmp_path, make_folder):
     root = make_folder(("\u732b", "caf\u00e9"), each=3)
-    ask = "import sys; from xzoo.data.scan import read; d = read(sys.argv[1]); print(d.classes, d.fingerprint())"
+    ask = (
+        "import sys; from xzoo.data.scan import read; d = read(sys.argv[1]); print(d.classes, "
+        "d.fingerprint())"
+    )
     bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", ask, os.fsencode(root)]
-    told = subprocess.run(command, env=bare | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True)
+    told = subprocess.run(
+        command, env=bare | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, check=True
+    )
     data = read(root)
     assert told.stdout.decode() == f"{data.classes} {data.fingerprint()}\n"
     assert shown("\udce7\udc8c\udcab") == "\u732b" and shown("half \ud83d") == r"half \ud83d"
@@ -111,7 +185,11 @@ def test_yaml_and_csv_and_json_give_names_back(tmp_path):
     # As another reader, of YAML 1.2, takes them: what it would take for a number is in quotes.
     plain = [line[2:] for line in to_yaml(["1e3", "0o17", ".5E2", "-3.e+4", "1_000"]).splitlines()]
     assert all(word[0] in "'\"" for word in plain[:4])
-    predictions = [Prediction(f"{name}.png", [(name, 0.5)], f"not {name}") for name in HARD if name != "half \ud83d"]
+    predictions = [
+        Prediction(f"{name}.png", [(name, 0.5)], f"not {name}")
+        for name in HARD
+        if name != "half \ud83d"
+    ]
     write_csv(predictions, tmp_path / "p.csv", 1)
     with open(tmp_path / "p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
@@ -133,7 +211,10 @@ def test_the_hash_of_the_images_is_that_of_before_and_takes_any_name():
 
 
 def test_run_folders_of_data_without_letters():
-    names = [_run_name(data, "x_resnet18", None) for data in ("\U0001f431", "\U0001f436", "...", "\u732b", "my photos")]
+    names = [
+        _run_name(data, "x_resnet18", None)
+        for data in ("\U0001f431", "\U0001f436", "...", "\u732b", "my photos")
+    ]
     assert len(set(names)) == 5 and all(name[0] not in ".-_" for name in names)
     assert names[3:] == ["\u732b-x_resnet18", "my_photos-x_resnet18"]
     assert len(encoded(_run_name("\u732b" * 80, "m" * 250, 4))) < 200
@@ -142,7 +223,11 @@ def test_run_folders_of_data_without_letters():
 def test_the_same_letters_in_two_forms_of_unicode_are_told(make_folder):
     nfc, nfd = "caf\u00e9", "cafe\u0301"
     (remark,) = read(make_folder((nfc, nfd, "tea"), each=3)).remarks
-    assert ascii(nfc) in remark and ascii(nfd) in remark and "put their images into one folder" in remark
+    assert (
+        ascii(nfc) in remark
+        and ascii(nfd) in remark
+        and "put their images into one folder" in remark
+    )
     assert read(make_folder((nfc, "tea"), each=3, where="one")).remarks == []
     make_folder((nfc, "tea"), each=3, where="parts/train")
     root = make_folder((nfd, "tea"), each=3, where="parts/val").parent
@@ -164,7 +249,11 @@ def test_a_console_says_any_name_in_one_line(encoding):
     stream.flush()
     lines = raw.getvalue().decode(encoding).split("\n")
     assert len(lines) == len(HARD) + 1
-    assert "class [red]x[/] found" in lines and "class :cat: found" in lines and r"class \x1b[31mred found" in lines
+    assert (
+        "class [red]x[/] found" in lines
+        and "class :cat: found" in lines
+        and r"class \x1b[31mred found" in lines
+    )
     assert (r"class \u732b found" in lines) == (encoding != "utf-8")
 
 
@@ -172,7 +261,12 @@ def test_a_console_says_any_name_in_one_line(encoding):
 def test_every_stream_takes_what_commands_print(encoding, tmp_path, monkeypatch):
     """With an error handler that raises, as Python's own for standard output."""
     names = ["caf\u00e9", "\u732b", "a\nb"]
-    save(create_model("x_mobilenet050_c4", num_classes=3), tmp_path / "model", names, {"input_size": (3, 32, 32)})
+    save(
+        create_model("x_mobilenet050_c4", num_classes=3),
+        tmp_path / "model",
+        names,
+        {"input_size": (3, 32, 32)},
+    )
     photos = tmp_path / "photos \u72ac"
     photos.mkdir()
     Image.new("RGB", (9, 9)).save(photos / "\u732b\n.png")
@@ -183,7 +277,18 @@ def test_every_stream_takes_what_commands_print(encoding, tmp_path, monkeypatch)
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         assert cli.main(["classify", str(tmp_path / "model"), str(photos)]) == 0
-        assert cli.main(["classify", str(tmp_path / "model"), str(photos), "--csv", f"{tmp_path}/\u732b.csv"]) == 0
+        assert (
+            cli.main(
+                [
+                    "classify",
+                    str(tmp_path / "model"),
+                    str(photos),
+                    "--csv",
+                    f"{tmp_path}/\u732b.csv",
+                ]
+            )
+            == 0
+        )
         assert cli.main(["classify", str(tmp_path / "model"), f"{tmp_path}/no\n\u732b.png"]) == 2
     out.flush()
     err.flush()
@@ -199,7 +304,10 @@ def test_behind_two_dashes_are_names(monkeypatch, capsys, tmp_path):
     assert "--no-such-file.png does not exist" in capsys.readouterr().err
     (tmp_path / "-rf.png").write_bytes(b"x")
     assert cli.main(["classify", "x_resnet18", "-rf.png"]) == 2
-    assert "-rf.png is taken for an option; write ./-rf.png, or -- before the names" in capsys.readouterr().err
+    assert (
+        "-rf.png is taken for an option; write ./-rf.png, or -- before the names"
+        in capsys.readouterr().err
+    )
 
 
 # ---- in pictures
@@ -209,26 +317,47 @@ def test_behind_two_dashes_are_names(monkeypatch, capsys, tmp_path):
 def test_no_two_classes_look_the_same(tmp_path, drawn):
     """And nothing warns: a warning is an error here."""
     n = len(HARD)
-    pictures.confusion(np.eye(n, dtype=np.int64), HARD, tmp_path / "confusion.png", f"a_$x^$ {UNKNOWN[0]}: 50.00 %")
+    pictures.confusion(
+        np.eye(n, dtype=np.int64), HARD, tmp_path / "confusion.png", f"a_$x^$ {UNKNOWN[0]}: 50.00 %"
+    )
     order = list(range(n))
-    pictures.samples(squares(n), order, [*order[1:], 0], [0.5] * n, HARD, tmp_path / "samples.png", "$x^$: 50.00 %")
+    pictures.samples(
+        squares(n),
+        order,
+        [*order[1:], 0],
+        [0.5] * n,
+        HARD,
+        tmp_path / "samples.png",
+        "$x^$: 50.00 %",
+    )
     names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
     assert len(names) == n == len(set(names)) and all(name.strip() for name in names)
-    assert {"a_$x^$", "$5$_", r"\frac{", r"\x1b[31mred", '"dog "', '""', "_x", "[red]x[/]"} <= set(names)
+    assert {"a_$x^$", "$5$_", r"\frac{", r"\x1b[31mred", '"dog "', '""', "_x", "[red]x[/]"} <= set(
+        names
+    )
     assert names[0] == "#1 cat" and names[1] == "#2 c\u0430t"
-    assert [f"#{HARD.index(name) + 1}" for name in UNKNOWN] == [names[HARD.index(name)] for name in UNKNOWN]
+    assert [f"#{HARD.index(name) + 1}" for name in UNKNOWN] == [
+        names[HARD.index(name)] for name in UNKNOWN
+    ]
     assert max(map(len, names)) <= 22 + len("#99 ")
     listed = (tmp_path / "classes.txt").read_text(encoding="utf-8").splitlines()
     assert [line.partition("\t")[0] for line in listed] == [f"#{i}" for i in range(1, n + 1)]
-    back = [line.partition("\t")[2].encode("latin-1", "backslashreplace").decode("unicode_escape") for line in listed]
+    back = [
+        line.partition("\t")[2].encode("latin-1", "backslashreplace").decode("unicode_escape")
+        for line in listed
+    ]
     assert back == HARD
-    assert any("classes.txt" in text for text in texts(drawn[0])) and any("classes.txt" in t for t in texts(drawn[1]))
+    assert any("classes.txt" in text for text in texts(drawn[0])) and any(
+        "classes.txt" in t for t in texts(drawn[1])
+    )
     assert "a_$x^$ \\U0010fff0: 50.00 %" in texts(drawn[0])
 
 
 def test_ordinary_classes_are_their_names_alone(tmp_path, drawn):
     classes = ["ant", "bee", "caf\u00e9", "42", "Stra\u00dfe"]
-    pictures.confusion(np.eye(5, dtype=np.int64), classes, tmp_path / "confusion.png", "run: 50.00 %")
+    pictures.confusion(
+        np.eye(5, dtype=np.int64), classes, tmp_path / "confusion.png", "run: 50.00 %"
+    )
     assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == classes
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
 
@@ -236,13 +365,19 @@ def test_ordinary_classes_are_their_names_alone(tmp_path, drawn):
 def test_dollars_are_drawn(tmp_path):
     """Not read as TeX, which draws "5_" for the second."""
     for number, name in enumerate(("5_", "$5$_", r"\$5\$_")):
-        pictures.curves([{"step": 0.0, "epoch": 0.0, "val/loss": 1.0}], tmp_path / f"{number}.png", name)
+        pictures.curves(
+            [{"step": 0.0, "epoch": 0.0, "val/loss": 1.0}], tmp_path / f"{number}.png", name
+        )
     seen = {(tmp_path / f"{number}.png").read_bytes() for number in range(3)}
     assert len(seen) == 3
 
 
 def test_a_long_name_of_a_run_leaves_room_for_its_result(tmp_path, drawn):
-    pictures.curves([{"step": 0.0, "epoch": 0.0, "val/loss": 1.0}], tmp_path / "c.png", "r" * 250 + ": 50.00 % of 8")
+    pictures.curves(
+        [{"step": 0.0, "epoch": 0.0, "val/loss": 1.0}],
+        tmp_path / "c.png",
+        "r" * 250 + ": 50.00 % of 8",
+    )
     title = next(text for text in texts(drawn[0]) if "50.00" in text)
     assert title.endswith(": 50.00 % of 8") and len(title) <= 112
 
@@ -299,12 +434,16 @@ def test_a_font_that_is_installed_later_is_found(tmp_path):
 def test_pictures_of_models_take_any_names(tmp_path):
     graph = theory.Graph.sample("biregular", 8, 8, 4)
     name = f"a_$x^$ {UNKNOWN[0]}"
-    figure = drawing.draw_layers({name: theory.spectrum(graph), "b\n": theory.spectrum(graph)}, name)
+    figure = drawing.draw_layers(
+        {name: theory.spectrum(graph), "b\n": theory.spectrum(graph)}, name
+    )
     figure.savefig(tmp_path / "layers.png")
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert labels == ["a_$x^$ \\U0010fff0", "b\\n"] and labels[0] in texts(figure)
     # What begins with an underscore, as attributes of modules do, is in the legend, too.
-    figure = drawing.draw_reach({"_conv1": theory.reach(theory.stack("biregular", 8, 4, layers=2))}, name)
+    figure = drawing.draw_reach(
+        {"_conv1": theory.reach(theory.stack("biregular", 8, 4, layers=2))}, name
+    )
     figure.savefig(tmp_path / "reach.png")
     assert " _conv1" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     drawing.draw_adjacency(graph, name).savefig(tmp_path / "graph.png")
@@ -312,8 +451,12 @@ def test_pictures_of_models_take_any_names(tmp_path):
 
 
 def test_labels_of_results_are_measured_as_they_are_drawn():
-    point = figures.Point("cifar10", "a_$x^$", "dense", 1, None, 1000, 2000, 90.0, "xzoo", "last", n=1)
-    figure = figures.draw_accuracy([point, figures.Point(**{**vars(point), "network": UNKNOWN[1], "weights": 9000})])
+    point = figures.Point(
+        "cifar10", "a_$x^$", "dense", 1, None, 1000, 2000, 90.0, "xzoo", "last", n=1
+    )
+    figure = figures.draw_accuracy(
+        [point, figures.Point(**{**vars(point), "network": UNKNOWN[1], "weights": 9000})]
+    )
     figure.draw_without_rendering()
     assert {"a_$x^$", "\\U0010fff1"} <= set(texts(figure))
 
@@ -338,7 +481,9 @@ def test_a_run_on_hard_names_and_pictures_that_cannot_be_drawn(make_folder, tmp_
     (run / "confusion.png").mkdir(parents=True)  # nothing can be written there
     result = finetune(str(data), epochs=1, out=str(run), workers=0, **TINY)
     told = capsys.readouterr().err.splitlines()
-    assert sum("is not drawn" in line for line in told) == 1 and any(r"broken\t\n.png" in line for line in told)
+    assert sum("is not drawn" in line for line in told) == 1 and any(
+        r"broken\t\n.png" in line for line in told
+    )
     assert (run / "curves.png").is_file() and (run / "samples.png").is_file()
     assert (run / "skipped.txt").read_text().startswith("a\\nb/broken\\t\\n.png\t")
     assert len((run / "skipped.txt").read_text().splitlines()) == 1
@@ -347,12 +492,17 @@ def test_a_run_on_hard_names_and_pictures_that_cannot_be_drawn(make_folder, tmp_
     assert json.loads((run / "model" / "config.json").read_text())["label_names"] == sorted(names)
     assert finetune(str(data), epochs=1, out=str(run), workers=0, **TINY) == result
     (run / "result.json").unlink()  # killed before: the same command ends it
-    assert finetune(str(data), epochs=1, out=str(run), workers=0, **TINY).accuracy == result.accuracy
+    assert (
+        finetune(str(data), epochs=1, out=str(run), workers=0, **TINY).accuracy == result.accuracy
+    )
     # It can be published without the picture that is not there.
     (run / "curves.png").unlink()
     folder = export(run, tmp_path / "out", timed=False)
     check(folder)
-    assert "curves.png" not in (folder / "README.md").read_text() and not (folder / "curves.png").exists()
+    assert (
+        "curves.png" not in (folder / "README.md").read_text()
+        and not (folder / "curves.png").exists()
+    )
 
 
 def test_what_a_data_module_tells_is_as_it_is(make_folder, tmp_path, capsys):
@@ -375,7 +525,9 @@ def test_errors_and_facts_of_the_machine_are_lines(tmp_path, capsys, monkeypatch
     monkeypatch.setenv("XZOO_HOME", str(tmp_path / "a\nb\x1b[31m"))
     assert cli.main(["doctor"]) == 0
     told = capsys.readouterr().out
-    assert r"a\nb\x1b[31m" in told and "\x1b" not in told and len(told.splitlines()) == len(doctor())
+    assert (
+        r"a\nb\x1b[31m" in told and "\x1b" not in told and len(told.splitlines()) == len(doctor())
+    )
 
 
 def test_a_table_of_results_is_written_whatever_becomes_of_the_pictures(tmp_path, capsys):
@@ -390,8 +542,13 @@ def test_a_table_of_results_is_written_whatever_becomes_of_the_pictures(tmp_path
 
 
 def test_markdown_has_no_meaning_in_a_name():
-    assert markdown("x_vgg16_2.cifar10_q75, recipes/a-b.yaml (1)") == "x_vgg16_2.cifar10_q75, recipes/a-b.yaml (1)"
-    assert markdown("<script>|`*_a_*`[b](c)$x$\n") == r"&lt;script&gt;\|\`\*\_a\_\*\`\[b\](c)\$x\$\\n"
+    assert (
+        markdown("x_vgg16_2.cifar10_q75, recipes/a-b.yaml (1)")
+        == "x_vgg16_2.cifar10_q75, recipes/a-b.yaml (1)"
+    )
+    assert (
+        markdown("<script>|`*_a_*`[b](c)$x$\n") == r"&lt;script&gt;\|\`\*\_a\_\*\`\[b\](c)\$x\$\\n"
+    )
     assert code("a") == "`a`" and code("a`b``c") == "``` a`b``c ```"
 
 
@@ -399,14 +556,22 @@ def test_a_card_of_a_folder_with_a_hard_name(tmp_path):
     run, name = tmp_path / "run", 'a|b `c` <script>"$x^$"\n\u732b'
     save(create_model("x_mobilenet050_c4", num_classes=3).eval(), run / "model", ["a", "b", "c"])
     (run / "config.yaml").write_text("{}")
-    result = {"accuracy": 0.5, "accuracy5": 1.0, "images": 8, "seconds": 1.0, "epochs": 1, "loss": 1.0}
+    result = {
+        "accuracy": 0.5,
+        "accuracy5": 1.0,
+        "images": 8,
+        "seconds": 1.0,
+        "epochs": 1,
+        "loss": 1.0,
+    }
     result |= {"recipe": "<b>|x", "recipe_sha": "0" * 16}
     (run / "result.json").write_text(json.dumps({"run": "r", "model": "m", **result}))
     folder = export(run, tmp_path / name, timed=False)
     check(folder)
     text = (folder / "README.md").read_text(encoding="utf-8")
     prose = re.sub("```python.*?```", "", text.split("---\n", 2)[2], flags=re.DOTALL)
-    prose = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)  # what stands in code is no HTML
+    # what stands in code is no HTML
+    prose = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
     assert "<script>" not in prose and "&lt;script&gt;" in prose and "<b>" not in prose
     head = yaml.safe_load(text.split("---")[1])
     assert head["model-index"][0]["name"] == shown(name)

@@ -1,8 +1,10 @@
-"""Our CPU kernels: against torch in float64, over threads, processes and machines without what they need.
+"""Our CPU kernels: against torch in float64, over threads, processes and machines without what they
+need.
 
-`python tests/test_native.py` renews golden/native.csv, the times that the rule of `auto` is held against: some 15
-minutes on one thread. Under ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2, which
-hold torch and our kernels, it renews the rows of machines that have vectors of 8 floats.
+`python tests/test_native.py` renews golden/native.csv, the times that the rule of `auto` is held
+against: some 15 minutes on one thread. Under ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+MKL_ENABLE_INSTRUCTIONS=AVX2, which hold torch and our kernels, it renews the rows of machines that
+have vectors of 8 floats.
 """
 
 import csv
@@ -35,7 +37,10 @@ from xzoo.ops.tune import PRODUCTS, LayerShape, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
 # Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
-LEVELS = ["best", *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64"))]
+LEVELS = [
+    "best",
+    *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64")),
+]
 
 pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
 
@@ -62,7 +67,9 @@ def kernels(built, monkeypatch):
 
 @st.composite
 def cases(draw):
-    """(x, weight, neighbours, bias, grad, geometry), positive, so that no sum cancels; float32 values in float64."""
+    """(x, weight, neighbours, bias, grad, geometry), positive, so that no sum cancels; float32
+    values in float64.
+    """
     share, blocks = draw(st.sampled_from([1, 2, 3, 4, 5, 8])), draw(st.integers(1, 9))
     n_in = draw(st.sampled_from([1, 3, 7, 16, 33, 65, 400]))
     degree, kernel = draw(st.integers(1, n_in)), draw(st.sampled_from([0, 1, 3, 3]))
@@ -95,7 +102,10 @@ def cases(draw):
 def check(case, threads):
     torch.set_num_threads(threads)
     for name, got, want in zip(
-        NAMES, results(case, "native", torch.float32), results(case, None, torch.float64), strict=True
+        NAMES,
+        results(case, "native", torch.float32),
+        results(case, None, torch.float64),
+        strict=True,
     ):
         if want is not None:
             assert got.shape == want.shape
@@ -113,17 +123,31 @@ def random_case(kernel=3, n_in=24, n_out=16, size=9, degree=5, share=1, batch=20
     taps, pixels = ([kernel] * 2, [size] * 2) if kernel else ([], [])
     y = [(size - 1) // stride + 1] * 2 if kernel else []
     shapes = [batch, n_in, *pixels], [n_out, degree, *taps], [n_out], [batch, n_out, *y]
-    x, weight, bias, grad = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in shapes)
-    return x, weight, rows, bias, grad, ((stride,) * 2, (kernel // 2,) * 2, (1, 1)) if kernel else ()
+    x, weight, bias, grad = (
+        torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in shapes
+    )
+    return (
+        x,
+        weight,
+        rows,
+        bias,
+        grad,
+        ((stride,) * 2, (kernel // 2,) * 2, (1, 1)) if kernel else (),
+    )
 
 
 @pytest.mark.parametrize(
     "options",
     [{}, {"batch": 3}, {"stride": 2}, {"kernel": 1, "share": 4}, {"kernel": 0}]
-    + [{"kernel": 1, "share": 4, "n_in": 130, "size": 2, "batch": 1}]  # dx: threads by blocks of inputs
+    # dx: threads by blocks of inputs
+    + [{"kernel": 1, "share": 4, "n_in": 130, "size": 2, "batch": 1}]
     + [{"kernel": 1, "n_in": 600}]  # dw: the sums of three panels; y: blocks of inputs
     + [{"size": size, "batch": batch} for size, batch in ((2, 1), (4, 2), (5, 1), (8, 1))]
-    + [{"stride": 2, "batch": 1}, {"stride": 2, "batch": 3, "size": 33}, {"kernel": 0, "share": 4, "batch": 2}]
+    + [
+        {"stride": 2, "batch": 1},
+        {"stride": 2, "batch": 3, "size": 33},
+        {"kernel": 0, "share": 4, "batch": 2},
+    ]
     + [{"kernel": 0, "n_in": 512, "n_out": 1024, "degree": 256, "batch": 1}],  # dx: sums of pieces
     ids=str,
 )
@@ -144,18 +168,29 @@ def forward(x, weight, rows, bias, geometry, activation=""):
 
 def agree(case):
     for name, got, want in zip(
-        NAMES, results(case, "native", torch.float32), results(case, None, torch.float64), strict=True
+        NAMES,
+        results(case, "native", torch.float32),
+        results(case, None, torch.float64),
+        strict=True,
     ):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-5, atol=0, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 def test_small_planes_of_few_samples(kernels):
     generator = torch.Generator().manual_seed(0)
-    sizes, batches, strides = itertools.product((1, 2, 3, 4, 5, 8), (1, 2, 3, 4, 7, 8)), (1, 3, 9), (1, 2)
+    sizes, batches, strides = (
+        itertools.product((1, 2, 3, 4, 5, 8), (1, 2, 3, 4, 7, 8)),
+        (1, 3, 9),
+        (1, 2),
+    )
     for (height, width), batch, stride in itertools.product(sizes, batches, strides):
         y = (height - 1) // stride + 1, (width - 1) // stride + 1
         shapes = (batch, 7, height, width), (19, 5, 3, 3), (19,), (batch, 19, *y)
-        x, weight, bias, grad = (torch.rand(*shape, generator=generator).double() + 0.5 for shape in shapes)
+        x, weight, bias, grad = (
+            torch.rand(*shape, generator=generator).double() + 0.5 for shape in shapes
+        )
         rows = torch.stack([torch.randperm(7, generator=generator)[:5] for _ in range(19)])
         for form in (torch.contiguous_format, torch.channels_last):
             x, grad = x.to(memory_format=form), grad.to(memory_format=form)
@@ -165,10 +200,16 @@ def test_small_planes_of_few_samples(kernels):
 @pytest.mark.parametrize("share", [1, 3, 8])
 def test_linear_layers_of_few_samples(kernels, share):
     generator = torch.Generator().manual_seed(0)
-    for batch, (blocks, degree) in itertools.product((1, 2, 4), ((7, 1), (6, 31), (5, 64), (1032 // share, 517))):
-        rows = torch.stack([torch.randperm(517, generator=generator)[:degree] for _ in range(blocks)])
+    for batch, (blocks, degree) in itertools.product(
+        (1, 2, 4), ((7, 1), (6, 31), (5, 64), (1032 // share, 517))
+    ):
+        rows = torch.stack(
+            [torch.randperm(517, generator=generator)[:degree] for _ in range(blocks)]
+        )
         shapes = (batch, 517), (blocks * share, degree), (blocks * share,), (batch, blocks * share)
-        x, weight, bias, grad = (torch.rand(*shape, generator=generator).double() + 0.5 for shape in shapes)
+        x, weight, bias, grad = (
+            torch.rand(*shape, generator=generator).double() + 0.5 for shape in shapes
+        )
         agree((x, weight, rows, bias, grad, ()))
 
 
@@ -177,7 +218,12 @@ def test_linear_layers_of_few_samples(kernels, share):
     [
         *({}, {"batch": 3}, {"batch": 3, "share": 2}, {"stride": 2}, {"stride": 2, "batch": 2}),
         *({"size": size, "batch": 1} for size in (2, 4, 5, 8)),
-        *({"kernel": 1}, {"kernel": 1, "share": 4}, {"kernel": 1, "n_in": 600, "degree": 2}, {"kernel": 1, "batch": 1}),
+        *(
+            {"kernel": 1},
+            {"kernel": 1, "share": 4},
+            {"kernel": 1, "n_in": 600, "degree": 2},
+            {"kernel": 1, "batch": 1},
+        ),
         *({"kernel": 0}, {"kernel": 0, "share": 4}, {"kernel": 0, "batch": 1}),
     ],
     ids=str,
@@ -214,12 +260,19 @@ def test_nan_and_infinity_reach_exactly_the_connected_outputs(kernels, kernel, v
 @pytest.mark.parametrize("batch", [2, 40])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    ("kernel", "share", "stride"), [(3, 1, 1), (3, 1, 2), (1, 1, 1), (1, 4, 1), (0, 1, 1), (0, 4, 1)]
+    ("kernel", "share", "stride"),
+    [(3, 1, 1), (3, 1, 2), (1, 1, 1), (1, 4, 1), (0, 1, 1), (0, 4, 1)],
 )
-def test_nan_and_infinity_in_a_gradient_reach_exactly_what_it_belongs_to(kernels, kernel, share, stride, value, batch):
-    x, weight, rows, _, grad, geometry = random_case(kernel, share=share, batch=batch, stride=stride)
+def test_nan_and_infinity_in_a_gradient_reach_exactly_what_it_belongs_to(
+    kernels, kernel, share, stride, value, batch
+):
+    x, weight, rows, _, grad, geometry = random_case(
+        kernel, share=share, batch=batch, stride=stride
+    )
     grad[1, 6] = value
-    _, dx, dw, _ = results((x.abs() + 1, weight.abs() + 1, rows, None, grad, geometry), "native", torch.float32)
+    _, dx, dw, _ = results(
+        (x.abs() + 1, weight.abs() + 1, rows, None, grad, geometry), "native", torch.float32
+    )
     read = torch.zeros(x.shape[1], dtype=torch.bool)
     read[rows[6 // share].long()] = True
     assert 0 < read.sum() < len(read)
@@ -233,7 +286,9 @@ def test_nan_and_infinity_in_a_gradient_reach_exactly_what_it_belongs_to(kernels
 
 def test_strided_tensors_are_read_as_they_are(kernels):
     x, weight, rows, bias, grad, geometry = random_case()
-    strided = [torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (x, weight, bias, grad)]
+    strided = [
+        torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (x, weight, bias, grad)
+    ]
     case = (*strided[:2], rows.t().contiguous().t(), *strided[2:], geometry)
     for got, want in zip(
         results(case, "native", torch.float32),
@@ -248,9 +303,9 @@ def test_output_keeps_the_memory_format(kernels):
         x, weight, rows, bias, _, geometry = random_case(kernel, batch=batch)
         with ops.backend("native"):
             for form in (torch.contiguous_format, torch.channels_last):
-                assert ops.conv2d(x.to(memory_format=form), weight, rows, bias, *geometry).is_contiguous(
-                    memory_format=form
-                )
+                assert ops.conv2d(
+                    x.to(memory_format=form), weight, rows, bias, *geometry
+                ).is_contiguous(memory_format=form)
 
 
 def test_neighbour_out_of_range_is_refused(kernels):
@@ -258,7 +313,10 @@ def test_neighbour_out_of_range_is_refused(kernels):
     for bad in (-1, x.shape[1]):
         wrong = rows.clone()
         wrong[3, 2] = bad
-        with ops.backend("native"), pytest.raises(IndexError, match="neighbours must be from 0 to 23"):
+        with (
+            ops.backend("native"),
+            pytest.raises(IndexError, match="neighbours must be from 0 to 23"),
+        ):
             ops.conv2d(x, weight, wrong, bias, *geometry)
 
 
@@ -276,7 +334,10 @@ def test_neighbour_out_of_range_is_refused(kernels):
 def test_what_has_no_kernel_is_refused_by_name_and_done_by_auto(options, dtype, geometry):
     x, weight, rows, bias, _, own = random_case(**options)
     args = [t.to(dtype) if t.is_floating_point() else t for t in (x, weight, rows, bias)]
-    with ops.backend("native"), pytest.raises(XzooError, match="backend 'native' has no kernel for conv2d of"):
+    with (
+        ops.backend("native"),
+        pytest.raises(XzooError, match="backend 'native' has no kernel for conv2d of"),
+    ):
         ops.conv2d(*args, *(geometry or own))
     dense = ops.dense.scatter(args[1], rows, x.shape[1])
     torch.testing.assert_close(
@@ -286,14 +347,19 @@ def test_what_has_no_kernel_is_refused_by_name_and_done_by_auto(options, dtype, 
 
 def test_two_threads_may_call_at_once(kernels):
     torch.set_num_threads(2)
-    made = [random_case(size=s, batch=b, stride=t) for s, b, t in ((14, 20, 1), (9, 3, 1), (8, 33, 2), (5, 16, 1))]
+    made = [
+        random_case(size=s, batch=b, stride=t)
+        for s, b, t in ((14, 20, 1), (9, 3, 1), (8, 33, 2), (5, 16, 1))
+    ]
     want = [results(case, "native", torch.float32) for case in made]
     wrong = []
 
     def work(case, expected):
         for _ in range(20):
             got = results(case, "native", torch.float32)
-            wrong.extend(1 for a, b in zip(got[:3], expected[:3], strict=True) if not torch.equal(a, b))
+            wrong.extend(
+                1 for a, b in zip(got[:3], expected[:3], strict=True) if not torch.equal(a, b)
+            )
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(made, want, strict=True)]
     with ops.backend("native"):
@@ -335,7 +401,9 @@ def process(code, home, **environment):
 def said(run):
     out, err = run.communicate(timeout=300)
     # On a slow machine a first build says that it lasts; test_native_build.py is about that.
-    lines = [line for line in err.splitlines() if "CPU kernels" not in line or "not available" in line]
+    lines = [
+        line for line in err.splitlines() if "CPU kernels" not in line or "not available" in line
+    ]
     return out.strip(), "\n".join(lines).strip(), run.returncode
 
 
@@ -354,7 +422,9 @@ def test_a_broken_compiler_is_said_once_and_the_library_used(tmp_path):
     out, err, code = said(process(AUTO, tmp_path, CXX="/bin/false"))
     assert (out, code) == ("False 12.0\nFalse 12.0", 0)
     assert len(err.splitlines()) == 1
-    assert err.startswith("xzoo's own CPU kernels are not available, torch's are used: /bin/false failed with code 1")
+    assert err.startswith(
+        "xzoo's own CPU kernels are not available, torch's are used: /bin/false failed with code 1"
+    )
     out, err, code = said(process(NATIVE, tmp_path, CXX="/nowhere/g++"))
     assert code == 1 and "backend 'native' is not available here" in err
     assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".lock"]
@@ -365,20 +435,28 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")  # for root, every folder can be written
     for home in (tmp_path / "file", "/proc/none"):
         assert said(process(NATIVE, home, TMPDIR=str(tmp_path)))[::2] == ("12.0", 0)
-    assert len(list(tmp_path.glob("xzoo-*/native/*.so"))) == 1  # for all that cannot use their cache
+    # for all that cannot use their cache
+    assert len(list(tmp_path.glob("xzoo-*/native/*.so"))) == 1
 
 
 @pytest.mark.slow
 def test_eight_processes_compile_once(tmp_path):
     counter = tmp_path / "c++"
-    counter.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) echo x >> {tmp_path}/count;; esac\nexec c++ "$@"\n')
+    counter.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -c "*) echo x >> {tmp_path}/count;; esac\nexec c++ "$@"\n'
+    )
     counter.chmod(0o755)
     runs = [process(NATIVE, tmp_path / "home", CXX=str(counter)) for _ in range(8)]
     for run in runs:
         out, err, code = said(run)
-        assert (out, code) == ("12.0", 0) and len(err.splitlines()) <= 1, err  # it may say that it waits
+        # it may say that it waits
+        assert (out, code) == ("12.0", 0) and len(err.splitlines()) <= 1, err
     assert (tmp_path / "count").read_text() == "x\n"
-    assert sorted(path.suffix for path in (tmp_path / "home" / "native").iterdir()) == [".json", ".lock", ".so"]
+    assert sorted(path.suffix for path in (tmp_path / "home" / "native").iterdir()) == [
+        ".json",
+        ".lock",
+        ".so",
+    ]
 
 
 @pytest.mark.slow
@@ -413,7 +491,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run() == want)
 
 # ---- memory, under the compiler's sanitizers
 
-# Every function on layers whose tensors end where their numbers end; `scratch` ends where it was asked to.
+# Every function on layers whose tensors end where their numbers end; `scratch` ends where it was
+# asked to.
 DRIVER = r"""
 #include <cstdint>
 #include <cstdio>
@@ -492,7 +571,8 @@ def test_no_kernel_touches_memory_that_is_not_its_own(level, tmp_path):
     source, found = whole(native.SOURCE), "    return p;\n  }\n};\nthread_local"
     assert source.count(found) == 1
     exact = (
-        "    __asan_unpoison_memory_region(p, bytes), __asan_poison_memory_region(p + n, bytes - n * sizeof(float));\n"
+        "    __asan_unpoison_memory_region(p, bytes), __asan_poison_memory_region(p + n, bytes - "
+        "n * sizeof(float));\n"
     )
     (tmp_path / "native.cpp").write_text(source.replace(found, exact + found))
     (tmp_path / "driver.cpp").write_text(DRIVER)
@@ -518,7 +598,11 @@ def test_auto_takes_native_only_where_it_was_measured_faster(lanes, fast, monkey
     monkeypatch.setattr(native, "lanes", lambda: lanes)
     monkeypatch.setattr(native, "fast", lambda: fast)
     with GOLDEN.open() as file:
-        rows = [row for row in csv.DictReader(file) if (row["lanes"], row["fast"]) == (str(lanes), str(int(fast)))]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["lanes"], row["fast"]) == (str(lanes), str(int(fast)))
+        ]
     taken = {part: [] for part in PRODUCTS}
     for row in rows:
         x, weight, neighbours, geometry = shapes(row)
@@ -530,24 +614,48 @@ def test_auto_takes_native_only_where_it_was_measured_faster(lanes, fast, monkey
         assert len(found) > len(rows) / 3, part
         slower = [pair for pair in found if pair[0] < 1.1]
         worst = min(found, key=lambda pair: pair[0])
-        assert len(slower) <= len(found) / (40 if fast else 100) and worst[0] >= 0.8, (part, len(slower), worst)
+        assert len(slower) <= len(found) / (40 if fast else 100) and worst[0] >= 0.8, (
+            part,
+            len(slower),
+            worst,
+        )
 
 
-# The table of `auto`: how many times slower what it took before (dense or gather) is than `native`, in the same
-# layout, for the operation and for each of its gradients.
+# The table of `auto`: how many times slower what it took before (dense or gather) is than `native`,
+# in the same layout, for the operation and for each of its gradients.
 
 COLUMNS = ("lanes", "fast", *LayerShape._fields, *PRODUCTS)
 SHAPES = [
-    *((3, 64, 64, 32, 1), (3, 256, 256, 8, 1), (3, 512, 512, 4, 1), (3, 512, 512, 2, 1), (3, 256, 256, 14, 1)),
-    *((3, 512, 512, 7, 1), (3, 128, 256, 16, 2), (1, 64, 256, 28, 1), (1, 256, 64, 28, 1), (1, 512, 512, 7, 1)),
-    *((1, 1024, 256, 14, 1), (1, 128, 128, 4, 1), (1, 256, 512, 14, 2), (1, 512, 512, 2, 1), (1, 512, 512, 1, 1)),
+    *(
+        (3, 64, 64, 32, 1),
+        (3, 256, 256, 8, 1),
+        (3, 512, 512, 4, 1),
+        (3, 512, 512, 2, 1),
+        (3, 256, 256, 14, 1),
+    ),
+    *(
+        (3, 512, 512, 7, 1),
+        (3, 128, 256, 16, 2),
+        (1, 64, 256, 28, 1),
+        (1, 256, 64, 28, 1),
+        (1, 512, 512, 7, 1),
+    ),
+    *(
+        (1, 1024, 256, 14, 1),
+        (1, 128, 128, 4, 1),
+        (1, 256, 512, 14, 2),
+        (1, 512, 512, 2, 1),
+        (1, 512, 512, 1, 1),
+    ),
     *((0, 512, 512, 1, 1), (0, 2048, 1000, 1, 1)),
 ]
 
 
 def shapes(row):
     """(x, weight, neighbours, geometry) of a row, as shapes of tensors."""
-    kernel, n_in, n_out, size, stride, degree, share, batch, last = (int(row[name]) for name in LayerShape._fields)
+    kernel, n_in, n_out, size, stride, degree, share, batch, last = (
+        int(row[name]) for name in LayerShape._fields
+    )
     taps, pixels = ([kernel, kernel], [size, size]) if kernel else ([], [])
     x = torch.empty([batch, n_in, *pixels])
     if last:
@@ -562,11 +670,15 @@ def ratios(layer):
     before = library("conv2d" if geometry else "linear", x, weight, neighbours)
     rows = tune(layer, (before, "native"), rounds=3, seconds=0.03)
     for slow, fast in zip(rows[::2], rows[1::2], strict=True):
-        yield round(statistics.median(slow.times.seconds) / statistics.median(fast.times.seconds), 2)
+        yield round(
+            statistics.median(slow.times.seconds) / statistics.median(fast.times.seconds), 2
+        )
 
 
 def measure():
-    for shape, part, share, batch, last in itertools.product(SHAPES, (2, 4, 16), (1, 4), (1, 4, 8, 16, 64), (0, 1)):
+    for shape, part, share, batch, last in itertools.product(
+        SHAPES, (2, 4, 16), (1, 4), (1, 4, 8, 16, 64), (0, 1)
+    ):
         kernel, n_in, *_ = shape
         if not (last and kernel == 0):
             layer = LayerShape(*shape, n_in // part, share, batch, last)
@@ -583,4 +695,6 @@ if __name__ == "__main__":
             kept = [row for row in csv.reader(file) if row[:2] not in (mine, list(COLUMNS[:2]))]
     new = [[str(value) for value in row] for row in measure()]
     with GOLDEN.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted([*kept, *new], key=lambda r: -int(r[0]))])
+        csv.writer(file, lineterminator="\n").writerows(
+            [COLUMNS, *sorted([*kept, *new], key=lambda r: -int(r[0]))]
+        )

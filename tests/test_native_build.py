@@ -1,6 +1,8 @@
-"""How the kernels get built: compilers of all kinds, and places that cannot be written, read or run from.
+"""How the kernels get built: compilers of all kinds, and places that cannot be written, read or run
+from.
 
-Most tests build a small source with the functions of native.cpp: real compilers, real loading, in a second.
+Most tests build a small source with the functions of native.cpp: real compilers, real loading, in a
+second.
 """
 
 import contextlib
@@ -28,8 +30,8 @@ SOURCE = native.SOURCE
 X86 = native.platform.machine() == "x86_64"
 pytestmark = pytest.mark.skipif(GXX is None, reason="no g++")
 
-# As native.cpp: needs the C++ library for what a thread leaves behind, and tells its vectors. Without a header, which
-# would take most of the time.
+# As native.cpp: needs the C++ library for what a thread leaves behind, and tells its vectors.
+# Without a header, which would take most of the time.
 SMALL = r"""
 struct Scratch { void* p = nullptr; ~Scratch() { __builtin_free(p); } };
 static thread_local Scratch scratch;
@@ -70,7 +72,9 @@ def small(tmp_path, monkeypatch):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """Write a compiler: shell lines that run before g++ does, each call of which is counted; CXX names it."""
+    """Write a compiler: shell lines that run before g++ does, each call of which is counted; CXX
+    names it.
+    """
 
     def write(lines="", name="cxx"):
         file = tmp_path / name
@@ -86,7 +90,11 @@ def script(tmp_path, monkeypatch):
 def calls(tmp_path, word=""):
     """How often the script was called, with this among its words."""
     file = tmp_path / "calls"
-    return sum(f" {word} " in f" {line} " or not word for line in file.read_text().splitlines()) if file.exists() else 0
+    return (
+        sum(f" {word} " in f" {line} " or not word for line in file.read_text().splitlines())
+        if file.exists()
+        else 0
+    )
 
 
 def until(reached):
@@ -108,7 +116,10 @@ def files(tmp_path, ending):
 
 
 def refusing(*patterns):
-    return f'for a in "$@"; do case "$a" in {"|".join(patterns)}) echo "error: unknown $a" >&2; exit 1;; esac; done'
+    return (
+        f'for a in "$@"; do case "$a" in {"|".join(patterns)}) echo "error: unknown $a" >&2; exit '
+        "1;; esac; done"
+    )
 
 
 # ---- CXX
@@ -190,7 +201,9 @@ def test_a_broken_compiler_is_passed_over_if_cxx_does_not_name_it(tmp_path, scri
         (("-march=x86-64-v*", "-mavx*"), 4),
     ],
 )
-def test_what_a_compiler_does_not_know_is_asked_in_other_words_then_for_less(refused, lanes, script):
+def test_what_a_compiler_does_not_know_is_asked_in_other_words_then_for_less(
+    refused, lanes, script
+):
     script(refusing(*refused) if refused else "")
     flags = [flag for flag in native._flags() if not flag.startswith("-march=")]
     assert native.build([*flags, "-march=x86-64-v4"]).xzoo_lanes() == lanes
@@ -198,7 +211,10 @@ def test_what_a_compiler_does_not_know_is_asked_in_other_words_then_for_less(ref
 
 @pytest.mark.skipif(not X86, reason="levels of x86-64")
 def test_a_level_that_does_not_compile_is_stepped_down(tmp_path, script):
-    script('case " $* " in *" -c "*) case "$*" in *v4*|*avx512*) echo internal compiler error >&2; exit 4;; esac; esac')
+    script(
+        'case " $* " in *" -c "*) case "$*" in *v4*|*avx512*) echo internal compiler error >&2; '
+        "exit 4;; esac; esac"
+    )
     flags = [flag for flag in native._flags() if not flag.startswith("-march=")]
     assert native.build([*flags, "-march=x86-64-v4"]).xzoo_lanes() == 8
     assert calls(tmp_path, "-c") == 2  # not once for each spelling
@@ -208,7 +224,10 @@ def test_a_level_that_does_not_compile_is_stepped_down(tmp_path, script):
 
 
 def test_what_cannot_be_loaded_is_not_kept_and_not_built_again(tmp_path, script, caplog):
-    junk = 'for a in "$@"; do [ "$b" = -o ] && [ "${a%.so}" != "$a" ] && echo junk > "$a" && exit 0; b="$a"; done'
+    junk = (
+        'for a in "$@"; do [ "$b" = -o ] && [ "${a%.so}" != "$a" ] && echo junk > "$a" && exit 0; '
+        'b="$a"; done'
+    )
     script(junk)
     assert not process()
     assert "cannot be loaded" in caplog.text and not files(tmp_path, ".so")
@@ -224,7 +243,9 @@ def test_what_cannot_be_loaded_is_not_kept_and_not_built_again(tmp_path, script,
 
 
 def test_a_library_that_would_end_the_process_is_not_loaded_into_it(tmp_path, script):
-    (tmp_path / "trap.c").write_text("__attribute__((constructor)) void begin(void) { __builtin_trap(); }")
+    (tmp_path / "trap.c").write_text(
+        "__attribute__((constructor)) void begin(void) { __builtin_trap(); }"
+    )
     trap = f'exec gcc -shared -fPIC -o "$a" {tmp_path}/trap.c'
     script(f'for a in "$@"; do [ "$b" = -o ] && [ "${{a%.so}}" != "$a" ] && {trap}; b="$a"; done')
     assert not process()
@@ -241,7 +262,10 @@ def test_warnings_are_no_errors_and_messages_are_asked_for_in_english(script, mo
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     script("echo warning: error-prone >&2")
     assert process()
-    script('[ "$LC_ALL" = C ] && echo "x: error: broken" >&2 || printf "Fehler\\nkaputt\\377\\n" >&2; exit 1')
+    script(
+        '[ "$LC_ALL" = C ] && echo "x: error: broken" >&2 || printf "Fehler\\nkaputt\\377\\n" >&2; '
+        "exit 1"
+    )
     assert not process()
     assert native._found[0].endswith("failed with code 1: x: error: broken")
 
@@ -296,7 +320,9 @@ def test_two_versions_side_by_side_have_a_library_each(tmp_path, script):
 
 def test_a_header_is_a_part_of_what_is_compiled(tmp_path, script):
     script()
-    (tmp_path / "small.cpp").write_text('#include "lanes.h"\n#include "more.h"\n' + SMALL.replace("LANES;", "lanes;"))
+    (tmp_path / "small.cpp").write_text(
+        '#include "lanes.h"\n#include "more.h"\n' + SMALL.replace("LANES;", "lanes;")
+    )
     (tmp_path / "more.h").write_text('#pragma once\n#include "lanes.h"\n')
     for number in (5, 6, 5):
         (tmp_path / "lanes.h").write_text(f"#pragma once\nenum {{ lanes = {number} }};\n")
@@ -310,7 +336,9 @@ def test_a_header_is_a_part_of_what_is_compiled(tmp_path, script):
 @contextlib.contextmanager
 def mounted(place, options):
     place.mkdir(exist_ok=True)
-    run = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "xzoo-test", place], capture_output=True)
+    run = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "xzoo-test", place], capture_output=True
+    )
     if run.returncode:
         pytest.skip("mounting is not permitted")
     try:
@@ -343,7 +371,9 @@ def test_a_cache_that_can_only_be_read_is_read(tmp_path, script):
         assert process()
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "home"], check=True)
         assert process()
-        assert native._found[0].path.is_relative_to(tmp_path / "home") and calls(tmp_path, "-c") == 1
+        assert (
+            native._found[0].path.is_relative_to(tmp_path / "home") and calls(tmp_path, "-c") == 1
+        )
 
 
 def test_blanks_in_paths_do_not_matter(tmp_path, monkeypatch):
@@ -364,7 +394,10 @@ def test_under_any_umask_the_library_is_kept(umask, tmp_path, script):
     finally:
         os.umask(before)
     assert calls(tmp_path, "-c") == 1
-    assert all(not file.stat().st_mode & 0o022 for file in [*files(tmp_path, ".so"), *files(tmp_path, ".json")])
+    assert all(
+        not file.stat().st_mode & 0o022
+        for file in [*files(tmp_path, ".so"), *files(tmp_path, ".json")]
+    )
 
 
 def test_what_others_can_write_is_not_loaded(tmp_path, script):
@@ -386,7 +419,8 @@ def test_what_belongs_to_another_user_is_not_loaded(tmp_path, script):
     os.chown(library, 12345, 12345)
     assert process() and calls(tmp_path, "-c") == 2
     os.chown(tmp_path / "home" / "native", 12345, 12345)
-    os.mkdir(tmp_path / "tmp" / "xzoo-0", 0o755)  # a private folder's name, which another user has taken
+    # a private folder's name, which another user has taken
+    os.mkdir(tmp_path / "tmp" / "xzoo-0", 0o755)
     os.chown(tmp_path / "tmp" / "xzoo-0", 12345, 12345)
     assert process()
     assert native._found[0].path.is_relative_to(tmp_path / "tmp")
@@ -408,7 +442,9 @@ def nobody(code, tmp_path, **environment):
     gone = ("HOME", "XZOO_HOME", "XDG_CACHE_HOME", "CXX")
     kept = {name: value for name, value in os.environ.items() if name not in gone}
     environment = kept | {"TMPDIR": str(tmp_path / "tmp")} | environment
-    return subprocess.run([*command, sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [*command, sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
 
 
 def test_without_home_folder_and_account_a_private_folder_serves(tmp_path):
@@ -423,7 +459,9 @@ def test_a_home_folder_that_is_not_there_or_cannot_be_written_is_none(tmp_path):
     folder = tmp_path / "read"
     folder.mkdir(mode=0o555)
     for place in ("/nonexistent", folder):
-        assert nobody(HOME, tmp_path, HOME=str(place)).stdout.strip() == f"{tmp_path}/tmp/xzoo-12345"
+        assert (
+            nobody(HOME, tmp_path, HOME=str(place)).stdout.strip() == f"{tmp_path}/tmp/xzoo-12345"
+        )
     folder.chmod(0o755)
     (folder / ".cache" / "xzoo").mkdir(parents=True)
     folder.chmod(0o555)
@@ -442,13 +480,17 @@ def test_a_home_folder_is_what_it_was(tmp_path, monkeypatch):
 def test_kernels_without_home_folder(tmp_path):
     code = "from xzoo.ops import native; print(native.available(), native._found[0].path)"
     run = nobody(code, tmp_path, PYTHONPATH=os.environ["PYTHONPATH"])
-    assert run.returncode == 0 and run.stdout.startswith(f"True {tmp_path}/tmp/xzoo-12345/native/"), run.stderr
+    assert run.returncode == 0 and run.stdout.startswith(
+        f"True {tmp_path}/tmp/xzoo-12345/native/"
+    ), run.stderr
 
 
 # ---- waiting
 
 
-def test_a_build_that_lasts_is_said_in_one_line_and_a_quick_one_is_not(tmp_path, script, monkeypatch, capfd):
+def test_a_build_that_lasts_is_said_in_one_line_and_a_quick_one_is_not(
+    tmp_path, script, monkeypatch, capfd
+):
     from xzoo.ops import compiler
 
     monkeypatch.setattr(compiler, "PATIENCE", 3600)
@@ -469,13 +511,17 @@ def test_who_waits_for_another_builder_says_so(tmp_path, script, monkeypatch):
 
     script(f"while [ ! -e '{tmp_path}/go' ]; do sleep 0.05; done")
     found = []
-    builder = threading.Thread(target=lambda: found.append(native.build(native._flags())), daemon=True)
+    builder = threading.Thread(
+        target=lambda: found.append(native.build(native._flags())), daemon=True
+    )
     builder.start()
     until(lambda: calls(tmp_path))
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(compiler, "PATIENCE", 0)
-    waiter = threading.Thread(target=lambda: found.append(native.build(native._flags())), daemon=True)
+    waiter = threading.Thread(
+        target=lambda: found.append(native.build(native._flags())), daemon=True
+    )
     waiter.start()
     until(lambda: "waiting for another process" in stderr.getvalue() or not waiter.is_alive())
     (tmp_path / "go").touch()
@@ -521,7 +567,10 @@ def test_doctor_names_what_holds_the_kernels(monkeypatch):
 
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     facts = doctor()
-    assert facts["kernels"] == "4 floats at a time" and "ATEN_CPU_CAPABILITY=default" in facts["limited by"]
+    assert (
+        facts["kernels"] == "4 floats at a time"
+        and "ATEN_CPU_CAPABILITY=default" in facts["limited by"]
+    )
 
 
 # ---- clang
@@ -529,11 +578,20 @@ def test_doctor_names_what_holds_the_kernels(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="levels of x86-64")
-@pytest.mark.parametrize(("level", "lanes"), [("-march=x86-64-v4", 16), ("-march=x86-64-v3", 8), ("", 4)])
+@pytest.mark.parametrize(
+    ("level", "lanes"), [("-march=x86-64-v4", 16), ("-march=x86-64-v3", 8), ("", 4)]
+)
 def test_clang_makes_the_same_kernels(level, lanes, monkeypatch):
     from test_native import check
 
-    name = next((name for name in ("clang++", *(f"clang++-{n}" for n in range(30, 9, -1))) if shutil.which(name)), None)
+    name = next(
+        (
+            name
+            for name in ("clang++", *(f"clang++-{n}" for n in range(30, 9, -1)))
+            if shutil.which(name)
+        ),
+        None,
+    )
     if name is None:
         pytest.skip("no clang++")
     monkeypatch.setenv("CXX", name)

@@ -1,8 +1,10 @@
-"""A network that is dead in any way costs seconds and one line; and whoever else uses the client notices nothing.
+"""A network that is dead in any way costs seconds and one line; and whoever else uses the client
+notices nothing.
 
-Over loopback alone: sockets that refuse, accept and say nothing, or drop what comes; small servers that answer
-something else than a Hub does; a Hub. The seconds are fewer here than a user's 5. What is counted is the requests: a
-server that is dead is asked once, where the Hub's client asks it again and again, each time for longer.
+Over loopback alone: sockets that refuse, accept and say nothing, or drop what comes; small servers
+that answer something else than a Hub does; a Hub. The seconds are fewer here than a user's 5. What
+is counted is the requests: a server that is dead is asked once, where the Hub's client asks it
+again and again, each time for longer.
 """
 
 import http.server
@@ -163,12 +165,23 @@ def test_a_dead_network_is_one_line_in_seconds(name, kind, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("command", ["classify", "inspect", "finetune"])
-def test_every_command_that_asks_the_hub(command, monkeypatch, capsys, make_folder, tmp_path, asked):
+def test_every_command_that_asks_the_hub(
+    command, monkeypatch, capsys, make_folder, tmp_path, asked
+):
     photos = make_folder(each=3)
     arguments = {
         "classify": ["classify", TIMM, str(photos)],
         "inspect": ["inspect", "hf-hub:lab/net"],
-        "finetune": ["finetune", str(photos), "--model", TIMM, "--out", str(tmp_path / "run"), "--device", "cpu"],
+        "finetune": [
+            "finetune",
+            str(photos),
+            "--model",
+            TIMM,
+            "--out",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+        ],
     }
     with ExitStack() as stack:
         dead("accepts and says nothing", stack, monkeypatch)
@@ -194,7 +207,9 @@ def test_weights_at_a_bare_address(monkeypatch, tmp_path, asked):
     with ExitStack() as stack:
         address = f"http://127.0.0.1:{listening(stack, 20)}/resnet.pth"
         sources = {"url": address, "hf_hub_id": None}
-        with pytest.raises(ModelError, match="did not answer within 1 seconds; check the connection"):
+        with pytest.raises(
+            ModelError, match="did not answer within 1 seconds; check the connection"
+        ):
             create_model("resnet10t", pretrained=True, pretrained_cfg_overlay=sources)
     assert asked == [1.0]
 
@@ -212,7 +227,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("saved") / "model"
-    save(create_model("x_mobilenet050_c4", num_classes=3), folder, ["ant", "bee", "cow"], {"input_size": (3, 32, 32)})
+    save(
+        create_model("x_mobilenet050_c4", num_classes=3),
+        folder,
+        ["ant", "bee", "cow"],
+        {"input_size": (3, 32, 32)},
+    )
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -237,7 +257,9 @@ def test_names_and_tokens_that_are_wrong(hub, net, monkeypatch):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
     refused("hf-hub:lab/nothing", "has no repository lab/nothing, or it is private")
-    refused("hf-hub:lab/a b", "'lab/a b' is not the name of a repository of the Hub; give OWNER/NAME")
+    refused(
+        "hf-hub:lab/a b", "'lab/a b' is not the name of a repository of the Hub; give OWNER/NAME"
+    )
     refused("hf-hub:", "hf-hub: is no model that can be built")
     refused("hf-hub:lab/a@b@c", "should only contain one @")
     hub.add("lab/net", net)
@@ -259,13 +281,20 @@ def test_names_and_tokens_that_are_wrong(hub, net, monkeypatch):
 def test_a_cache_that_is_damaged_or_cannot_be_written(hub, net, tmp_path):
     hub.add("lab/net", net)
     create_model("hf-hub:lab/net", pretrained=True)
-    (blob,) = (path for path in (tmp_path / "cache").rglob("blobs/*") if path.stat().st_size > 100_000)
+    (blob,) = (
+        path for path in (tmp_path / "cache").rglob("blobs/*") if path.stat().st_size > 100_000
+    )
     blob.write_bytes(blob.read_bytes()[:50_000])
-    with pytest.raises(ModelError, match="the copy of lab/net in .*cache is damaged .*; remove it there and try again"):
+    with pytest.raises(
+        ModelError,
+        match="the copy of lab/net in .*cache is damaged .*; remove it there and try again",
+    ):
         create_model("hf-hub:lab/net", pretrained=True)
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ModelError, match="cannot keep lab/net in .*cache.*: (Not a directory|File exists)"):
+    with pytest.raises(
+        ModelError, match="cannot keep lab/net in .*cache.*: (Not a directory|File exists)"
+    ):
         create_model("hf-hub:lab/net", pretrained=True)
 
 

@@ -1,10 +1,12 @@
-"""Every backend computes what the definition says, forward and backward; and the choice of a backend.
+"""Every backend computes what the definition says, forward and backward; and the choice of a
+backend.
 
-The oracle knows nothing of xzoo.ops: plain loops build the dense weight, and torch's own operation does
-the rest in float64.
+The oracle knows nothing of xzoo.ops: plain loops build the dense weight, and torch's own operation
+does the rest in float64.
 
-`python tests/test_ops.py` renews golden/auto.csv, the times that the rule of `auto` is held against: some 20
-minutes on one thread (thread time, so that other work on the machine matters little).
+`python tests/test_ops.py` renews golden/auto.csv, the times that the rule of `auto` is held
+against: some 20 minutes on one thread (thread time, so that other work on the machine matters
+little).
 """
 
 import csv
@@ -39,7 +41,8 @@ GOLDEN = Path(__file__).parent / "golden" / "auto.csv"
 # `triton`, where there is a GPU, is none of a CPU's (test_triton.py).
 ON_CPU = [b for b in ops.available() if b != "triton"]
 BACKENDS = pytest.mark.parametrize("backend", ON_CPU)
-# What computes every geometry and type; `native` refuses what it has no kernel for (test_native.py).
+# What computes every geometry and type; `native` refuses what it has no kernel for
+# (test_native.py).
 LIBRARY = pytest.mark.parametrize("backend", ["dense", "gather"])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 NAMES = ("y", "dx", "dw", "db")
@@ -79,7 +82,11 @@ class Case:
                 args = (bias,) if backend is None else (self.neighbours, bias)
                 y = conv(x, weight, *args, *self.geometry)
             else:
-                y = F.linear(x, weight, bias) if backend is None else ops.linear(x, weight, self.neighbours, bias)
+                y = (
+                    F.linear(x, weight, bias)
+                    if backend is None
+                    else ops.linear(x, weight, self.neighbours, bias)
+                )
             y.backward(grad)
         dw = compact_weight(weight.grad, self.neighbours) if backend is None else weight.grad
         return y.detach(), x.grad, dw, None if bias is None else bias.grad
@@ -111,7 +118,9 @@ def compact_weight(dense, neighbours):
 
 
 def positive(generator, *shape):
-    """Between 0.5 and 1.5: no sum cancels, so a relative error measures the arithmetic and not the data."""
+    """Between 0.5 and 1.5: no sum cancels, so a relative error measures the arithmetic and not the
+    data.
+    """
     return torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.5
 
 
@@ -162,7 +171,9 @@ def conv_cases(draw, least=1, layouts=("contiguous", "channels_last", "transpose
     }
     kernel, size = pairs.pop("kernel"), pairs.pop("size")
     out = [
-        (size[i] + 2 * pairs["padding"][i] - pairs["dilation"][i] * (kernel[i] - 1) - 1) // pairs["stride"][i] + 1
+        (size[i] + 2 * pairs["padding"][i] - pairs["dilation"][i] * (kernel[i] - 1) - 1)
+        // pairs["stride"][i]
+        + 1
         for i in (0, 1)
     ]
     assume(min(out) >= 1)
@@ -180,8 +191,9 @@ def conv_cases(draw, least=1, layouts=("contiguous", "channels_last", "transpose
 
 
 CASES = st.one_of(conv_cases(), linear_cases())
-# Without what plain torch 2.14 gets wrong in bfloat16 on a CPU with AVX-512: F.conv2d of images of 1 to 3
-# pixels, and of channels_last ones, at times reads or writes out of bounds (garbage, segmentation faults).
+# Without what plain torch 2.14 gets wrong in bfloat16 on a CPU with AVX-512: F.conv2d of images of
+# 1 to 3 pixels, and of channels_last ones, at times reads or writes out of bounds (garbage,
+# segmentation faults).
 HALF_CASES = st.one_of(conv_cases(least=4, layouts=("contiguous",)), linear_cases())
 
 
@@ -196,7 +208,9 @@ def test_backend_equals_the_dense_oracle(backend, dtype, case):
         with pytest.raises(XzooError, match=re.escape(f"backend {backend!r} {said}; use 'auto'")):
             case.run(backend, dtype)
         return
-    rounded = dataclasses.replace(case, **{n: getattr(case, n).to(dtype).double() for n in ("x", "weight", "grad")})
+    rounded = dataclasses.replace(
+        case, **{n: getattr(case, n).to(dtype).double() for n in ("x", "weight", "grad")}
+    )
     oracle = rounded.run(None, torch.float64)
     for name, got, want in zip(NAMES, case.run(backend, dtype), oracle, strict=True):
         assert (got is None) == (want is None)
@@ -229,9 +243,13 @@ def test_half_precision_is_as_exact_as_plain_torch(backend, dtype, case):
 def test_half_gradient_of_an_input_with_many_readers_is_rounded_once(backend):
     generator = torch.Generator().manual_seed(0)
     rows = torch.from_numpy(graphs.sample("biregular", 4, 512, 1, seed=0))
-    x, weight, grad = (positive(generator, *shape).bfloat16() for shape in [(8, 4), (512, 1), (8, 512)])
+    x, weight, grad = (
+        positive(generator, *shape).bfloat16() for shape in [(8, 4), (512, 1), (8, 512)]
+    )
     case = Case(x, weight, rows, None, grad)
-    got, want = (case.run(*how)[1].double() for how in ((backend, torch.bfloat16), (None, torch.float64)))
+    got, want = (
+        case.run(*how)[1].double() for how in ((backend, torch.bfloat16), (None, torch.float64))
+    )
     assert (got - want).norm() <= torch.finfo(torch.bfloat16).eps / 2 * want.norm()
 
 
@@ -255,7 +273,9 @@ def test_dense_convolution_is_the_nested_loop(share, geometry):
             dx[b, channel, row, column] += weight[o, j, p, q] * grad[b, o, i, k]
             dweight[o, j, p, q] += x[b, channel, row, column] * grad[b, o, i, k]
     got = Case(x, weight, torch.from_numpy(rows), bias, grad, geometry).run("dense", torch.float64)
-    for name, ours, loops in zip(NAMES, got, (y, dx, dweight, grad.sum((0, 2, 3)).numpy()), strict=True):
+    for name, ours, loops in zip(
+        NAMES, got, (y, dx, dweight, grad.sum((0, 2, 3)).numpy()), strict=True
+    ):
         np.testing.assert_allclose(ours.numpy(), loops, rtol=1e-12, err_msg=name)
 
 
@@ -263,7 +283,9 @@ def test_dense_convolution_is_the_nested_loop(share, geometry):
 def test_dense_linear_is_the_nested_loop(share):
     rows = graphs.sample("biregular", 5, 6, 3, share, seed=1)
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias, grad = (positive(generator, *shape) for shape in [(4, 5), (6, 3), (6,), (4, 6)])
+    x, weight, bias, grad = (
+        positive(generator, *shape) for shape in [(4, 5), (6, 3), (6,), (4, 6)]
+    )
     y = np.tile(bias.numpy(), (4, 1))
     dx, dweight = np.zeros((4, 5)), np.zeros((6, 3))
     for b, o, j in np.ndindex(4, 6, 3):
@@ -297,19 +319,28 @@ def test_nan_reaches_connected_outputs_only(backend):
 @pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 def test_registered_operations_keep_torchs_rules(backend, layout):
     rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, share=2, seed=0))
-    x, weight, grad = (strided(torch.randn(*s), layout) for s in [(2, 8, 7, 5), (6, 4, 3, 3), (2, 6, 4, 3)])
+    x, weight, grad = (
+        strided(torch.randn(*s), layout) for s in [(2, 8, 7, 5), (6, 4, 3, 3), (2, 6, 4, 3)]
+    )
     bias, geometry, library = torch.randn(6), ([2, 2], [1, 1], [1, 1]), torch.ops.xzoo
-    # A backend is judged by its results; how an operation is registered is the same for all of them.
+    # A backend is judged by its results; how an operation is registered is the same for all of
+    # them.
     tests = ["test_schema", "test_faketensor"]
     if backend == "auto":
         tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     for last in ((), ("relu6",)):
-        torch.library.opcheck(library.conv2d, (x, weight, rows, bias, *geometry, backend, *last), test_utils=tests)
+        torch.library.opcheck(
+            library.conv2d, (x, weight, rows, bias, *geometry, backend, *last), test_utils=tests
+        )
     for operation in (library.conv2d_input_grad, library.conv2d_weight_grad):
-        torch.library.opcheck(operation, (grad, x, weight, rows, *geometry, backend), test_utils=tests)
+        torch.library.opcheck(
+            operation, (grad, x, weight, rows, *geometry, backend), test_utils=tests
+        )
     x, weight, grad = x[:, :, 0, 0], weight[:, :, 0, 0], grad[:, :, 0, 0]
     for last in ((), ("relu",)):
-        torch.library.opcheck(library.linear, (x, weight, rows, bias, backend, *last), test_utils=tests)
+        torch.library.opcheck(
+            library.linear, (x, weight, rows, bias, backend, *last), test_utils=tests
+        )
     for operation in (library.linear_input_grad, library.linear_weight_grad):
         torch.library.opcheck(operation, (grad, x, weight, rows, backend), test_utils=tests)
 
@@ -327,11 +358,17 @@ def test_convolution_keeps_the_memory_format(backend):
 @LIBRARY
 def test_gradients_are_those_of_finite_differences(backend):
     rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
-    tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(2, 6, 5, 4), (4, 3, 3, 2), (4,)]]
+    tensors = [
+        torch.randn(*s, dtype=torch.float64, requires_grad=True)
+        for s in [(2, 6, 5, 4), (4, 3, 3, 2), (4,)]
+    ]
     with ops.backend(backend):
         args = ((2, 1), (1, 0), (1, 2))
         assert torch.autograd.gradcheck(lambda x, w, b: ops.conv2d(x, w, rows, b, *args), tensors)
-        tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(2, 3, 6), (4, 3), (4,)]]
+        tensors = [
+            torch.randn(*s, dtype=torch.float64, requires_grad=True)
+            for s in [(2, 3, 6), (4, 3), (4,)]
+        ]
         assert torch.autograd.gradcheck(lambda x, w, b: ops.linear(x, w, rows, b), tensors)
 
 
@@ -350,7 +387,10 @@ def test_an_activation_is_done_with_and_without_gradients(backend, activation):
             assert torch.equal(op(*tensors, *args, activation), want)
             first, *others = tensors
             grads = []
-            for call in (lambda t: op(t, *others, *args, activation), lambda t: function(op(t, *others, *args))):  # noqa: B023
+            for call in (
+                lambda t: op(t, *others, *args, activation),  # noqa: B023
+                lambda t: function(op(t, *others, *args)),  # noqa: B023
+            ):
                 leaf = first.clone().requires_grad_()
                 y = call(leaf)
                 assert torch.equal(y, want)
@@ -361,7 +401,10 @@ def test_an_activation_is_done_with_and_without_gradients(backend, activation):
 @BACKENDS
 def test_an_unknown_activation_is_refused_by_name(backend):
     x, weight, rows = torch.ones(1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
-    with ops.backend(backend), pytest.raises(ValueError, match="activation 'gelu' is not relu, relu6 or none"):
+    with (
+        ops.backend(backend),
+        pytest.raises(ValueError, match="activation 'gelu' is not relu, relu6 or none"),
+    ):
         ops.linear(x, weight, rows, None, "gelu")
 
 
@@ -396,7 +439,9 @@ def test_whatever_looks_on_sees_one_operation():
         call(x, weight, rows)
     assert "xzoo::conv2d" in [event.key for event in profile.key_averages()]
     graph = make_fx(lambda x: call(x, weight, rows))(x)
-    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.xzoo.conv2d.default]
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+        torch.ops.xzoo.conv2d.default
+    ]
     each = torch.vmap(lambda x: call(x, weight, rows))(x[:, None])
     torch.testing.assert_close(each.squeeze(1), expected)
 
@@ -449,7 +494,10 @@ def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
 
 
 def test_unknown_backend_is_refused_by_name():
-    with pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather"), ops.backend("magic"):
+    with (
+        pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather"),
+        ops.backend("magic"),
+    ):
         pass
 
 
@@ -501,17 +549,24 @@ def test_auto_takes_dense_where_nothing_was_measured():
     row = dict(zip(COLUMNS, (3, 512, 512, 7, 32, 32, 16), strict=False))
     assert chosen(row) == "gather"
     assert (
-        chosen(row, device="meta") == chosen(row, dtype=torch.float64) == chosen(row, dtype=torch.bfloat16) == "dense"
+        chosen(row, device="meta")
+        == chosen(row, dtype=torch.float64)
+        == chosen(row, dtype=torch.bfloat16)
+        == "dense"
     )
     assert chosen(row | {"share": 1}) == chosen(row | {"share": 4, "degree": 256}) == "dense"
     assert chosen(row | {"kernel": 1}) == chosen(row, form=torch.channels_last) == "dense"
 
 
-# The table of `auto`: how many times slower `dense` is than `gather`, forward alone and with both gradients.
-# Kernel 0 is a linear layer. Rows with more than 8 copies of each input are left out: gather loses.
+# The table of `auto`: how many times slower `dense` is than `gather`, forward alone and with both
+# gradients. Kernel 0 is a linear layer. Rows with more than 8 copies of each input are left out:
+# gather loses.
 
 COLUMNS = ("kernel", "n_in", "n_out", "size", "degree", "share", "batch", "forward", "training")
-SIZES = [(k, n, size) for k in (3, 1) for n, size in ((64, 32), (256, 14), (512, 7))] + [(0, 512, 1), (0, 2048, 1)]
+SIZES = [(k, n, size) for k in (3, 1) for n, size in ((64, 32), (256, 14), (512, 7))] + [
+    (0, 512, 1),
+    (0, 2048, 1),
+]
 
 
 def ratio(call, leaves, training):
@@ -528,23 +583,41 @@ def ratio(call, leaves, training):
                 if training:
                     y.backward(y)
                 seconds.append(time.thread_time() - start)
-    dense, gather = (statistics.median(seconds[1:]) for seconds in times.values())  # the first one warms up
+    # the first one warms up
+    dense, gather = (statistics.median(seconds[1:]) for seconds in times.values())
     return round(dense / gather, 2)
 
 
 def measure():
-    for (kernel, n, size), part, share, batch in itertools.product(SIZES, (2, 4, 8, 16), (4, 8, 16, 32), (1, 16, 128)):
+    for (kernel, n, size), part, share, batch in itertools.product(
+        SIZES, (2, 4, 8, 16), (4, 8, 16, 32), (1, 16, 128)
+    ):
         degree, copies = n // part, n / share / part
         if not 1 <= copies <= 8:
             continue
         rows = torch.from_numpy(graphs.sample("random", n, n, degree, share, seed=0))
-        shapes = [(batch, n, size, size), (n, degree, kernel, kernel)] if kernel else [(batch, n), (n, degree)]
+        shapes = (
+            [(batch, n, size, size), (n, degree, kernel, kernel)]
+            if kernel
+            else [(batch, n), (n, degree)]
+        )
         x, weight = leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
         if kernel:
-            call = functools.partial(ops.conv2d, x, weight, rows, None, (1, 1), (kernel // 2, kernel // 2))
+            call = functools.partial(
+                ops.conv2d, x, weight, rows, None, (1, 1), (kernel // 2, kernel // 2)
+            )
         else:
             call = functools.partial(ops.linear, x, weight, rows)
-        yield kernel, n, n, size, degree, share, batch, *(ratio(call, leaves, training) for training in (False, True))
+        yield (
+            kernel,
+            n,
+            n,
+            size,
+            degree,
+            share,
+            batch,
+            *(ratio(call, leaves, training) for training in (False, True)),
+        )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def step(part):
 
 @functools.cache
 def every_import():
-    """(path, line, importing module, imported name) of all of xzoo's imports of itself, inside functions too."""
+    """(path, line, importing module, imported name) of all of xzoo's imports of itself, inside
+    functions too.
+    """
     found = []
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT.parent).with_suffix("").parts  # ("xzoo", "models", "x_vgg")
@@ -67,13 +69,18 @@ def every_import():
                 targets = [(*base, alias.name) for alias in node.names]
             else:
                 continue
-            found += [(path, node.lineno, place, target) for target in targets if target[0] == "xzoo"]
+            found += [
+                (path, node.lineno, place, target) for target in targets if target[0] == "xzoo"
+            ]
     return found
 
 
 def imports():
     """(file, line, importing part, imported part) of them all."""
-    return [(str(path.relative_to(ROOT)), line, module[1], target[1]) for path, line, module, target in every_import()]
+    return [
+        (str(path.relative_to(ROOT)), line, module[1], target[1])
+        for path, line, module, target in every_import()
+    ]
 
 
 def test_imports_run_down_the_stair():
@@ -83,15 +90,22 @@ def test_imports_run_down_the_stair():
         if part == "__init__" or part == target:
             continue
         if not ((ROOT / target).is_dir() or (ROOT / f"{target}.py").is_file()):
-            up.append(f"{file}:{line} imports {target} from the package itself, which is above everything")
-        elif step(target) < step(part) or (step(target) == step(part) and (part, target) not in BESIDE):
+            up.append(
+                f"{file}:{line} imports {target} from the package itself, which is above everything"
+            )
+        elif step(target) < step(part) or (
+            step(target) == step(part) and (part, target) not in BESIDE
+        ):
             up.append(f"{file}:{line} imports {target}, which does not stand below {part}")
     assert not up, "\n".join(up)
 
 
 def module_of(target):
     """The longest part of a dotted name that is a module here: what an import of that name runs."""
-    while not (ROOT.parent.joinpath(*target).with_suffix(".py").is_file() or ROOT.parent.joinpath(*target).is_dir()):
+    while not (
+        ROOT.parent.joinpath(*target).with_suffix(".py").is_file()
+        or ROOT.parent.joinpath(*target).is_dir()
+    ):
         target = target[:-1]
     return ".".join(target)
 
@@ -101,12 +115,15 @@ def test_no_module_needs_itself():
     for _, _, module, target in every_import():
         face = module[-1] == "__init__"
         needs.setdefault(module_of(module[:-1] if face else module), set()).add(module_of(target))
-    order = list(graphlib.TopologicalSorter(needs).static_order())  # its CycleError names the circle
+    # its CycleError names the circle
+    order = list(graphlib.TopologicalSorter(needs).static_order())
     assert order.index("xzoo.errors") < order.index("xzoo.data.folders") < order.index("xzoo.cli")
 
 
 def test_every_module_has_a_place():
-    parts = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    parts = {p.stem for p in ROOT.glob("*.py")} | {
+        p.parent.name for p in ROOT.glob("*/__init__.py")
+    }
     for part in parts - {"__init__"}:
         step(part)
 
@@ -129,7 +146,8 @@ def test_errors_are_one_family(name):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("", "RuntimeError"), (" \n ", "RuntimeError"), ("\n a\nb", "a"), ("one line", "one line")]
+    ("text", "told"),
+    [("", "RuntimeError"), (" \n ", "RuntimeError"), ("\n a\nb", "a"), ("one line", "one line")],
 )
 def test_the_first_line_of_an_error_is_never_empty(text, told):
     assert first_line(RuntimeError(text)) == told
@@ -137,7 +155,9 @@ def test_the_first_line_of_an_error_is_never_empty(text, told):
 
 @pytest.mark.slow
 def test_import_only_defines():
-    """In a process of its own: no heavy library, no thread, no file, no word, no random draw, no CUDA."""
+    """In a process of its own: no heavy library, no thread, no file, no word, no random draw, no
+    CUDA.
+    """
     code = """
 import json, os, random, sys, threading
 import numpy, torch, timm, torchvision
@@ -150,7 +170,9 @@ assert (threads, environment, cwd) == (threading.active_count(), dict(os.environ
 assert not torch.cuda.is_initialized()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True
+    )
     assert (run.returncode, run.stderr) == (0, "")
     new = json.loads(run.stdout)
     roots = {name.partition(".")[0] for name in new}
@@ -166,6 +188,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     }
     assert not roots & (heavy | {"jsonargparse", "rich", "transformers", "onnx", "pandas"})
     assert not [
-        name for name in new if name.startswith(("xzoo.train", "xzoo.data", "xzoo.results", "xzoo.cli", "xzoo.hub"))
+        name
+        for name in new
+        if name.startswith(("xzoo.train", "xzoo.data", "xzoo.results", "xzoo.cli", "xzoo.hub"))
     ]
     assert len([name for name in new if not name.startswith("xzoo")]) < 100

@@ -1,4 +1,6 @@
-"""The counts of a model are those of its layers, worked out by hand or published; and counting changes nothing."""
+"""The counts of a model are those of its layers, worked out by hand or published; and counting
+changes nothing.
+"""
 
 import copy
 
@@ -19,7 +21,8 @@ def net():
     return nn.Sequential(
         nn.Conv2d(16, 32, 3, padding=1, groups=4),  # 32 * 4 * 9 weights at 63 places
         nn.BatchNorm2d(32),
-        ExpanderConv2d(32, 24, (3, 1), stride=2, degree=5, share=2, bias=False),  # 24 * 5 * 3 at 4 * 4
+        # 24 * 5 * 3 at 4 * 4
+        ExpanderConv2d(32, 24, (3, 1), stride=2, degree=5, share=2, bias=False),
         nn.Flatten(),
         ExpanderLinear(384, 10, degree=7, share=2),
         nn.Linear(10, 3, bias=False),
@@ -35,7 +38,10 @@ def test_counts_are_those_of_the_layers():
     assert found.macs == sum(macs)
     assert [layer.weights for layer in found.layers] == weights
     assert [layer.macs for layer in found.layers] == macs
-    facts = [(la.name, la.kind, la.n_in, la.n_out, la.kernel, la.groups, la.degree, la.share) for la in found.layers]
+    facts = [
+        (la.name, la.kind, la.n_in, la.n_out, la.kernel, la.groups, la.degree, la.share)
+        for la in found.layers
+    ]
     assert facts == [
         ("0", "Conv2d", 16, 32, (3, 3), 4, None, None),
         ("2", "ExpanderConv2d", 32, 24, (3, 1), 1, 5, 2),
@@ -44,7 +50,8 @@ def test_counts_are_those_of_the_layers():
     ]
 
 
-# torchvision's published parameters and billions of multiply-accumulates, of networks that timm has too.
+# torchvision's published parameters and billions of multiply-accumulates, of networks that timm has
+# too.
 PUBLISHED = [
     ("resnet18", 11_689_512, 1.814),
     ("resnet50", 25_557_032, 4.089),
@@ -113,7 +120,9 @@ def test_model_without_memory_is_counted():
 
 
 def test_model_in_channels_last_is_counted():
-    assert xzoo.profile(net().to(memory_format=torch.channels_last), (16, 9, 7)) == xzoo.profile(net(), (16, 9, 7))
+    assert xzoo.profile(net().to(memory_format=torch.channels_last), (16, 9, 7)) == xzoo.profile(
+        net(), (16, 9, 7)
+    )
 
 
 def test_size_is_that_of_the_configuration_unless_given():
@@ -132,7 +141,9 @@ def test_feature_extractors_are_counted():
 
 def test_products_of_activations_are_not_counted():
     """A block of attention of width 64 has 12 * 64^2 weights, each used at each of the 197 places."""
-    model = timm.create_model("vit_tiny_patch16_224", embed_dim=64, num_heads=1, depth=1, num_classes=0, device="meta")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", embed_dim=64, num_heads=1, depth=1, num_classes=0, device="meta"
+    )
     found = xzoo.profile(model)
     assert found.macs == 196 * 64 * 3 * 16 * 16 + 197 * 12 * 64**2
 
@@ -156,7 +167,11 @@ def test_models_that_pass_parameters_between_modules_are_counted(name):
     assert sum(layer.macs for layer in found.layers) == found.macs > 4e8
 
 
-BY_OUTPUT = (parametrizations.weight_norm, nn.utils.weight_norm, lambda la: prune.l1_unstructured(la, "weight", 0.5))
+BY_OUTPUT = (
+    parametrizations.weight_norm,
+    nn.utils.weight_norm,
+    lambda la: prune.l1_unstructured(la, "weight", 0.5),
+)
 # The last computes its weight by products of matrices.
 BY_MATRIX = (parametrizations.spectral_norm, nn.utils.spectral_norm, parametrizations.orthogonal)
 
@@ -170,7 +185,8 @@ BY_MATRIX = (parametrizations.spectral_norm, nn.utils.spectral_norm, parametriza
 def test_computed_weights_count_as_what_they_are(build, compute):
     plain = xzoo.profile(nn.Sequential(build()), (16,))
     model = nn.Sequential(compute(build()))
-    model(torch.randn(2, 16)).sum().backward()  # a hook's weight is then a result, which copy.deepcopy refuses
+    # a hook's weight is then a result, which copy.deepcopy refuses
+    model(torch.randn(2, 16)).sum().backward()
     state = copy.deepcopy(model.state_dict())
     found = xzoo.profile(model, (16,))
     assert (found.macs, found.layers) == (plain.macs, plain.layers)
@@ -192,7 +208,12 @@ def test_products_with_weights_of_torchs_attention_are_counted(kind):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.block = kind(16, 2, **({"dim_feedforward": 32} if "Layer" in kind.__name__ else {}), batch_first=True)
+            self.block = kind(
+                16,
+                2,
+                **({"dim_feedforward": 32} if "Layer" in kind.__name__ else {}),
+                batch_first=True,
+            )
 
         def forward(self, x):
             return self.block(x) if hasattr(self.block, "linear1") else self.block(x, x, x)[0]
@@ -223,9 +244,13 @@ class Looks(nn.Module):
 
 
 def test_what_cannot_be_counted_is_told():
-    with pytest.raises(ModelError, match=r"profile\(\) cannot run Looks on torch's meta device .*\[3, 8, 8\]: "):
+    with pytest.raises(
+        ModelError, match=r"profile\(\) cannot run Looks on torch's meta device .*\[3, 8, 8\]: "
+    ):
         xzoo.profile(Looks(), (3, 8, 8))
-    with pytest.raises(ModelError, match="layer 0 is a LazyLinear without sizes yet: run a forward pass first"):
+    with pytest.raises(
+        ModelError, match="layer 0 is a LazyLinear without sizes yet: run a forward pass first"
+    ):
         xzoo.profile(nn.Sequential(nn.LazyLinear(3)), (8,))
 
 

@@ -1,4 +1,5 @@
-"""What is published is what is read back; and the same command ends right after whatever has gone wrong.
+"""What is published is what is read back; and the same command ends right after whatever has gone
+wrong.
 
 Over loopback, with the Hub's real client in this process, its constants changed.
 """
@@ -32,8 +33,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 NAME = "x_vgg16_c16.test_r32"
 RESULT = {
-    **{"model": "x_vgg16_c16", "recipe": "recipes/cifar10/net.yaml", "recipe_sha": "0" * 16, "commit": "abc"},
-    **{"dataset": "cifar10", "split": "test", "n_val": 100, "seed": 0, "top1": 91.25, "top5": 99.5, "loss": 0.3},
+    **{
+        "model": "x_vgg16_c16",
+        "recipe": "recipes/cifar10/net.yaml",
+        "recipe_sha": "0" * 16,
+        "commit": "abc",
+    },
+    **{
+        "dataset": "cifar10",
+        "split": "test",
+        "n_val": 100,
+        "seed": 0,
+        "top1": 91.25,
+        "top5": 99.5,
+        "loss": 0.3,
+    },
 }
 
 
@@ -41,7 +55,9 @@ RESULT = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder as `xzoo fit` leaves it, with what must not leave the machine beside it."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    save(create_model("x_vgg16_c16", seed=3).eval(), run / "model", [f"class {i}" for i in range(10)])
+    save(
+        create_model("x_vgg16_c16", seed=3).eval(), run / "model", [f"class {i}" for i in range(10)]
+    )
     (run / "config.yaml").write_text("data: {init_args: {root: /home/ann/photos, shift: 4}}")
     (run / "curves.png").write_bytes(b"png")
     (run / "samples.png").write_bytes(b"a child's face")
@@ -130,7 +146,9 @@ def test_again_nothing_is_sent_and_a_change_is_one_commit_and_a_new_tag(hub, che
     asked, commits = len(hub.requests), len(repo.commits)
     again = publish(checkout, org="lab")
     assert (again.commit, again.version, again.changed) == (first.commit, "v1", [])
-    assert len(repo.commits) == commits and not [r for r in hub.requests[asked:] if "/commit/" in r or "PUT" in r]
+    assert len(repo.commits) == commits and not [
+        r for r in hub.requests[asked:] if "/commit/" in r or "PUT" in r
+    ]
     state = load_file(checkout / "model.safetensors")
     state["fc.bias"] += 1
     save_file(state, checkout / "model.safetensors")
@@ -140,7 +158,10 @@ def test_again_nothing_is_sent_and_a_change_is_one_commit_and_a_new_tag(hub, che
     save_file({"logits": folder.golden_logits(model)}, checkout / "logits.safetensors")
     second = publish(checkout, org="lab")
     assert second.changed == ["logits.safetensors", "model.safetensors"] and second.version == "v2"
-    assert len(repo.commits) == commits + 1 and repo.tags == {"v1": first.commit, "v2": second.commit}
+    assert len(repo.commits) == commits + 1 and repo.tags == {
+        "v1": first.commit,
+        "v2": second.commit,
+    }
     assert table()[NAME]["commit"] == second.commit
 
 
@@ -152,13 +173,17 @@ def test_a_dry_run_sends_nothing(hub, checkout):
 
 
 def test_a_run_is_published_under_a_name_of_ones_own(hub, checkout, run, tmp_path):
-    with pytest.raises(XzooError, match="is a run: give its repository a name, such as --repo me/my-flowers"):
+    with pytest.raises(
+        XzooError, match="is a run: give its repository a name, such as --repo me/my-flowers"
+    ):
         publish(run)
     done = publish(run, repo="ann/my-flowers", private=True)
     assert hub.repos["ann/my-flowers"].private and not done.registered and table() == {}
     there = files_of(hub, "ann/my-flowers")
     assert set(there) == folder.EXPORTED | {".gitattributes"}  # and no picture of the images
-    assert not any(b"/home/ann" in data or str(run.parent).encode() in data for data in there.values())
+    assert not any(
+        b"/home/ann" in data or str(run.parent).encode() in data for data in there.values()
+    )
     assert b'create_model("hf-hub:ann/my-flowers", pretrained=True)' in there["README.md"]
     assert publish(run, repo="ann/my-flowers").changed == []
 
@@ -190,7 +215,9 @@ def test_what_one_may_not(hub, checkout, monkeypatch):
 
 
 def test_a_stale_card_is_not_published(hub, checkout):
-    (checkout / "README.md").write_text((checkout / "README.md").read_text().replace("license: other", ""))
+    (checkout / "README.md").write_text(
+        (checkout / "README.md").read_text().replace("license: other", "")
+    )
     with pytest.raises(XzooError, match="is stale; `xzoo card"):
         publish(checkout, org="lab")
     assert not hub.requests
@@ -224,7 +251,9 @@ def test_a_hub_that_falls_silent_is_not_waited_for(hub, checkout, monkeypatch):
     hub.fault("GET /api/models/.*", times=9, delay=60)
     with pytest.raises(XzooError, match=r"was cut short \(ReadTimeout.*publish again"):
         publish(checkout, org="lab")
-    assert sum("GET /api/models/" in request for request in hub.requests) == 1 and table() == {}, hub.requests
+    assert sum("GET /api/models/" in request for request in hub.requests) == 1 and table() == {}, (
+        hub.requests
+    )
     hub.faults.clear()
     assert publish(checkout, org="lab").version == "v1"
 
@@ -269,7 +298,11 @@ def test_the_command(hub, checkout, run, capsys, monkeypatch):
     row = table()[NAME]
     assert f"commit {row['commit']}" in out and "entered in xzoo/weights.json" in out
     assert f"{row['files']['model.safetensors']['sha256']}  model.safetensors" in out
-    for wrong in (["publish"], ["publish", str(checkout), "--all"], ["publish", "--all", "--repo", "a/b"]):
+    for wrong in (
+        ["publish"],
+        ["publish", str(checkout), "--all"],
+        ["publish", "--all", "--repo", "a/b"],
+    ):
         assert cli.main(wrong) == 2
         assert "give a folder or a run" in capsys.readouterr().err
 
@@ -278,7 +311,8 @@ def test_cards_are_written_and_entered_by_one_command(hub, checkout, capsys):
     (checkout / "README.md").write_text("by hand")
     assert cli.main(["card"]) == 0
     assert "written anew" in capsys.readouterr().out and table()[NAME]["commit"] is None
-    assert create_model(f"{NAME.partition('.')[0]}", pretrained=True) is not None  # embedded, published or not
+    # embedded, published or not
+    assert create_model(f"{NAME.partition('.')[0]}", pretrained=True) is not None
     done = publish(checkout, org="lab")
     assert cli.main(["card", str(checkout)]) == 0
     assert "as it should be" in capsys.readouterr().out and table()[NAME]["commit"] == done.commit
@@ -292,7 +326,9 @@ def test_a_model_of_40_mb_by_every_door(hub, checkout, run, tmp_path, monkeypatc
     shutil.rmtree(big / "model")
     model = create_model("x_resnet34", num_classes=10).eval()
     names = [str(i) for i in range(10)]
-    save(model, big / "model", names, resolve_model_data_config(model) | {"input_size": (3, 64, 64)})
+    save(
+        model, big / "model", names, resolve_model_data_config(model) | {"input_size": (3, 64, 64)}
+    )
     name = "x_resnet34.test_r64"
     place = export(big, tmp_path / "hub_cards" / name)
     assert (place / "model.safetensors").stat().st_size > 30e6
@@ -308,7 +344,9 @@ from xzoo.hub.folder import golden_logits
 torch.set_num_threads(1)
 print(golden_logits(timm.create_model("hf-hub:lab/{name}@{done.commit}", pretrained=True)).tolist())
 """
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert told.returncode == 0, told.stderr
     assert torch.equal(torch.tensor(json.loads(told.stdout)), wanted)
     hf, there = Path(sys.executable).parent / "hf", tmp_path / "there" / name
@@ -320,7 +358,9 @@ print(golden_logits(timm.create_model("hf-hub:lab/{name}@{done.commit}", pretrai
 
 @pytest.mark.slow
 def test_the_wheel_makes_every_embedded_model_offline(checkout, tmp_path):
-    """Built from the repository with a folder embedded; installed outside of it; with no network and no cache."""
+    """Built from the repository with a folder embedded; installed outside of it; with no network
+    and no cache.
+    """
     source, project = tmp_path / "source", Path(xzoo.__file__).parents[1]
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("xzoo", "recipes"):
@@ -330,11 +370,15 @@ def test_the_wheel_makes_every_embedded_model_offline(checkout, tmp_path):
     shutil.copytree(checkout, source / "hub_cards" / NAME)
     (source / "xzoo" / "weights.json").write_text(json.dumps({NAME: weights.row(checkout)}))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    built = subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], capture_output=True, text=True)
+    built = subprocess.run(
+        [*pip, "wheel", "--no-deps", "-w", tmp_path, source], capture_output=True, text=True
+    )
     if built.returncode:
         pytest.skip(f"no wheel can be built here: {built.stderr[-200:]}")
     wheel, site = next(tmp_path.glob("*.whl")), tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", site, wheel], check=True, capture_output=True
+    )
     code = """
 import torch, xzoo
 names = xzoo.list_models(pretrained=True)
@@ -345,8 +389,15 @@ for name in names:
     assert "hub_cards" in model.pretrained_cfg["file"]
 print(xzoo.__file__, names)
 """
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
-    told = subprocess.run([sys.executable, "-c", code], env=environment, cwd=site, capture_output=True, text=True)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(site),
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(tmp_path),
+    }
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=site, capture_output=True, text=True
+    )
     assert told.returncode == 0, told.stderr
     assert told.stdout.split() == [str(site / "xzoo" / "__init__.py"), f"['{NAME}']"]
     assert not list(site.rglob("*.png"))
@@ -355,12 +406,16 @@ print(xzoo.__file__, names)
 @pytest.mark.slow
 def test_a_kill_while_it_is_sent(hub, checkout, tmp_path):
     package = tmp_path / "xzoo"
-    shutil.copytree(Path(xzoo.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(xzoo.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(weights.TABLE, package / "weights.json")
     environment = hub.environment(tmp_path / "new", "secret", PYTHONPATH=str(tmp_path))
     command = [sys.executable, "-m", "xzoo", "publish", str(checkout), "--org", "lab"]
     hub.fault("PUT /upload/.*", times=3, delay=30)
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while not any(r.startswith("PUT /upload/") for r in hub.requests):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -369,8 +424,12 @@ def test_a_kill_while_it_is_sent(hub, checkout, tmp_path):
     hub.faults.clear()
     assert json.loads((package / "weights.json").read_text()) == {}
     for _ in range(2):
-        told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        told = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
         assert told.returncode == 0, told.stderr
     row = json.loads((package / "weights.json").read_text())[NAME]
     repo = hub.repos[f"lab/{NAME}"]
-    assert len(repo.commits) == 2 and repo.tags == {"v1": row["commit"]} and os.listdir(package.parent)
+    assert (
+        len(repo.commits) == 2 and repo.tags == {"v1": row["commit"]} and os.listdir(package.parent)
+    )

@@ -1,4 +1,6 @@
-"""`xzoo queue`: what a file of shell asks for, how far that is, and that all of it ends, whatever is killed."""
+"""`xzoo queue`: what a file of shell asks for, how far that is, and that all of it ends, whatever
+is killed.
+"""
 
 import json
 import os
@@ -51,14 +53,18 @@ xzoo fit --config $RECIPE --trainer.max_epochs=1 --data.root $DATA --out=runs/se
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run in, with a queue, its recipe and its data: 40 training and 20 test images of CIFAR-10's form."""
+    """A folder to run in, with a queue, its recipe and its data: 40 training and 20 test images of
+    CIFAR-10's form.
+    """
     draw = np.random.default_rng(0)
     for part, each in (("train", 4), ("test", 2)):
         for label in range(10):
             folder = tmp_path / "data" / part / f"c{label}"
             folder.mkdir(parents=True)
             for i in range(each):
-                pixels = np.clip(label * 25 + draw.integers(-30, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(label * 25 + draw.integers(-30, 30, (32, 32, 3)), 0, 255).astype(
+                    np.uint8
+                )
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "queue.md").write_text(FILE)
@@ -88,21 +94,39 @@ xzoo fit --out 'a "b" $c
 d' --model.tag ''
 """
     each = [(kind, seed) for seed in (0, 1) for kind in ("", "_group")]
-    wanted = [("--config", f"my recipes/net{kind}", "--out", f"runs/vgg{kind}-{seed}") for kind, seed in each]
-    assert queue.expand(shell, {"NET": "vgg"}) == [*wanted, ("--out", 'a "b" $c\nd', "--model.tag", "")]
+    wanted = [
+        ("--config", f"my recipes/net{kind}", "--out", f"runs/vgg{kind}-{seed}")
+        for kind, seed in each
+    ]
+    assert queue.expand(shell, {"NET": "vgg"}) == [
+        *wanted,
+        ("--out", 'a "b" $c\nd', "--model.tag", ""),
+    ]
 
 
 @pytest.mark.parametrize(
     ("shell", "told"),
     [
-        ("xzoo fit --data.root $NOWHERE_SET --out a", "the variable NOWHERE_SET is not set; set it in the environment"),
-        ("python train.py\nxzoo fit --out a", "python: No such file or directory; a block has `xzoo fit` alone"),
-        ("for i in $(seq 3); do xzoo fit --out a$i; done", "seq: No such file or directory; a block has `xzoo fit` al"),
+        (
+            "xzoo fit --data.root $NOWHERE_SET --out a",
+            "the variable NOWHERE_SET is not set; set it in the environment",
+        ),
+        (
+            "python train.py\nxzoo fit --out a",
+            "python: No such file or directory; a block has `xzoo fit` alone",
+        ),
+        (
+            "for i in $(seq 3); do xzoo fit --out a$i; done",
+            "seq: No such file or directory; a block has `xzoo fit` al",
+        ),
         ("xzoo fit --out a; exit 3", "bash ends with 3"),
         ("for seed in 0 1; do xzoo fit --out a", "syntax error"),
         ("xzoo fit --config a", "`xzoo fit --config a` is no `xzoo fit` with an --out"),
         ("xzoo fit --config a --out", "is no `xzoo fit` with an --out"),
-        ("xzoo test --config 'a b' --out c", "`xzoo test --config 'a b' --out c` is no `xzoo fit` with an --out"),
+        (
+            "xzoo test --config 'a b' --out c",
+            "`xzoo test --config 'a b' --out c` is no `xzoo fit` with an --out",
+        ),
         ("xzoo", "`xzoo ` is no `xzoo fit` with an --out"),
     ],
 )
@@ -115,21 +139,33 @@ def test_what_is_no_list_of_runs_is_one_line(shell, told):
 def test_nothing_that_a_block_says_is_run(tmp_path):
     (tmp_path / "start.sh").write_text(f"echo > {tmp_path}/started\n")
     with pytest.raises(XzooError, match="touch: No such file"):
-        queue.expand(f"touch {tmp_path}/touched", {"BASH_ENV": str(tmp_path / "start.sh"), "PATH": os.environ["PATH"]})
+        queue.expand(
+            f"touch {tmp_path}/touched",
+            {"BASH_ENV": str(tmp_path / "start.sh"), "PATH": os.environ["PATH"]},
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["start.sh"]
 
 
 def test_blocks_have_the_numbers_of_their_headings():
-    text = "## 3. Title\n```bash\na\n```\ntext\n```bash\nb\n```\n## Other\n```yaml\nx: 1\n```\n```bash\nc\n"
+    text = (
+        "## 3. Title\n```bash\na\n```\ntext\n```bash\nb\n```\n## Other\n```yaml\nx: "
+        "1\n```\n```bash\nc\n"
+    )
     text += "```\n## 4. Left open\n```bash\nd\n"
     assert queue.blocks(text) == [("3", "a\n"), ("3", "b\n"), ("Other", "c\n"), ("4", "d\n")]
 
 
 def test_blocks_are_chosen_and_mistakes_are_told(place, capsys, monkeypatch):
-    assert outs(queue.read_queue("queue.md")) == ["runs/first/tiny-0", "runs/first/tiny-1", "runs/second/tiny"]
+    assert outs(queue.read_queue("queue.md")) == [
+        "runs/first/tiny-0",
+        "runs/first/tiny-1",
+        "runs/second/tiny",
+    ]
     assert outs(queue.read_queue("queue.md", ["1"])) == ["runs/second/tiny"]
     Path("none.md").write_text("# Nothing\n")
-    Path("twice.md").write_text("## 7. Twice\n```bash\nfor s in 0 1; do xzoo fit --seed $s --out a; done\n```\n")
+    Path("twice.md").write_text(
+        "## 7. Twice\n```bash\nfor s in 0 1; do xzoo fit --seed $s --out a; done\n```\n"
+    )
     for arguments, told in (
         (["none.md"], "none.md is no queue: it has no ```bash block"),
         (["nowhere.md"], "nowhere.md: No such file"),
@@ -152,13 +188,29 @@ def test_blocks_are_chosen_and_mistakes_are_told(place, capsys, monkeypatch):
 
 
 def test_macs_are_three_times_those_of_the_images_that_are_learnt_from():
-    macs = xzoo.profile(xzoo.create_model("x_vgg16_c8", num_classes=10, device="meta"), (3, 32, 32)).macs
+    macs = xzoo.profile(
+        xzoo.create_model("x_vgg16_c8", num_classes=10, device="meta"), (3, 32, 32)
+    ).macs
     asked = ["--config", "cifar10/x_vgg16_c8", "--trainer.max_epochs", "7", "--out", "runs/a"]
     assert queue.train_macs(asked) == (3 * macs * 50_000 * 7, 7)
-    assert queue.train_macs([*asked, "--data.holdout=5000", "--seed_everything=3"]) == (3 * macs * 45_000 * 7, 7)
-    dense = xzoo.profile(xzoo.create_model("x_vgg16_c8", num_classes=10, device="meta", compression=1), (3, 32, 32))
+    assert queue.train_macs([*asked, "--data.holdout=5000", "--seed_everything=3"]) == (
+        3 * macs * 45_000 * 7,
+        7,
+    )
+    dense = xzoo.profile(
+        xzoo.create_model("x_vgg16_c8", num_classes=10, device="meta", compression=1), (3, 32, 32)
+    )
     assert queue.train_macs([*asked, "--model.compression", "1"])[0] == 3 * dense.macs * 50_000 * 7
-    own = ["--config", "cifar10/x_vgg16_c8", "--data", "ImageFolder", "--data.root", "photos", "--out", "runs/a"]
+    own = [
+        "--config",
+        "cifar10/x_vgg16_c8",
+        "--data",
+        "ImageFolder",
+        "--data.root",
+        "photos",
+        "--out",
+        "runs/a",
+    ]
     assert np.isnan(queue.train_macs(own)[0])  # whose number is not known
 
 
@@ -175,9 +227,14 @@ def test_the_list_tells_how_far_each_run_is(place, monkeypatch):
     (macs, epochs), measured = queue.train_macs(first.arguments), queue.speed([third])
     result = json.loads((third.out / RESULT).read_text())
     assert epochs == 3 and measured == result["train_macs"] / result["wall_s"]
-    assert [hours for *_, hours in rows] == pytest.approx([macs / measured / 3600, 2 * macs / measured / 3 / 3600, 0])
+    assert [hours for *_, hours in rows] == pytest.approx(
+        [macs / measured / 3600, 2 * macs / measured / 3 / 3600, 0]
+    )
     with claimed(first.out), claimed(second.out):
-        assert [state for _, state, _ in queue.listed([first, second])] == ["running", "running, 1 of 3 epochs"]
+        assert [state for _, state, _ in queue.listed([first, second])] == [
+            "running",
+            "running, 1 of 3 epochs",
+        ]
     assert not first.out.exists() and not is_claimed(first.out)
     # In a pipe no line is folded.
     asked = [sys.executable, "-m", "xzoo", "queue", "queue.md", "--list"]
@@ -186,7 +243,9 @@ def test_the_list_tells_how_far_each_run_is(place, monkeypatch):
     assert told[1].split()[:3] == ["0", "runs/first/tiny-0", "open"]
     assert told[2].split()[:-1] == ["0", "runs/first/tiny-1", "1", "of", "3", "epochs"]
     assert told[3].split() == ["1", "runs/second/tiny", "finished", "0.0"]
-    assert told[4].startswith("1 of 3 runs are finished; about ") and told[4].endswith(" core-hours are left")
+    assert told[4].startswith("1 of 3 runs are finished; about ") and told[4].endswith(
+        " core-hours are left"
+    )
 
 
 def interrupted_in_the_second_epoch(run: queue.QueuedRun) -> None:
@@ -195,7 +254,9 @@ def interrupted_in_the_second_epoch(run: queue.QueuedRun) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xzoo.train.callbacks.ProgressReport.on_train_epoch_start", interrupt, raising=False)
+        patch.setattr(
+            "xzoo.train.callbacks.ProgressReport.on_train_epoch_start", interrupt, raising=False
+        )
         with pytest.raises(KeyboardInterrupt):
             fit(run.arguments)
 
@@ -218,17 +279,30 @@ def test_a_run_that_fails_stops_no_other(place, capsys):
     assert main(["queue", "queue.md"]) == 2
     *lines, error = capsys.readouterr().err.splitlines()
     told = dict(line.split(": ", 1) for line in lines if "started, " not in line)
-    assert [line.split(": ")[0] for line in lines if "started, " in line] == ["runs/f-", "runs/f-nowhere"]
-    assert told.keys() == {"runs/f-", "runs/f-nowhere"} and told["runs/f-"].startswith("finished after 0:")
-    assert told["runs/f-nowhere"].startswith("failed with 2: xzoo: error: datanowhere does not exist")
+    assert [line.split(": ")[0] for line in lines if "started, " in line] == [
+        "runs/f-",
+        "runs/f-nowhere",
+    ]
+    assert told.keys() == {"runs/f-", "runs/f-nowhere"} and told["runs/f-"].startswith(
+        "finished after 0:"
+    )
+    assert told["runs/f-nowhere"].startswith(
+        "failed with 2: xzoo: error: datanowhere does not exist"
+    )
     assert error == "xzoo: error: 1 of 3 runs failed: runs/f-nowhere; their logs say why"
     assert Path("runs/f-nowhere.log").read_text().startswith("of before\nxzoo: error: ")
-    assert "everything goes to runs/f-" in Path("runs/f-.log").read_text() and Path("runs/f-", RESULT).exists()
-    assert main(["queue", "queue.md", "--blocks", "1"]) == 0 and capsys.readouterr().err == ""  # it is finished
+    assert (
+        "everything goes to runs/f-" in Path("runs/f-.log").read_text()
+        and Path("runs/f-", RESULT).exists()
+    )
+    # it is finished
+    assert main(["queue", "queue.md", "--blocks", "1"]) == 0 and capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
-def test_a_run_that_another_queue_starts_at_the_same_moment_is_no_failure(place, monkeypatch, capsys):
+def test_a_run_that_another_queue_starts_at_the_same_moment_is_no_failure(
+    place, monkeypatch, capsys
+):
     pytest.importorskip("fcntl")
     (run,) = queue.read_queue("queue.md", ["1"])
     with ExitStack() as other:
@@ -282,7 +356,9 @@ def wait(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
 
 
 def stopped(process: subprocess.Popen[str], runs: list[queue.QueuedRun]) -> list[int]:
-    """Each run's process, stopped when it has a checkpoint: it is at work for as long as the test likes."""
+    """Each run's process, stopped when it has a checkpoint: it is at work for as long as the test
+    likes.
+    """
     found: list[int] = []
 
     def all_of_them() -> bool:
@@ -311,7 +387,9 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists() or cores() < 2, reason="needs Linux and two cores")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists() or cores() < 2, reason="needs Linux and two cores"
+)
 def test_killed_and_started_again_nothing_runs_twice_and_the_bits_are_the_same(place):
     Path("queue.md").write_text(LONG)
     runs = queue.read_queue("queue.md", ["0"])
@@ -341,7 +419,9 @@ def test_killed_and_started_again_nothing_runs_twice_and_the_bits_are_the_same(p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists() or cores() < 2, reason="needs Linux and two cores")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists() or cores() < 2, reason="needs Linux and two cores"
+)
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_ends_the_runs_in_order_and_the_same_command_goes_on(place, sent, code):
     Path("queue.md").write_text(LONG)

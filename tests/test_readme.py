@@ -1,4 +1,5 @@
-"""What the README files say is so: their Python runs, their tables are those of the runs, their links lead somewhere.
+"""What the README files say is so: their Python runs, their tables are those of the runs, their
+links lead somewhere.
 
 `python .github/readme.py` writes the tables anew.
 """
@@ -41,7 +42,8 @@ PRINTED = {
 @pytest.mark.parametrize(
     ("page", "name"),
     [
-        pytest.param(page, name, marks=[pytest.mark.slow] if name == "models" else [])  # builds every model twice
+        # builds every model twice
+        pytest.param(page, name, marks=[pytest.mark.slow] if name == "models" else [])
         for page, name, _ in READ.TABLES
     ],
 )
@@ -58,19 +60,29 @@ def test_the_table_of_speed_is_the_file_s():
         rows = [row for row in csv.DictReader(file) if row["part"] == "model"]
     median = {(row["what"], row["against"]): float(row["median"]) for row in rows}
     begin, end = READ.marks("speed")
-    lines = (ROOT / "xzoo/ops/README.md").read_text(encoding="utf-8").split(begin)[1].split(end)[0].splitlines()
+    lines = (
+        (ROOT / "xzoo/ops/README.md")
+        .read_text(encoding="utf-8")
+        .split(begin)[1]
+        .split(end)[0]
+        .splitlines()
+    )
     shown = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines[2:-2]]
     assert len(shown) * 3 == len(rows) == 81
     for model, case, _, *times in shown:
         for form, text in zip(("dense", "masked", "group"), times, strict=True):
-            assert float(text.removesuffix("x")) == pytest.approx(median[f"{model}, {case}", form], abs=0.006)
+            assert float(text.removesuffix("x")) == pytest.approx(
+                median[f"{model}, {case}", form], abs=0.006
+            )
 
 
 @pytest.mark.parametrize("page", PAGES[:4])  # the others have none
 def test_the_python_runs(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with quiet():
-        for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        for code in re.findall(
+            r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
+        ):
             exec(compile(code, page, "exec"), {})
     printed = capsys.readouterr().out
     for expected in PRINTED.get(page, ()):

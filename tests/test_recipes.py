@@ -51,8 +51,18 @@ HARDWARE = ("cpu", "gpu1", "gpu8", "slurm2x8")
 # Classes and training images.
 SIZES = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "tiny_imagenet": (200, 100_000)}
 SIZES |= {"imagenet": (1000, 1_281_167)}
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "imagenet": "ImageNet-1k"}
-DATA = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tiny_imagenet": "TinyImageNet", "imagenet": "ImageNet"}
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "tiny_imagenet": "Tiny-ImageNet",
+    "imagenet": "ImageNet-1k",
+}
+DATA = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "tiny_imagenet": "TinyImageNet",
+    "imagenet": "ImageNet",
+}
 RIVALS = {
     "dense": {"compression": 1},
     "group": {"graph": "group"},
@@ -190,7 +200,8 @@ def test_a_rival_differs_in_one_thing():
 def check_same_size(model: str, kind: str) -> None:
     size = xzoo.create_model(model, device="meta").pretrained_cfg["input_size"]
     x, rival = (
-        profile(xzoo.create_model(model, device="meta", num_classes=10, **given), size) for given in ({}, RIVALS[kind])
+        profile(xzoo.create_model(model, device="meta", num_classes=10, **given), size)
+        for given in ({}, RIVALS[kind])
     )
     assert (rival.weights, rival.macs) == (x.weights, x.macs)
 
@@ -234,8 +245,14 @@ def test_a_recipe_is_read_as_what_it_says(folder):
         if place != folder:
             continue
         config = parsed(name).config
-        assert config.data.class_path.rpartition(".")[2] == DATA[folder] and parsed(name).name == name
-        assert config.model.name == model and config.model.compression is None and config.model.graph is None
+        assert (
+            config.data.class_path.rpartition(".")[2] == DATA[folder] and parsed(name).name == name
+        )
+        assert (
+            config.model.name == model
+            and config.model.compression is None
+            and config.model.graph is None
+        )
         # Neither resumes where it was; and where a recipe runs is said by the files in hardware/.
         trainer = config.trainer
         assert trainer.max_steps == -1 and trainer.max_time is None and trainer.max_epochs >= 1
@@ -281,7 +298,11 @@ def make(name: str) -> None:
 
 
 def test_every_architecture_has_its_recipes():
-    lacking = [f"cifar10/{model}" for model in xzoo.list_models("x_air*") if f"cifar10/{model}" not in NAMES]
+    lacking = [
+        f"cifar10/{model}"
+        for model in xzoo.list_models("x_air*")
+        if f"cifar10/{model}" not in NAMES
+    ]
     # X-Air is made for small images.
     for model in set(xzoo.list_models("x_*")) - {"x_timm", *xzoo.list_models("x_air*")}:
         if "vgg16" in model:
@@ -290,14 +311,22 @@ def test_every_architecture_has_its_recipes():
             homes = {"cifar10", "cifar100"} if "_40_" in model else {"cifar100"}
         else:
             homes = {"imagenet"}
-        lacking += [f"{home}/{model}" for home in sorted(homes | {"tiny_imagenet"}) if f"{home}/{model}" not in NAMES]
+        lacking += [
+            f"{home}/{model}"
+            for home in sorted(homes | {"tiny_imagenet"})
+            if f"{home}/{model}" not in NAMES
+        ]
     assert not lacking
 
 
 def test_mobilenets_rivals_are_all_there():
     rivals = {f"x_mobilenet050_c{c}+group{form}" for c in (2, 4, 8, 16) for form in ("", "+paper")}
     assert {f"imagenet/{name}" for name in rivals} <= set(NAMES)
-    rivals = {f"x_mobilenet050_c{c}+{kind}" for c in (2, 4, 8, 16) for kind in ("group", "shuffle", "random")}
+    rivals = {
+        f"x_mobilenet050_c{c}+{kind}"
+        for c in (2, 4, 8, 16)
+        for kind in ("group", "shuffle", "random")
+    }
     assert {f"tiny_imagenet/{name}" for name in rivals} <= set(NAMES)
 
 
@@ -311,7 +340,10 @@ def test_old_names_are_of_the_product():
         assert recipe.name in NAMES and recipe.run == name.replace("/", "-")
         assert recipes.compose(f"recipes/{name}.yaml") == recipe
     assert len({recipes.compose(name).name for name in OLD}) == len(OLD)
-    assert recipes.compose("tiny_imagenet/x_mobilenet050_dense").name == "tiny_imagenet/x_mobilenet050_c2+dense"
+    assert (
+        recipes.compose("tiny_imagenet/x_mobilenet050_dense").name
+        == "tiny_imagenet/x_mobilenet050_c2+dense"
+    )
 
 
 @pytest.mark.parametrize("folder", SIZES)
@@ -334,12 +366,31 @@ def test_an_old_name_has_its_old_run_folder():
 
 
 def test_overrides_are_what_the_hash_is_of():
-    asked = ("--trainer.max_epochs", "30", "--model.grow_sizes", "[20]", "--data.holdout=5000", "--ema", "null")
+    asked = (
+        "--trainer.max_epochs",
+        "30",
+        "--model.grow_sizes",
+        "[20]",
+        "--data.holdout=5000",
+        "--ema",
+        "null",
+    )
     more = ("--model.whiten", "fixed", "--model.lr", "0.2")  # the rate is the recipe's own
-    free = ("--seed_everything=3", "--model.graph_seed=3", "--data.root=x", "--out=y", "--trainer.precision=bf16-mixed")
+    free = (
+        "--seed_everything=3",
+        "--model.graph_seed=3",
+        "--data.root=x",
+        "--out=y",
+        "--trainer.precision=bf16-mixed",
+    )
     cli = parse("cifar10/x_vgg16_2", *asked, *more, "--config", "hardware/gpu1", *free)
     assert set(cli.overrides) == {
-        *("--trainer.max_epochs=30", "--model.grow_sizes=[20]", "--data.holdout=5000", "--ema=null"),
+        *(
+            "--trainer.max_epochs=30",
+            "--model.grow_sizes=[20]",
+            "--data.holdout=5000",
+            "--ema=null",
+        ),
         "--model.whiten=fixed",
     }
     assert parse(cli.name, *cli.overrides).sha == cli.sha != parsed("cifar10/x_vgg16_2").sha
@@ -359,11 +410,26 @@ def test_overrides_may_be_another_data_set_or_all_there_is(tmp_path):
 # What the authors' logs print: (batch, epochs, decay, rate in an epoch).
 AUTHORS = {
     "cifar10/x_vgg16+paper": (128, 300, 5e-4, lambda e: max(0.05 * 0.5 ** (e // 30), 5e-4)),
-    "cifar10/x_densenetbc_40_24+paper": (64, 300, 1e-4, lambda e: 0.1 * 0.1 ** ((e >= 150) + (e >= 225))),
-    "cifar100/x_densenetbc_70_60+paper": (64, 300, 1e-4, lambda e: 0.1 * 0.1 ** ((e >= 150) + (e >= 225))),
+    "cifar10/x_densenetbc_40_24+paper": (
+        64,
+        300,
+        1e-4,
+        lambda e: 0.1 * 0.1 ** ((e >= 150) + (e >= 225)),
+    ),
+    "cifar100/x_densenetbc_70_60+paper": (
+        64,
+        300,
+        1e-4,
+        lambda e: 0.1 * 0.1 ** ((e >= 150) + (e >= 225)),
+    ),
     "imagenet/x_resnet50+paper": (128, 90, 1e-4, lambda e: 0.1 * 0.1 ** (e // 30)),
     "imagenet/x_densenet121+paper": (128, 90, 1e-4, lambda e: 0.1 * 0.1 ** (e // 30)),
-    "imagenet/x_mobilenet050_c2+paper": (256, 150, 4e-5, lambda e: max(0.1 * 0.3162 ** (e // 15), 5e-5)),
+    "imagenet/x_mobilenet050_c2+paper": (
+        256,
+        150,
+        4e-5,
+        lambda e: max(0.1 * 0.3162 ** (e // 15), 5e-5),
+    ),
 }
 
 
@@ -373,9 +439,20 @@ def test_the_authors_settings(name):
     config = parsed(name).config
     hp, data, steps = config.model, config.data.init_args, SIZES[name.partition("/")[0]][1] // batch
     assert (data.batch_size, config.trainer.max_epochs, hp.weight_decay) == (batch, epochs, decay)
-    assert (hp.label_smoothing, hp.mixup, hp.cutmix, hp.decay_all, config.ema) == (0, 0, 0, True, None)
+    assert (hp.label_smoothing, hp.mixup, hp.cutmix, hp.decay_all, config.ema) == (
+        0,
+        0,
+        0,
+        True,
+        None,
+    )
     assert hp.optimizer == ("momentum" if "mobilenet" in name else "sgd")
-    fall = {"schedule": hp.schedule, "milestones": hp.milestones, "gamma": hp.gamma, "floor": hp.floor}
+    fall = {
+        "schedule": hp.schedule,
+        "milestones": hp.milestones,
+        "gamma": hp.gamma,
+        "floor": hp.floor,
+    }
     for epoch in range(epochs):
         for step in (0, steps - 1):  # the first and the last of each epoch
             found = hp.lr * rate((epoch * steps + step) / (epochs * steps), hp.warmup, **fall)
@@ -395,7 +472,10 @@ def test_hardware_goes_with_every_data_set(folder, name):
     assert cli.config.data.class_path == alone.config.data.class_path
     assert cli.config.model.channels_last is cli.config.data.init_args.channels_last is gpu
     assert cli.config.trainer.accelerator == ("gpu" if gpu else "cpu")
-    batch, devices = cli.config.data.init_args.batch_size, cli.config.trainer.devices * cli.config.trainer.num_nodes
+    batch, devices = (
+        cli.config.data.init_args.batch_size,
+        cli.config.trainer.devices * cli.config.trainer.num_nodes,
+    )
     assert batch == alone.config.data.init_args.batch_size and batch % devices == 0
     assert bool(cli.config.trainer.sync_batchnorm) == (devices > 1)
     assert cli.sha == alone.sha and cli.name == alone.name  # it is the same recipe
@@ -414,9 +494,15 @@ def test_slurm_starts_a_task_for_each_gpu():
 
 
 def test_the_folder_of_a_checkout_and_of_a_wheel():
-    assert recipes.folder() == FOLDER and {f"{recipes.HARDWARE}/{name}" for name in HARDWARE} == set(recipes.hardware())
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert {"xzoo", "recipes"} <= set(wheel["only-include"]) and wheel["sources"]["recipes"] == "xzoo/recipes"
+    assert recipes.folder() == FOLDER and {
+        f"{recipes.HARDWARE}/{name}" for name in HARDWARE
+    } == set(recipes.hardware())
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]["wheel"]
+    assert {"xzoo", "recipes"} <= set(wheel["only-include"]) and wheel["sources"][
+        "recipes"
+    ] == "xzoo/recipes"
 
 
 def test_a_recipe_is_found_by_name_and_by_path(tmp_path):
@@ -432,21 +518,52 @@ def test_a_recipe_is_found_by_name_and_by_path(tmp_path):
     ("name", "told"),
     [
         ("quux", "there is no recipe quux; `xzoo recipes` lists them"),
-        ("cifar10/x_vgg_2", "there is no recipe cifar10/x_vgg_2; did you mean cifar10/x_vgg16_2 or "),
-        ("cifr10/x_vgg16_2", "there is no recipe cifr10/x_vgg16_2; did you mean cifar10/x_vgg16_2 or "),
+        (
+            "cifar10/x_vgg_2",
+            "there is no recipe cifar10/x_vgg_2; did you mean cifar10/x_vgg16_2 or ",
+        ),
+        (
+            "cifr10/x_vgg16_2",
+            "there is no recipe cifr10/x_vgg16_2; did you mean cifar10/x_vgg16_2 or ",
+        ),
         ("cifar10/x_resnet50", "there is no recipe cifar10/x_resnet50; "),
-        ("cifar10/x_vgg16_3+air", "there is no recipe cifar10/x_vgg16_3+air; did you mean cifar10/x_vgg16"),
-        ("cifar10/x_vgg16_2+gruop", "x_vgg16_2+gruop: no setting is called gruop; did you mean group?"),
+        (
+            "cifar10/x_vgg16_3+air",
+            "there is no recipe cifar10/x_vgg16_3+air; did you mean cifar10/x_vgg16",
+        ),
+        (
+            "cifar10/x_vgg16_2+gruop",
+            "x_vgg16_2+gruop: no setting is called gruop; did you mean group?",
+        ),
         (
             "cifar10/x_vgg16_2+",
-            "cifar10/x_vgg16_2+: no setting is called ; there are dense, group, random, shuffle, air",
+            "cifar10/x_vgg16_2+: no setting is called ; there are dense, group, random, shuffle, "
+            "air",
         ),
-        ("cifar10/x_vgg16_2+air+short", "x_vgg16_2+air+short: air and short both set the training; take one"),
-        ("cifar10/x_vgg16_2+group+dense", "x_vgg16_2+group+dense: group and dense both set the graph; take one"),
-        ("cifar10/x_air94+short", "cifar10/x_air94+short: air and short both set the training; take one"),
-        ("cifar10/x_vgg16_c8+paper", "c8+paper: paper is not for cifar10/x_vgg16_c8; there are dense, group, random,"),
-        ("cifar10/x_vgg16_c8_paper", "c8_paper: paper is not for cifar10/x_vgg16_c8; there are dense, group, random,"),
-        ("hardware/gpu2", "there is no recipe hardware/gpu2; did you mean hardware/gpu8 or hardware/gpu1"),
+        (
+            "cifar10/x_vgg16_2+air+short",
+            "x_vgg16_2+air+short: air and short both set the training; take one",
+        ),
+        (
+            "cifar10/x_vgg16_2+group+dense",
+            "x_vgg16_2+group+dense: group and dense both set the graph; take one",
+        ),
+        (
+            "cifar10/x_air94+short",
+            "cifar10/x_air94+short: air and short both set the training; take one",
+        ),
+        (
+            "cifar10/x_vgg16_c8+paper",
+            "c8+paper: paper is not for cifar10/x_vgg16_c8; there are dense, group, random,",
+        ),
+        (
+            "cifar10/x_vgg16_c8_paper",
+            "c8_paper: paper is not for cifar10/x_vgg16_c8; there are dense, group, random,",
+        ),
+        (
+            "hardware/gpu2",
+            "there is no recipe hardware/gpu2; did you mean hardware/gpu8 or hardware/gpu1",
+        ),
     ],
 )
 def test_what_is_not_of_the_product_is_told(name, told):
@@ -459,7 +576,10 @@ def test_a_setting_may_be_asked_for_that_is_always_there():
     assert recipes.find("cifar10/x_air94+air") == recipes.find("cifar10/x_air94")
     assert recipes.find("cifar10/x_air94+air+random").name == "cifar10/x_air94+random"
     assert recipes.find("cifar10/x_vgg16_2+air+air").name == "cifar10/x_vgg16_2+air"
-    assert content("cifar10/x_air94")["model"]["lookahead"] == content("cifar10/x_vgg16_2+air")["model"]["lookahead"]
+    assert (
+        content("cifar10/x_air94")["model"]["lookahead"]
+        == content("cifar10/x_vgg16_2+air")["model"]["lookahead"]
+    )
 
 
 def test_a_copy_does_the_same_and_changes_alone(tmp_path):
@@ -468,15 +588,21 @@ def test_a_copy_does_the_same_and_changes_alone(tmp_path):
     assert copied == tmp_path / "mine" / "x_vgg16_2+dense+paper.yaml"
     heads = ("cifar10", "dense", "paper")
     parts = recipes.data_sets() | recipes.settings()
-    assert recipes.head(copied).splitlines() == [line for part in heads for line in parts[part].notes.splitlines()]
+    assert recipes.head(copied).splitlines() == [
+        line for part in heads for line in parts[part].notes.splitlines()
+    ]
     assert parse(str(copied)).plain() == parsed(name).plain()
     assert recipes.copy(name, tmp_path / "mine") == [copied]  # the same again is no harm
     copied.write_text(copied.read_text().replace("max_epochs: 300", "max_epochs: 9"))
     assert parse(str(copied)).config.trainer.max_epochs == 9
-    with pytest.raises(XzooError, match=r"paper.yaml exists and is another file; choose another folder"):
+    with pytest.raises(
+        XzooError, match=r"paper.yaml exists and is another file; choose another folder"
+    ):
         recipes.copy(name, tmp_path / "mine")
     # A file goes with those it is based on.
-    (tmp_path / "base.yaml").write_text("base: cifar10/x_vgg16_2+air\n# An odd one\ntrainer: {max_epochs: 2}\n")
+    (tmp_path / "base.yaml").write_text(
+        "base: cifar10/x_vgg16_2+air\n# An odd one\ntrainer: {max_epochs: 2}\n"
+    )
     (tmp_path / "own.yaml").write_text("base: base.yaml\nmodel: {lr: 0.5}\n")
     files = recipes.copy(str(tmp_path / "own.yaml"), tmp_path / "there")
     assert [file.name for file in files] == ["base.yaml", "own.yaml"]
@@ -487,7 +613,10 @@ def test_a_base_is_a_file_or_a_name(tmp_path):
     (tmp_path / "base.yaml").write_text("base: cifar10/x_vgg16_2+air\ntrainer: {max_epochs: 2}\n")
     (tmp_path / "own.yaml").write_text("base: base.yaml\nmodel: {lr_base: 0.5}\n")
     own = parse(str(tmp_path / "own.yaml"))
-    assert own.sha == parse("cifar10/x_vgg16_2+air", "--trainer.max_epochs=2", "--model.lr_base=0.5").sha
+    assert (
+        own.sha
+        == parse("cifar10/x_vgg16_2+air", "--trainer.max_epochs=2", "--model.lr_base=0.5").sha
+    )
     assert own.name == "own" and own.run_folder == Path("runs/own")
     # As copies of old recipes say it; a file goes before a recipe.
     (tmp_path / "derived.yaml").write_text("base: x_vgg16_2.yaml\nmodel: {compression: 1}\n")
@@ -498,7 +627,10 @@ def test_a_base_is_a_file_or_a_name(tmp_path):
 def test_bases_that_are_missing_or_go_in_a_circle(tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("base: two.yaml\nema: null\n")
-    with pytest.raises(XzooError, match=r"one.yaml: its base two.yaml is not beside it; there is no recipe two.yaml"):
+    with pytest.raises(
+        XzooError,
+        match=r"one.yaml: its base two.yaml is not beside it; there is no recipe two.yaml",
+    ):
         recipes.find(str(one))
     two.write_text("base: one.yaml\nema: null\n")
     with pytest.raises(XzooError, match=r"two.yaml: its base one.yaml is based on it in turn"):
@@ -516,12 +648,18 @@ def test_bases_that_are_missing_or_go_in_a_circle(tmp_path):
 
 def blocks() -> list[tuple[str, str]]:
     """(the line of its cost, the shell) of each block of the queue."""
-    return re.findall(r"^(COST|\d[^\n]*MACs)\n```bash\n(.*?)```", QUEUE.read_text(encoding="utf-8"), re.DOTALL | re.M)
+    return re.findall(
+        r"^(COST|\d[^\n]*MACs)\n```bash\n(.*?)```",
+        QUEUE.read_text(encoding="utf-8"),
+        re.DOTALL | re.M,
+    )
 
 
 def commands(block: str) -> list[tuple[str, ...]]:
     """The arguments of every `xzoo fit` that the block starts."""
-    return queue.expand(block, {name: f"/data/{name}" for name in ("CIFAR10", "CIFAR100", "TINY", "IMAGENET")})
+    return queue.expand(
+        block, {name: f"/data/{name}" for name in ("CIFAR10", "CIFAR100", "TINY", "IMAGENET")}
+    )
 
 
 def cost(block: str) -> str:
@@ -540,10 +678,17 @@ def test_the_queue_can_be_run_as_it_stands():
         outs = [arguments[arguments.index("--out") + 1] for arguments in asked]
         assert len(set(outs)) == len(outs), "two runs in one folder"
         for arguments in asked:
-            assert recipes.compose(arguments[0]).name == arguments[0], "a name of today, in its usual order"
+            assert recipes.compose(arguments[0]).name == arguments[0], (
+                "a name of today, in its usual order"
+            )
             options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-            assert options["--results"] == "recipes/results.csv" and options["--seed_everything"].isdigit()
-            assert options["--data.root"].startswith("/data/") and options["--out"].startswith("runs/")
+            assert (
+                options["--results"] == "recipes/results.csv"
+                and options["--seed_everything"].isdigit()
+            )
+            assert options["--data.root"].startswith("/data/") and options["--out"].startswith(
+                "runs/"
+            )
         assert cost(block) == line  # which parses them
 
 
@@ -562,7 +707,9 @@ def with_random_images(cli: RecipeCLI, data: pl.LightningDataModule) -> pl.Light
     items = []
     for label in range(8):
         file = io.BytesIO()
-        Image.fromarray(np.random.default_rng(label).integers(0, 256, (240, 260, 3), np.uint8)).save(file, "PNG")
+        Image.fromarray(
+            np.random.default_rng(label).integers(0, 256, (240, 260, 3), np.uint8)
+        ).save(file, "PNG")
         items.append(Item(f"{label}.png", label, file.getvalue()))
     part = Stored(items), torch.arange(8)
     data._contents = Contents([str(i) for i in range(data.num_classes)], part, part)
@@ -575,12 +722,19 @@ def train_two_steps(name: str) -> None:
     more = ["--data.workers", "0"] if name.startswith("imagenet/") else []
     cli = parse(name, "--data.batch_size", few, "--data.eval_batch_size", few, *more)
     average = [EMA(cli.config.ema)] if cli.config.ema else []
-    limits = {"limit_train_batches": 2, "limit_val_batches": 2, "max_epochs": 1, "log_every_n_steps": 1}
+    limits = {
+        "limit_train_batches": 2,
+        "limit_val_batches": 2,
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+    }
     off = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     with quiet():
         trainer, task, data = cli.build(callbacks=average, **limits, **off)
         trainer.fit(task, datamodule=with_random_images(cli, data))
-    assert trainer.global_step == 2 and task.hparams["num_classes"] == SIZES[name.partition("/")[0]][0]
+    assert (
+        trainer.global_step == 2 and task.hparams["num_classes"] == SIZES[name.partition("/")[0]][0]
+    )
     found = {key: float(value) for key, value in trainer.callback_metrics.items()}
     assert {"train/loss", "val/loss", "val/acc1", "val/acc5"} <= set(found)
     assert all(math.isfinite(value) for value in found.values())
@@ -604,7 +758,9 @@ def rewrite() -> None:
     QUEUE.write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("row", read(FOLDER / "results.csv"), ids=lambda row: f"{row.recipe}-{row.seed}")
+@pytest.mark.parametrize(
+    "row", read(FOLDER / "results.csv"), ids=lambda row: f"{row.recipe}-{row.seed}"
+)
 def test_a_result_is_of_the_recipe_that_it_names(row):
     """A recipe that has results does not change any more: what is better is another setting."""
     given = {"model.graph": row.graph, "model.compression": row.compression}
@@ -615,13 +771,18 @@ def test_a_result_is_of_the_recipe_that_it_names(row):
     # What is not the recipe's own was an override, so every choice of them is tried.
     choices = itertools.product(*[((), (f"--{key}={value}",)) for key, value in given.items()])
     asked = shlex.split(row.recipe)
-    assert any(reparsed(*asked, *itertools.chain(*choice)).sha == row.recipe_sha for choice in choices)
+    assert any(
+        reparsed(*asked, *itertools.chain(*choice)).sha == row.recipe_sha for choice in choices
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("data: {class_path: evil.Images}", r"class_path is 'evil\.Images', code of others; add --trust"),
+        (
+            "data: {class_path: evil.Images}",
+            r"class_path is 'evil\.Images', code of others; add --trust",
+        ),
         ("data: evil.Images", "data is 'evil.Images', not written out; add --trust"),
         ("data: data.yaml", "data is 'data.yaml', not written out; add --trust"),
         ("trainer: {callbacks: [evil.Callback]}", r"callbacks is 'evil\.Callback', code of others"),

@@ -1,4 +1,6 @@
-"""The table of results only grows, refuses what cannot be true, and is averaged as one does by hand."""
+"""The table of results only grows, refuses what cannot be true, and is averaged as one does by
+hand.
+"""
 
 import multiprocessing
 import resource
@@ -53,7 +55,13 @@ def a_row(**changes):
     return Row(**facts | changes)
 
 
-DENSE = {"graph": "dense", "compression": 1, "share": None, "spatial_share": None, "graph_seed": None}
+DENSE = {
+    "graph": "dense",
+    "compression": 1,
+    "share": None,
+    "spatial_share": None,
+    "graph_seed": None,
+}
 
 
 @pytest.fixture
@@ -67,7 +75,15 @@ def path(tmp_path):
 def test_rows_come_back_as_they_were(path):
     rows = [
         a_row(),
-        a_row(seed=1, top1=92.125, top5=None, train_macs=10**15, crop_pct=0.875, interpolation="bicubic", ema=True),
+        a_row(
+            seed=1,
+            top1=92.125,
+            top5=None,
+            train_macs=10**15,
+            crop_pct=0.875,
+            interpolation="bicubic",
+            ema=True,
+        ),
         a_row(**DENSE, model='x, "y" é'),
         a_row(compression=None, commit="0123456789abcdef-dirty"),
     ]
@@ -79,7 +95,8 @@ def test_rows_come_back_as_they_were(path):
 
 def test_what_is_there_is_never_touched(path):
     append(path, a_row())
-    before = path.read_bytes().replace(b"92.5,", b"92.500,")  # by another hand: equal, and not as we write it
+    # by another hand: equal, and not as we write it
+    before = path.read_bytes().replace(b"92.5,", b"92.500,")
     path.write_bytes(before)
     append(path, a_row(seed=1))
     assert path.read_bytes().startswith(before)
@@ -90,15 +107,25 @@ def test_the_same_row_is_there_once_and_another_of_the_run_is_refused(path):
     assert append(path, a_row())
     assert not append(path, a_row())
     before = path.read_bytes()
-    with pytest.raises(XzooError, match=r"line 2, tells of the same run with top1=92\.5 where this has 93\.0.*seed"):
+    with pytest.raises(
+        XzooError, match=r"line 2, tells of the same run with top1=92\.5 where this has 93\.0.*seed"
+    ):
         append(path, a_row(top1=93.0))
     assert path.read_bytes() == before
-    for other in ({"seed": 1}, {"graph_seed": 1}, {"commit": "abcdef2"}, {"recipe_sha": "f" * 16}, {"graph": "group"}):
+    for other in (
+        {"seed": 1},
+        {"graph_seed": 1},
+        {"commit": "abcdef2"},
+        {"recipe_sha": "f" * 16},
+        {"graph": "group"},
+    ):
         assert append(path, a_row(**other))
 
 
 def in_processes(*calls):
-    """Run the calls at once, each in a fork of this process (a fresh one imports torch first); their exit codes."""
+    """Run the calls at once, each in a fork of this process (a fresh one imports torch first);
+    their exit codes.
+    """
     forks = [multiprocessing.get_context("fork").Process(target=call) for call in calls]
     for fork in forks:
         fork.start()
@@ -126,7 +153,9 @@ def test_a_full_disk_leaves_what_was_there(path):
         # The limit cuts a write in two as a full disk does.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, resource.RLIM_INFINITY))
-        with pytest.raises(XzooError, match=r"cannot write .*ulimit -f.*; what it held before is kept"):
+        with pytest.raises(
+            XzooError, match=r"cannot write .*ulimit -f.*; what it held before is kept"
+        ):
             append(path, a_row(seed=1))
 
     assert in_processes(write) == [0]
@@ -236,7 +265,9 @@ def test_what_keeps_a_row_out_is_told_in_words_and_nothing_is_lost(path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(held), hard))
     try:
-        with pytest.raises(XzooError, match=r"cannot write .*ulimit -f.*; what it held before is kept"):
+        with pytest.raises(
+            XzooError, match=r"cannot write .*ulimit -f.*; what it held before is kept"
+        ):
             append(path, a_row(seed=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -325,10 +356,16 @@ def test_interleaved_arms_keep_the_order_of_their_first_rows():
 
 
 def test_the_hash_of_a_recipe_is_of_what_it_says():
-    recipe = {"model": {"name": "x_vgg16", "lr": 0.1, "betas": [0.9, 0.99]}, "trainer": {"max_epochs": 40}}
+    recipe = {
+        "model": {"name": "x_vgg16", "lr": 0.1, "betas": [0.9, 0.99]},
+        "trainer": {"max_epochs": 40},
+    }
     # sha256 of {"model":{"betas":[0.9,0.99],"lr":0.1,"name":"x_vgg16"},"trainer":{"max_epochs":40}}
     assert recipe_sha(recipe) == "ff67e49e4374fed5"
-    other_order = {"trainer": {"max_epochs": 40}, "model": {"betas": (0.9, 0.99), "lr": 0.1, "name": "x_vgg16"}}
+    other_order = {
+        "trainer": {"max_epochs": 40},
+        "model": {"betas": (0.9, 0.99), "lr": 0.1, "name": "x_vgg16"},
+    }
     assert recipe_sha(other_order) == recipe_sha(recipe)
     seeded = {"seed_everything": 7, **recipe, "model": recipe["model"] | {"seed": 3}}
     assert recipe_sha(seeded) == recipe_sha(recipe)
@@ -365,18 +402,32 @@ OF_THE_ZOO = {identity(f): f for f in FIGURES if f.model}
 
 
 # A second or two each, where hundreds of graphs are drawn.
-LARGE = ("x_resnet101", "x_resnet152", "x_densenet1", "x_densenet2", "x_densenetbc_58_60", "x_densenetbc_70_60")
+LARGE = (
+    "x_resnet101",
+    "x_resnet152",
+    "x_densenet1",
+    "x_densenet2",
+    "x_densenetbc_58_60",
+    "x_densenetbc_70_60",
+)
 
 
 @pytest.mark.parametrize(
     "which",
-    [pytest.param(w, marks=[pytest.mark.slow] * w[0].startswith(LARGE), id="-".join(map(str, w))) for w in OF_THE_ZOO],
+    [
+        pytest.param(w, marks=[pytest.mark.slow] * w[0].startswith(LARGE), id="-".join(map(str, w)))
+        for w in OF_THE_ZOO
+    ],
 )
 def test_counts_of_published_networks_are_those_of_the_zoo(which):
     counts = profile(built(OF_THE_ZOO[which]))
     for figure in FIGURES:
         if identity(figure) == which:
-            assert (figure.weights, figure.params, figure.macs) == (counts.weights, counts.params, counts.macs)
+            assert (figure.weights, figure.params, figure.macs) == (
+                counts.weights,
+                counts.params,
+                counts.macs,
+            )
 
 
 def test_counts_of_the_wide_networks_are_those_of_the_same_class():
@@ -386,10 +437,19 @@ def test_counts_of_the_wide_networks_are_those_of_the_same_class():
         growth = int(figure.network.split("-")[-1])
         with torch.device("meta"):
             model = x_densenet._x_densenetbc(
-                "x_densenetbc_40_24", False, 40, growth, num_classes=100, compression=figure.compression
+                "x_densenetbc_40_24",
+                False,
+                40,
+                growth,
+                num_classes=100,
+                compression=figure.compression,
             )
         counts = profile(model)
-        assert (figure.weights, figure.params, figure.macs) == (counts.weights, counts.params, counts.macs)
+        assert (figure.weights, figure.params, figure.macs) == (
+            counts.weights,
+            counts.params,
+            counts.macs,
+        )
 
 
 def test_published_figures_say_what_they_are():

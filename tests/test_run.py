@@ -42,7 +42,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
 
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-    # A file that grows beyond its limit fails as on a full disk; in a child, because the limit is a process's.
+    # A file that grows beyond its limit fails as on a full disk; in a child, because the limit is a
+    # process's.
     code = (
         "import resource, signal, sys, torch\n"
         "from xzoo.train.run import AtomicCheckpointIO\n"
@@ -51,9 +52,13 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
         "try: AtomicCheckpointIO().save_checkpoint({'w': torch.zeros(1_000_000)}, sys.argv[1])\n"
         "except ValueError as error: print(type(error).__name__, error)"
     )
-    told = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
     assert told.stdout.startswith("XzooError cannot write"), told.stderr
-    assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(tmp_path) == ["last.ckpt"]
+    assert torch.load(path, weights_only=True) == {"step": 1} and os.listdir(tmp_path) == [
+        "last.ckpt"
+    ]
 
 
 FULL = """
@@ -82,13 +87,20 @@ assert sorted(p.name for p in place.iterdir()) == ["last.ckpt"] and (place / "la
 
 @pytest.mark.slow
 def test_a_full_disk_is_called_so(tmp_path):
-    """A real one, of 1 MB, in a mount namespace of its own; torch calls it "unexpected pos 901760 vs 901656"."""
+    """A real one, of 1 MB, in a mount namespace of its own; torch calls it "unexpected pos 901760
+    vs 901656".
+    """
     mount = f'mount -t tmpfs -o size=1m tmpfs "{tmp_path}" && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*command, "true"], capture_output=True).returncode
+    ):
         pytest.skip("no mount namespace of its own: it takes root, and unshare")
     run = [*command, sys.executable, "-c", FULL, str(tmp_path)]
-    told = subprocess.run(run, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    told = subprocess.run(
+        run, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     lines = told.stdout.splitlines()
     assert told.returncode == 0 and len(lines) == 4, told.stderr
     full = "the disk is full (No space left on device)"
@@ -122,7 +134,9 @@ def test_what_cannot_be_written_is_found_before(check, tmp_path):
             check(tmp_path / name, "--here")
     with pytest.raises(XzooError, match="cannot write"):
         check("/dev/null")  # as root a rename would put a file in its place
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"] and not os.listdir(tmp_path / "folder")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"] and not os.listdir(
+        tmp_path / "folder"
+    )
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -147,7 +161,9 @@ def test_a_folder_that_nothing_was_written_to_is_unmade(tmp_path):
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
-        pytest.raises(XzooError, match="cannot write to the run folder .*choose another with --out"),
+        pytest.raises(
+            XzooError, match="cannot write to the run folder .*choose another with --out"
+        ),
         claimed(tmp_path / "file" / "run"),
     ):
         pass
@@ -181,17 +197,27 @@ def test_the_table_of_weights_and_a_card_are_written_whole_or_not_at_all(tmp_pat
     for name in ("weights.json", "README.md"):
         (tmp_path / name).write_text("{}")
     row = {"repo": "lab/net", "commit": "0" * 40, "cfg": {"long": "x" * 50_000}, "files": {}}
-    row["files"] = {name: {"sha256": "0" * 64, "size": 1} for name in (weights.CONFIG, weights.WEIGHTS)}
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    row["files"] = {
+        name: {"sha256": "0" * 64, "size": 1} for name in (weights.CONFIG, weights.WEIGHTS)
+    }
+    before, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
         for write in (
             lambda: weights.write("x_vgg16_c16.test_r32", row),
             lambda: card._put(tmp_path / "README.md", "x" * 50_000),
         ):
-            with pytest.raises(XzooError, match="cannot write .*ulimit -f.*; what it held before is kept"):
+            with pytest.raises(
+                XzooError, match="cannot write .*ulimit -f.*; what it held before is kept"
+            ):
                 write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"weights.json": "{}", "README.md": "{}"}
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "weights.json": "{}",
+        "README.md": "{}",
+    }

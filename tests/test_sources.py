@@ -35,7 +35,9 @@ def test_digits_are_real_and_split_by_class():
     data = read("digits")
     assert data.classes == [str(d) for d in range(10)]
     assert len(data.train) + len(data.val) == 1797
-    share = np.bincount(data.val.labels) / (np.bincount(data.val.labels) + np.bincount(data.train.labels))
+    share = np.bincount(data.val.labels) / (
+        np.bincount(data.val.labels) + np.bincount(data.train.labels)
+    )
     assert np.abs(share - 0.2).max() < 0.01
     assert not data.mirror and data.in_memory and data.side == 8
     assert np.asarray(data.train.image(0)).max() == 255
@@ -146,7 +148,9 @@ def test_what_does_not_fit_into_memory_is_decoded_when_asked_for(make_folder):
     assert kept.in_memory and not lazy.in_memory
     assert kept.fingerprint() == lazy.fingerprint()
     for index in range(len(kept.train)):
-        assert np.array_equal(np.asarray(kept.train.image(index)), np.asarray(lazy.train.image(index)))
+        assert np.array_equal(
+            np.asarray(kept.train.image(index)), np.asarray(lazy.train.image(index))
+        )
     os.remove(lazy.train.items[0].source)
     with pytest.raises(DataError, match="could be read before"):
         lazy.train.image(0)
@@ -166,13 +170,16 @@ def test_the_split_of_before_where_no_files_are_identical():
         held = set()
         for label in sorted({item.label for item in items}):
             names = sorted(
-                (i.name for i in items if i.label == label), key=lambda n: hashlib.sha256(n.encode()).digest()
+                (i.name for i in items if i.label == label),
+                key=lambda n: hashlib.sha256(n.encode()).digest(),
             )
             held.update(names[: min(max(1, round(share * len(names))), len(names) - 1)])
         return [i for i in items if i.name not in held], [i for i in items if i.name in held]
 
     for n in (1, 2, 3, 7, 50):
-        items = [Item(f"{label}/{i}", label, b"%d" % i) for label in range(3) for i in range(n + label)]
+        items = [
+            Item(f"{label}/{i}", label, b"%d" % i) for label in range(3) for i in range(n + label)
+        ]
         assert hold_out(items) == before(items)
         assert hold_out(items, same=list(range(len(items)))) == before(items)
 
@@ -180,7 +187,9 @@ def test_the_split_of_before_where_no_files_are_identical():
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=60))
 def test_identical_images_are_on_one_side(drawn):
     """Whatever they are: classes and contents drawn at random."""
-    items = [Item(f"{label}/{i}", label, b"%03d" % content) for i, (label, content) in enumerate(drawn)]
+    items = [
+        Item(f"{label}/{i}", label, b"%03d" % content) for i, (label, content) in enumerate(drawn)
+    ]
     same = identical(items)
     assert [items[first].source for first in same] == [item.source for item in items]
     train, val = hold_out(items, same=same)
@@ -196,10 +205,17 @@ def test_copies_are_held_out_together_and_counted(make_folder):
         shutil.copy(root / "ant" / f"{number:02d}.png", root / "ant" / f"copy of {number}.png")
     shutil.copy(root / "bee" / "03.png", root / "ant" / "bee.png")
     data = read(root)
-    sides = [{(root / name).read_bytes() for name in names(part)} for part in (data.train, data.val)]
+    sides = [
+        {(root / name).read_bytes() for name in names(part)} for part in (data.train, data.val)
+    ]
     assert not sides[0] & sides[1] and len(data.train) + len(data.val) == 31
-    assert data.account() == "31 images of 2 classes; 11 of them are copies of others, and on the same side as those"
-    assert data.remarks == ["2 images are identical to one of another class: ant/bee.png, bee/03.png"]
+    assert (
+        data.account()
+        == "31 images of 2 classes; 11 of them are copies of others, and on the same side as those"
+    )
+    assert data.remarks == [
+        "2 images are identical to one of another class: ant/bee.png, bee/03.png"
+    ]
     assert "bee/03.png" in names(data.train)
 
 
@@ -217,7 +233,10 @@ def test_what_validates_is_not_trained_on(make_folder, tmp_path):
     assert data.account() == "18 images of 2 classes; left out: 2 identical to images that validate"
     shutil.rmtree(tmp_path / "all/val")
     (tmp_path / "all/val").symlink_to("train")
-    with pytest.raises(DataError, match=r"no training image .* of ant, bee \(13 are identical to images that validate"):
+    with pytest.raises(
+        DataError,
+        match=r"no training image .* of ant, bee \(13 are identical to images that validate",
+    ):
         read(tmp_path / "all")
 
 
@@ -227,8 +246,17 @@ def test_only_files_that_may_be_identical_are_read_again(tmp_path, monkeypatch):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     read_whole, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read_whole.append(file.name) or digest(file, kind))
-    assert identical([Item(name, 0, tmp_path / name) for name in contents]) == [*range(20), 0, 21, 22]
+    monkeypatch.setattr(
+        hashlib,
+        "file_digest",
+        lambda file, kind: read_whole.append(file.name) or digest(file, kind),
+    )
+    assert identical([Item(name, 0, tmp_path / name) for name in contents]) == [
+        *range(20),
+        0,
+        21,
+        22,
+    ]
     assert sorted(read_whole) == [str(tmp_path / name) for name in ("copy", "size0")]
 
 
@@ -256,7 +284,8 @@ def test_ranges_are_those_of_the_folder_and_full_ones_change_no_fingerprint(make
 
 
 def test_fingerprints_are_those_of_before(make_folder):
-    # Renew only if runs that exist need not be resumed: print(read(make_folder(each=10)).fingerprint())
+    # Renew only if runs that exist need not be resumed:
+    # print(read(make_folder(each=10)).fingerprint())
     assert read(make_folder(each=10)).fingerprint() == "5711c027bd6ef1e6"
 
 
@@ -294,7 +323,9 @@ def test_a_parquet_file_beside_class_folders_is_not_the_data(make_folder):
     ]
 
 
-@pytest.mark.parametrize("test", ["testing-0.parquet", "my_test.parquet", "Testing/0.parquet", "dev.parquet"])
+@pytest.mark.parametrize(
+    "test", ["testing-0.parquet", "my_test.parquet", "Testing/0.parquet", "dev.parquet"]
+)
 def test_a_test_part_in_parquet_is_not_trained_on(tmp_path, test):
     write_parquet(tmp_path / "training-0.parquet", as_rows(12)[:8], [0, 1] * 4)
     write_parquet(tmp_path / test, as_rows(12)[8:], [0, 1] * 2)
@@ -311,7 +342,9 @@ def test_a_test_part_in_parquet_is_not_trained_on(tmp_path, test):
         (("holdout", "test"), "test"),
     ],
 )
-def test_which_part_validates_is_one_rule_for_folders_and_tables(make_folder, tmp_path, parts, judge):
+def test_which_part_validates_is_one_rule_for_folders_and_tables(
+    make_folder, tmp_path, parts, judge
+):
     make_folder(each=3, where="all/train")
     for seed, part in enumerate(parts, 1):
         make_folder(each=2, where=f"all/{part}", seed=seed)
@@ -322,18 +355,35 @@ def test_which_part_validates_is_one_rule_for_folders_and_tables(make_folder, tm
 
 
 def write_parquet(
-    path: Path, rows: list, labels: list, image="image", label="label", large=False, classes=("a", "b"), plain=False
+    path: Path,
+    rows: list,
+    labels: list,
+    image="image",
+    label="label",
+    large=False,
+    classes=("a", "b"),
+    plain=False,
 ) -> None:
     binary = pa.large_binary() if large else pa.binary()
-    fields = [("path", pa.string()), ("bytes", binary)] if large else [("bytes", binary), ("path", pa.string())]
+    fields = (
+        [("path", pa.string()), ("bytes", binary)]
+        if large
+        else [("bytes", binary), ("path", pa.string())]
+    )
     kind = binary if plain else pa.struct(fields)
     label_type = pa.string() if isinstance(labels[0], str) else pa.int64()
     table = pa.table(
-        {label: pa.array(labels, label_type), image: pa.array(rows, kind), "extra": pa.array([1.5] * len(rows))}
+        {
+            label: pa.array(labels, label_type),
+            image: pa.array(rows, kind),
+            "extra": pa.array([1.5] * len(rows)),
+        }
     )
     if classes:
         features = {label: {"names": list(classes), "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
 
@@ -397,5 +447,7 @@ def test_parquet_that_cannot_be_used_says_why(tmp_path):
 @pytest.mark.data
 def test_real_sign_digits(real_data):
     data = read(real_data / "sign-digits")
-    assert (len(data.train), len(data.val)) == (1653, 409) and data.classes == [str(d) for d in range(10)]
+    assert (len(data.train), len(data.val)) == (1653, 409) and data.classes == [
+        str(d) for d in range(10)
+    ]
     assert data.side == 100 and not data.skipped

@@ -1,4 +1,6 @@
-"""Layers pass their inputs on along a matching; the first convolution whitens the patches of the images."""
+"""Layers pass their inputs on along a matching; the first convolution whitens the patches of the
+images.
+"""
 
 import math
 
@@ -48,7 +50,14 @@ def graph_cases(draw, kinds=graphs.KINDS, largest=24):
     else:
         degrees = range(1, n_in + 1)
     degree, seed = draw(st.sampled_from(list(degrees))), draw(st.integers(0, 9))
-    return {"kind": kind, "n_in": n_in, "n_out": blocks * share, "degree": degree, "share": share, "seed": seed}
+    return {
+        "kind": kind,
+        "n_in": n_in,
+        "n_out": blocks * share,
+        "degree": degree,
+        "share": share,
+        "seed": seed,
+    }
 
 
 def edges_of(case):
@@ -82,7 +91,8 @@ def test_matching_pairs_outputs_with_inputs_that_they_read_and_has_the_largest_s
 @given(case=graph_cases(kinds=[kind for kind in graphs.KINDS if kind != "random"]))
 def test_matching_saturates_the_smaller_side_where_inputs_are_read_equally_often(case):
     reads = edges_of(case).sum(axis=0)
-    within = 1 if case["share"] == 1 else 0  # a share multiplies what one read more makes of a difference
+    # a share multiplies what one read more makes of a difference
+    within = 1 if case["share"] == 1 else 0
     if reads.max() - reads.min() <= within and reads.min() > 0:
         assert (matching_of(case) >= 0).sum() == min(case["n_in"], case["n_out"])
 
@@ -99,7 +109,10 @@ def test_matching_leaves_out_what_a_graph_cannot_match():
 @given(case=graph_cases(), kernel=st.sampled_from([(1, 1), (3, 3), (5, 1)]), bias=st.booleans())
 def test_convolution_copies_its_matched_inputs_exactly(case, kernel, bias):
     n_in, n_out = case["n_in"], case["n_out"]
-    options = {name: case[name] for name in ("degree", "share", "seed")} | {"graph": case["kind"], "bias": bias}
+    options = {name: case[name] for name in ("degree", "share", "seed")} | {
+        "graph": case["kind"],
+        "bias": bias,
+    }
     layer = ExpanderConv2d(n_in, n_out, kernel, padding="same", **options)
     before = layer.weight.detach().clone()
     told = identity_start(Net(nn.Conv2d(3, 4, 3), layer))
@@ -117,7 +130,10 @@ def test_convolution_copies_its_matched_inputs_exactly(case, kernel, bias):
 @given(case=graph_cases(), bias=st.booleans())
 def test_linear_layer_copies_its_matched_inputs_exactly(case, bias):
     n_in, n_out = case["n_in"], case["n_out"]
-    options = {name: case[name] for name in ("degree", "share", "seed")} | {"graph": case["kind"], "bias": bias}
+    options = {name: case[name] for name in ("degree", "share", "seed")} | {
+        "graph": case["kind"],
+        "bias": bias,
+    }
     layer = ExpanderLinear(n_in, n_out, **options)
     before = layer.weight.detach().clone()
     identity_start(Net(nn.Conv2d(3, 4, 3), layer))
@@ -139,7 +155,11 @@ def assert_copied(x, y, found):
 def test_dense_layers_start_as_torch_does(n_in, n_out):
     conv, linear = nn.Conv2d(n_in, n_out, 3), nn.Linear(n_in, n_out)
     drawn = conv.weight.detach().clone(), linear.weight.detach().clone()
-    assert identity_start(Net(nn.Conv2d(3, 4, 3), conv, linear)) == (2, 2 * min(n_in, n_out), 2 * min(n_in, n_out))
+    assert identity_start(Net(nn.Conv2d(3, 4, 3), conv, linear)) == (
+        2,
+        2 * min(n_in, n_out),
+        2 * min(n_in, n_out),
+    )
     first = min(n_in, n_out)
     expected = nn.init.dirac_(torch.empty(n_out, n_in, 3, 3))
     assert torch.equal(conv.weight[:first], expected[:first])
@@ -152,7 +172,12 @@ def test_dense_layers_start_as_torch_does(n_in, n_out):
 
 
 def test_what_has_no_identity_stays_as_it_was_drawn():
-    layers = nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 2), nn.Conv2d(8, 8, (3, 2)), nn.BatchNorm2d(8)
+    layers = (
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 2),
+        nn.Conv2d(8, 8, (3, 2)),
+        nn.BatchNorm2d(8),
+    )
     net = Net(nn.Conv2d(3, 8, 3), *layers)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     assert identity_start(net) == (0, 0, 0)
@@ -169,7 +194,11 @@ def test_network_of_the_zoo_passes_on_all_it_can():
     assert told.passed == told.possible == sum(widths[:-1]) + 512
     after = net.state_dict()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
-    assert not {key for key in changed if key.startswith(("features.0.", "fc.")) or key.endswith("neighbours")}
+    assert not {
+        key
+        for key in changed
+        if key.startswith(("features.0.", "fc.")) or key.endswith("neighbours")
+    }
     assert not net.features[3].weight.requires_grad
     assert net.features[7].weight.requires_grad
     assert net.features[7].weight.is_contiguous(memory_format=torch.channels_last)
@@ -214,7 +243,8 @@ def test_whitened_patches_have_unit_second_moment(channels, kernel, stride, padd
     filters = layer.weight.detach().double().numpy().reshape(n_out, d)
     y = patches @ filters[:k].T
     assert np.abs(y.T @ y / len(y) - np.eye(k)).max() < 1e-3
-    # Of all directions, those that hold most: what is left of the patches is the sum of the other eigenvalues.
+    # Of all directions, those that hold most: what is left of the patches is the sum of the other
+    # eigenvalues.
     values = np.linalg.eigvalsh(patches.T @ patches / len(patches))[::-1]
     assert np.allclose(1 / (filters[:k] ** 2).sum(axis=1), values[:k], rtol=1e-3)
     assert np.array_equal(filters[k : 2 * k], -filters[:k])
@@ -237,7 +267,9 @@ def test_images_are_taken_in_parts(monkeypatch):
     whiten(Net(parts), images)
     # Eigenvectors have a sign of their own; both signs are there.
     found, expected = (layer.weight.detach()[:12].flatten(1) for layer in (parts, whole))
-    torch.testing.assert_close((found * expected).sum(1).abs(), (expected**2).sum(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        (found * expected).sum(1).abs(), (expected**2).sum(1), rtol=1e-4, atol=0
+    )
 
 
 def test_network_of_the_zoo_is_whitened_and_keeps_its_form():
@@ -249,11 +281,17 @@ def test_network_of_the_zoo_is_whitened_and_keeps_its_form():
     weight = net.features[0].weight
     assert not weight.requires_grad
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    y = patches_of(images, net.features[0]) @ weight.detach().double().numpy().reshape(64, 27)[:27].T
-    # eigenvalue / (eigenvalue + eps) on the diagonal, and the eigenvalues of these images are above 0.1.
+    y = (
+        patches_of(images, net.features[0])
+        @ weight.detach().double().numpy().reshape(64, 27)[:27].T
+    )
+    # eigenvalue / (eigenvalue + eps) on the diagonal, and the eigenvalues of these images are above
+    # 0.1.
     assert np.abs(y.T @ y / len(y) - np.eye(27)).max() < 6e-3
     assert torch.equal(weight[54:], before["features.0.weight"][54:])
-    changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key for key, value in net.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed == {"features.0.weight"}  # its bias was zero
 
 
@@ -273,12 +311,24 @@ def test_air_is_made_for_both():
     ("net", "match"),
     [
         (Net(nn.Linear(3, 4)), "first layer first is Linear; whitening needs a dense nn.Conv2d"),
-        (Net(ExpanderConv2d(3, 4, 3, degree=2)), "first layer first is ExpanderConv2d; whitening needs"),
-        (Net(nn.Conv2d(3, 6, 3, groups=3)), "first layer first is a grouped Conv2d; whitening needs"),
+        (
+            Net(ExpanderConv2d(3, 4, 3, degree=2)),
+            "first layer first is ExpanderConv2d; whitening needs",
+        ),
+        (
+            Net(nn.Conv2d(3, 6, 3, groups=3)),
+            "first layer first is a grouped Conv2d; whitening needs",
+        ),
         (Net(nn.Conv2d(1, 4, 3)), "first reads 1 channels and the images have 3; .*in_chans=3"),
         (Net(nn.Conv2d(3, 1, 3)), "first layer first has 1 filter; whitening needs 2 or more"),
-        (Net(nn.Conv2d(3, 4, 3), first_conv=None), "Net has no first convolution; whitening needs one"),
-        (Net(nn.Conv2d(3, 4, 3), first_conv=("first", "fc")), "Net has 2 first convolutions, first, fc;"),
+        (
+            Net(nn.Conv2d(3, 4, 3), first_conv=None),
+            "Net has no first convolution; whitening needs one",
+        ),
+        (
+            Net(nn.Conv2d(3, 4, 3), first_conv=("first", "fc")),
+            "Net has 2 first convolutions, first, fc;",
+        ),
     ],
 )
 def test_what_cannot_be_whitened_is_told_in_a_line(net, match):

@@ -1,4 +1,6 @@
-"""The classifier on Lightning's Trainer: its schedule, its average of weights, and what must not go on in silence."""
+"""The classifier on Lightning's Trainer: its schedule, its average of weights, and what must not go
+on in silence.
+"""
 
 import warnings
 
@@ -13,7 +15,13 @@ from xzoo.data.photos import ImageModule
 from xzoo.data.scan import read
 from xzoo.errors import ModelError, XzooError
 from xzoo.hub import folder as model_folder
-from xzoo.train.callbacks import EMA, Clock, ProgressReport, SyncBatchNorm, refuse_unsafe_synchronising
+from xzoo.train.callbacks import (
+    EMA,
+    Clock,
+    ProgressReport,
+    SyncBatchNorm,
+    refuse_unsafe_synchronising,
+)
 from xzoo.train.run import AtomicCheckpointIO
 from xzoo.train.task import Classifier, rate
 
@@ -33,9 +41,19 @@ def module(make_folder):
 
 
 def trainer(**arguments) -> pl.Trainer:
-    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    defaults = {
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return pl.Trainer(accelerator="cpu", devices=1, use_distributed_sampler=False, **(defaults | quiet | arguments))
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        use_distributed_sampler=False,
+        **(defaults | quiet | arguments),
+    )
 
 
 def test_rate_is_a_rise_and_a_cosine():
@@ -43,7 +61,9 @@ def test_rate_is_a_rise_and_a_cosine():
     assert rate(0.6, 0.2) == pytest.approx(0.5)
     assert rate(0.05, 0.1, wait=0.1) == 0 and rate(0.15, 0.1, wait=0.1) == pytest.approx(0.5)
     falling = [rate(0.2 + 0.008 * i, 0.2) for i in range(101)]
-    assert all(a > b for a, b in zip(falling, falling[1:], strict=False)) and falling[-1] == pytest.approx(0)
+    assert all(a > b for a, b in zip(falling, falling[1:], strict=False)) and falling[
+        -1
+    ] == pytest.approx(0)
 
 
 class Rates(pl.Callback):
@@ -61,22 +81,36 @@ def test_head_and_body_have_rates_of_their_own(module):
     groups = task.trainer.optimizers[0].param_groups
     head = {id(p) for p in task.head.parameters()}
     of_head = [all(id(p) in head for p in group["params"]) for group in groups]
-    assert sum(of_head) == 2 and sum(len(g["params"]) for g in groups) == len(list(task.net.parameters()))
-    for group in groups:  # decayed are the matrices, X-layers' compact ones among them, and nothing else
+    assert sum(of_head) == 2 and sum(len(g["params"]) for g in groups) == len(
+        list(task.net.parameters())
+    )
+    # decayed are the matrices, X-layers' compact ones among them, and nothing else
+    for group in groups:
         assert all((p.dim() > 1) == (group["weight_decay"] > 0) for p in group["params"])
     steps = len(rates.seen)
     assert steps == 2 * module.batches_per_epoch()
     for step, seen in enumerate(rates.seen):  # Lightning steps the schedule before the callback
         for rate_, in_head in zip(seen, of_head, strict=True):
             progress = (step + 1) / steps
-            assert rate_ == pytest.approx(0.01 * (rate(progress, 0.1) if in_head else 0.1 * rate(progress, 0.1, 0.5)))
+            assert rate_ == pytest.approx(
+                0.01 * (rate(progress, 0.1) if in_head else 0.1 * rate(progress, 0.1, 0.5))
+            )
 
 
 def test_layer_decay_lowers_the_rate_from_the_head_down(module):
     task = Classifier(**TINY, lr=0.01, layer_decay=0.5)
     trainer(max_epochs=1).fit(task, module)
-    first = {id(p): group["initial_lr"] for group in task.trainer.optimizers[0].param_groups for p in group["params"]}
-    assert first[id(task.net.conv_stem.weight)] < 1e-4 < first[id(task.head.weight)] == pytest.approx(0.01)
+    first = {
+        id(p): group["initial_lr"]
+        for group in task.trainer.optimizers[0].param_groups
+        for p in group["params"]
+    }
+    assert (
+        first[id(task.net.conv_stem.weight)]
+        < 1e-4
+        < first[id(task.head.weight)]
+        == pytest.approx(0.01)
+    )
 
 
 def test_freeze_trains_the_head_alone(module):
@@ -110,15 +144,20 @@ def test_ema_averages_weights_and_copies_indices(module, decay):
     wanted = trajectory[0]
     for t, weight in enumerate(trajectory[1:], start=1):
         wanted = wanted.lerp(weight, 1 - min(decay, (1 + t) / (10 + t)))
-    torch.testing.assert_close(layer.weight.detach(), wanted)  # fit leaves the average in the module
+    # fit leaves the average in the module
+    torch.testing.assert_close(layer.weight.detach(), wanted)
     assert int(task.net.bn1.num_batches_tracked) == len(trajectory)
 
 
 def test_an_average_that_would_ruin_the_graph_is_refused(module):
     for callback in (EMAWeightAveraging(), WeightAveraging(use_buffers=True)):
-        with pytest.raises(ModelError, match=r"would average the indices in net\.blocks.*use xzoo\.train\.EMA"):
+        with pytest.raises(
+            ModelError, match=r"would average the indices in net\.blocks.*use xzoo\.train\.EMA"
+        ):
             trainer(callbacks=[callback]).fit(Classifier(**TINY), module)
-    trainer(max_epochs=1, callbacks=[EMAWeightAveraging(use_buffers=False)]).fit(Classifier(**TINY), module)
+    trainer(max_epochs=1, callbacks=[EMAWeightAveraging(use_buffers=False)]).fit(
+        Classifier(**TINY), module
+    )
     # A dense model has no indices: it keeps every choice.
     trainer(max_epochs=1, callbacks=[EMAWeightAveraging()]).fit(
         Classifier(**TINY, model_kwargs={"compression": 1}), module
@@ -139,7 +178,11 @@ def test_interrupted_in_validation_ema_hands_back_the_raw_weights(module):
     with pytest.raises(RuntimeError, match="stop"):
         trainer(callbacks=[Stop(), ema]).fit(task, module)
     assert all(torch.equal(v, raw[k]) for k, v in task.state_dict().items())
-    assert any(not torch.equal(v, raw[k[7:]]) for k, v in ema._average_model.state_dict().items() if k[:7] == "module.")
+    assert any(
+        not torch.equal(v, raw[k[7:]])
+        for k, v in ema._average_model.state_dict().items()
+        if k[:7] == "module."
+    )
 
 
 def test_a_loss_that_is_no_number_stops_the_run(module):
@@ -158,7 +201,9 @@ def test_a_step_is_a_function_of_seed_and_step(module):
         torch.manual_seed(noise + 10)
         fit = trainer(max_epochs=1)
         fit.fit(task, module)
-        losses.append([float(fit.callback_metrics["train/loss"]), *task.head.weight.flatten().tolist()])
+        losses.append(
+            [float(fit.callback_metrics["train/loss"]), *task.head.weight.flatten().tolist()]
+        )
     assert losses[0] == losses[1]
 
 
@@ -166,7 +211,11 @@ def test_checkpoints_load_with_weights_only(module, tmp_path):
     place = tmp_path / "checkpoints"
     saver = ModelCheckpoint(place, filename="last", enable_version_counter=False)
     task = Classifier(**TINY)
-    run = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()], "callbacks": [EMA(), Clock(), saver]}
+    run = {
+        "enable_checkpointing": True,
+        "plugins": [AtomicCheckpointIO()],
+        "callbacks": [EMA(), Clock(), saver],
+    }
     trainer(max_epochs=1, **run).fit(task, module)
     assert [file.name for file in place.iterdir()] == ["last.ckpt"]
     content = torch.load(place / "last.ckpt", weights_only=True)
@@ -190,7 +239,11 @@ def test_the_report_is_lines_where_there_is_no_terminal(module, capsys):
     trainer(callbacks=[ProgressReport()]).fit(Classifier(**TINY), module)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("epoch 1/2  train loss ") and "val accuracy" in lines[0] and "left" in lines[0]
+    assert (
+        lines[0].startswith("epoch 1/2  train loss ")
+        and "val accuracy" in lines[0]
+        and "left" in lines[0]
+    )
 
 
 def test_without_a_data_module_the_schedule_says_what_it_needs(module):
@@ -247,8 +300,16 @@ def test_a_teacher_is_learnt_from_and_stays_outside(module, teacher, tmp_path):
 
 def test_a_teacher_that_cannot_teach_is_refused(module, teacher, tmp_path):
     name, _ = teacher
-    model_folder.save(Classifier(**TINY | {"num_classes": 3}).net, tmp_path / "other", ["ant", "fly", "wasp"], CONFIG)
-    with pytest.raises(ModelError, match="knows 3 classes, the data have 2, and 'bee' is none of the teacher's names"):
+    model_folder.save(
+        Classifier(**TINY | {"num_classes": 3}).net,
+        tmp_path / "other",
+        ["ant", "fly", "wasp"],
+        CONFIG,
+    )
+    with pytest.raises(
+        ModelError,
+        match="knows 3 classes, the data have 2, and 'bee' is none of the teacher's names",
+    ):
         trainer().fit(Classifier(**TINY, teacher=f"local-dir:{tmp_path / 'other'}"), module)
     with pytest.raises(ModelError, match="x_mobilenet050_c4 has no trained weights"):
         trainer().fit(Classifier(**TINY, teacher="x_mobilenet050_c4"), module)
@@ -293,7 +354,8 @@ def test_graphs_that_differ_stop_the_run(module, monkeypatch):
 
 
 def test_synchronised_norms_keep_their_activations_and_come_back():
-    task = Classifier(**TINY).eval()  # on a CPU they do not train, but what they compute can be seen
+    # on a CPU they do not train, but what they compute can be seen
+    task = Classifier(**TINY).eval()
     images = torch.randn(2, 3, 32, 32)
     before, kinds = task(images), [type(part) for part in task.modules()]
     sync = SyncBatchNorm()
@@ -309,9 +371,16 @@ def test_synchronised_norms_keep_their_activations_and_come_back():
 
 def test_the_converter_that_drops_activations_is_refused(module):
     fit = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=True, logger=False, enable_checkpointing=False
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        sync_batchnorm=True,
+        logger=False,
+        enable_checkpointing=False,
     )
-    with pytest.raises(ModelError, match=r"would drop the activation inside net\.bn1; .*SyncBatchNorm"):
+    with pytest.raises(
+        ModelError, match=r"would drop the activation inside net\.bn1; .*SyncBatchNorm"
+    ):
         refuse_unsafe_synchronising(fit, Classifier(**TINY))
     fit.strategy._layer_sync = SyncBatchNorm()
     refuse_unsafe_synchronising(fit, Classifier(**TINY))

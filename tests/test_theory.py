@@ -1,4 +1,6 @@
-"""What is measured of a graph is true: against brute force, full SVDs, autograd, and the two theorems."""
+"""What is measured of a graph is true: against brute force, full SVDs, autograd, and the two
+theorems.
+"""
 
 import itertools
 import math
@@ -134,7 +136,9 @@ def test_no_pair_of_sets_at_all_breaks_theorem_2(share):
 
 
 def test_the_sharp_bound_is_met_by_one_group():
-    """A group reads all of its inputs and none of the others': no graph of its spectrum mixes worse."""
+    """A group reads all of its inputs and none of the others': no graph of its spectrum mixes
+    worse.
+    """
     graph = Graph.sample("group", 32, 32, 8)
     found = theory.mixing(graph, range(8), range(8))
     assert (found.edges, found.expected) == (64, 16)
@@ -196,7 +200,9 @@ def brute_force(stacked):
 
 @st.composite
 def chains(draw):
-    """Up to five graphs, each on the outputs of the one before; widths on both sides of a 64-bit word."""
+    """Up to five graphs, each on the outputs of the one before; widths on both sides of a 64-bit
+    word.
+    """
     widths = draw(st.lists(st.sampled_from([1, 3, 12, 63, 64, 65, 130]), min_size=2, max_size=6))
     stacked = []
     for n_in, n_out in itertools.pairwise(widths):
@@ -247,7 +253,9 @@ def test_sensitivity_depth_is_logarithmic_in_wide_layers(degree, exponent):
     assert_depth_is_logarithmic(degree, 2**exponent)
 
 
-@pytest.mark.parametrize(("n", "degree", "share"), [(16, 4, 1), (64, 8, 1), (64, 16, 4), (256, 128, 1)])
+@pytest.mark.parametrize(
+    ("n", "degree", "share"), [(16, 4, 1), (64, 8, 1), (64, 16, 4), (256, 128, 1)]
+)
 def test_groups_without_a_shuffle_never_complete(n, degree, share):
     found = theory.reach(theory.stack("group", n, degree, share=share))
     assert found.depth is None
@@ -266,7 +274,10 @@ def test_one_unread_input_is_never_made_good():
 
 
 def test_a_stack_is_drawn_afresh_for_each_layer_and_seed():
-    drawn = [*theory.stack("biregular", 32, 4, layers=5), *theory.stack("biregular", 32, 4, layers=5, seed=1)]
+    drawn = [
+        *theory.stack("biregular", 32, 4, layers=5),
+        *theory.stack("biregular", 32, 4, layers=5, seed=1),
+    ]
     assert len({graphs.fingerprint(graph.neighbours) for graph in drawn}) == 10
 
 
@@ -277,7 +288,10 @@ def test_reach_draws_no_layer_after_the_last_it_needs():
 
 
 def test_stacks_that_do_not_chain_are_refused():
-    with pytest.raises(GraphError, match=r"graph 2 of the stack has 9 inputs; it needs 16, the outputs of the graph"):
+    with pytest.raises(
+        GraphError,
+        match=r"graph 2 of the stack has 9 inputs; it needs 16, the outputs of the graph",
+    ):
         theory.reach([Graph.sample("random", 8, 16, 2), Graph.sample("random", 9, 8, 2)])
     with pytest.raises(GraphError, match="a stack of no graphs"):
         theory.reach([])
@@ -290,7 +304,9 @@ def positive(net):
 
 
 def assert_gradients_are_dependences(layers, jacobian):
-    """jacobian(net) [outputs, inputs] of positive weights is nonzero exactly where an input is reached."""
+    """jacobian(net) [outputs, inputs] of positive weights is nonzero exactly where an input is
+    reached.
+    """
     for depth in range(1, len(layers) + 1):
         stacked = [theory.graph_of(layer) for layer in layers[:depth]]
         pattern = jacobian(positive(nn.Sequential(*layers[:depth]))) != 0
@@ -304,9 +320,14 @@ def assert_gradients_are_dependences(layers, jacobian):
 
 @pytest.mark.parametrize("kind", ["biregular", "random", "group", "shuffle"])
 def test_gradients_of_linear_stacks_are_nonzero_where_inputs_are_reached(kind):
-    layers = [ExpanderLinear(24, 24, degree=3, graph=kind, seed=seed, share=1 + seed % 2) for seed in range(5)]
+    layers = [
+        ExpanderLinear(24, 24, degree=3, graph=kind, seed=seed, share=1 + seed % 2)
+        for seed in range(5)
+    ]
     zero = torch.zeros(24, dtype=torch.float64)
-    assert_gradients_are_dependences(layers, lambda net: torch.autograd.functional.jacobian(net, zero))
+    assert_gradients_are_dependences(
+        layers, lambda net: torch.autograd.functional.jacobian(net, zero)
+    )
 
 
 def test_gradients_of_convolutions_are_nonzero_where_channels_are_reached():
@@ -315,7 +336,9 @@ def test_gradients_of_convolutions_are_nonzero_where_channels_are_reached():
 
     def jacobian(net):
         zero = torch.zeros(1, 12, 4, 4, dtype=torch.float64)
-        return torch.autograd.functional.jacobian(lambda x: net(x).sum(dim=(0, 2, 3)), zero).sum(dim=(1, 3, 4))
+        return torch.autograd.functional.jacobian(lambda x: net(x).sum(dim=(0, 2, 3)), zero).sum(
+            dim=(1, 3, 4)
+        )
 
     assert_gradients_are_dependences(layers, jacobian)
 
@@ -362,7 +385,10 @@ def test_a_run_passes_over_what_keeps_channels_apart():
     ],
 )
 def test_a_layer_that_mixes_channels_ends_a_run(mixes):
-    assert names(nn.Sequential(x_conv(8, 16), mixes, x_conv(16, 16), x_conv(16, 8))) == [("0",), ("2", "3")]
+    assert names(nn.Sequential(x_conv(8, 16), mixes, x_conv(16, 16), x_conv(16, 8))) == [
+        ("0",),
+        ("2", "3"),
+    ]
 
 
 def test_a_run_ends_where_the_channels_do_not_chain():
@@ -372,7 +398,9 @@ def test_a_run_ends_where_the_channels_do_not_chain():
 
 
 def test_runs_name_what_is_unread_and_do_not_complete():
-    model = nn.Sequential(x_conv(64, 64, graph="random", seed=3), x_conv(64, 64, 16), x_conv(64, 64, 16))
+    model = nn.Sequential(
+        x_conv(64, 64, graph="random", seed=3), x_conv(64, 64, 16), x_conv(64, 64, 16)
+    )
     (run,) = theory.runs(model)
     unread = 64 - len(np.unique(theory.graph_of(model[0]).neighbours))
     assert unread > 0

@@ -1,4 +1,5 @@
-"""The `triton` backend: its kernels by Triton's interpreter (and on a GPU where there is one), and compiled for GPUs.
+"""The `triton` backend: its kernels by Triton's interpreter (and on a GPU where there is one), and
+compiled for GPUs.
 
 What the kernels must do stands in triton_cases.py, which runs here in processes of its own.
 """
@@ -18,13 +19,28 @@ from xzoo.errors import XzooError
 CASES = Path(__file__).with_name("triton_cases.py")
 PLACES = ["interpreter", *(["gpu"] if ops.triton.possible() and torch.cuda.is_available() else [])]
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 
 
 def run_cases(place, *options):
     environment = {**os.environ, "TRITON_INTERPRET": "1"} if place == "interpreter" else os.environ
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *options, str(CASES)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[1])
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        str(CASES),
+    ]
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=CASES.parents[1]
+    )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
 
@@ -44,7 +60,9 @@ def test_kernels_on_many_layers(place):
 
 def test_importing_xzoo_makes_no_kernels():
     """Other packages may import Triton by themselves."""
-    code = "import sys, xzoo, xzoo.layers, xzoo.ops; print('xzoo.ops.triton_kernels' in sys.modules)"
+    code = (
+        "import sys, xzoo, xzoo.layers, xzoo.ops; print('xzoo.ops.triton_kernels' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.stdout.strip(), run.returncode) == ("False", 0), run.stderr
 
@@ -52,7 +70,10 @@ def test_importing_xzoo_makes_no_kernels():
 def test_a_cpu_is_refused_in_one_line(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, weight, rows = torch.ones(2, 4), torch.ones(8, 2), torch.tensor([[0, 1]])
-    said = "backend 'triton' has no kernel for linear with tensors on a cpu device; it needs an NVIDIA GPU; use 'auto'"
+    said = (
+        "backend 'triton' has no kernel for linear with tensors on a cpu device; it needs an "
+        "NVIDIA GPU; use 'auto'"
+    )
     with ops.backend("triton"), pytest.raises(XzooError) as error:
         ops.linear(x, weight, rows)
     assert str(error.value) == said
@@ -62,8 +83,23 @@ def test_a_cpu_is_refused_in_one_line(monkeypatch):
 
 # ---- compiled for GPUs that need not be here
 
-SIZES = {"KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "BIASED": True, "WIDE": False}
-TILES = {"forward": {"BM": 128, "BK": 32}, "input_grad": {"BM": 128, "BC": 64, "BS": 16}, "weight_grad": {"BM": 64}}
+SIZES = {
+    "KH": 3,
+    "KW": 3,
+    "SH": 1,
+    "SW": 1,
+    "PH": 1,
+    "PW": 1,
+    "DH": 1,
+    "DW": 1,
+    "BIASED": True,
+    "WIDE": False,
+}
+TILES = {
+    "forward": {"BM": 128, "BK": 32},
+    "input_grad": {"BM": 128, "BC": 64, "BS": 16},
+    "weight_grad": {"BM": 64},
+}
 DOT = {80: "mma.sync.aligned", 90: "wgmma.mma_async"}
 
 
@@ -77,15 +113,22 @@ def compiled(name, arch, dtype, share, last, precision="tf32"):
     kernel = getattr(triton_kernels, name)
     fixed = {**SIZES, "SHARE": share, "BN": share, "BJ": 64, "PRECISION": precision, **TILES[name]}
     fixed |= {f"{tensor}_LAST": last for tensor in "XYG"}
-    fixed |= {f"{tensor}{'c' if last else 'w'}": 1 for tensor in "xyg"}  # Triton's own specialization
-    pointers = {"neighbours": "*i32", "slots": "*i32", "readers": "*i32", "counts": "*i32", "dw": "*fp32"}
+    # Triton's own specialization
+    fixed |= {f"{tensor}{'c' if last else 'w'}": 1 for tensor in "xyg"}
+    pointers = {
+        "neighbours": "*i32",
+        "slots": "*i32",
+        "readers": "*i32",
+        "counts": "*i32",
+        "dw": "*fp32",
+    }
     pointers |= dict.fromkeys(("x", "weight", "bias", "y", "grad", "dx"), f"*{dtype}")
     signature = {n: "constexpr" if n in fixed else pointers.get(n, "i32") for n in kernel.arg_names}
     constants = {(i,): fixed[n] for i, n in enumerate(kernel.arg_names) if n in fixed}
     warps = 4 if name == "weight_grad" else 8
-    return compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32), {"num_warps": warps}).asm[
-        "ptx"
-    ]
+    return compile(
+        ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32), {"num_warps": warps}
+    ).asm["ptx"]
 
 
 @needs_triton

@@ -1,7 +1,8 @@
 """Trained weights: found where they are, verified at every load, and nothing else is ever loaded.
 
-Over loopback with the Hub's real client. Most tests run it in this process, with its constants changed; what needs
-processes of its own (timm's doors, several at once, a kill) imports a copy of the package with a table of its own.
+Over loopback with the Hub's real client. Most tests run it in this process, with its constants
+changed; what needs processes of its own (timm's doors, several at once, a kill) imports a copy of
+the package with a table of its own.
 """
 
 import json
@@ -55,7 +56,9 @@ class Place:
 
     def __init__(self, hub: Hub, card: Path, table: Path) -> None:
         self.hub, self.card, self.table = hub, card, table
-        self.files = {name: (card / name).read_bytes() for name in (weights.CONFIG, weights.WEIGHTS)}
+        self.files = {
+            name: (card / name).read_bytes() for name in (weights.CONFIG, weights.WEIGHTS)
+        }
         self.commit = hub.add(REPO, self.files)
         self.point(commit=self.commit)
 
@@ -90,7 +93,10 @@ def place(hub: Hub, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(weights, "homes", lambda: (tmp_path / "wheel", tmp_path / "checkout"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in (("XZOO_HOME", str(tmp_path / "home")), ("HF_TOKEN_PATH", str(tmp_path / "no"))):
+    for name, value in (
+        ("XZOO_HOME", str(tmp_path / "home")),
+        ("HF_TOKEN_PATH", str(tmp_path / "no")),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no"))
     return Place(hub, card, tmp_path / "weights.json")
@@ -113,7 +119,11 @@ def refused(match: str, **kwargs: Any) -> None:
 
 
 def cached(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "home" / "hub").rglob("*") if path.is_file() and "blobs" in path.parts]
+    return [
+        path
+        for path in (tmp_path / "home" / "hub").rglob("*")
+        if path.is_file() and "blobs" in path.parts
+    ]
 
 
 # ---- where they are found
@@ -121,7 +131,10 @@ def cached(tmp_path: Path) -> list[Path]:
 
 def test_the_table_of_the_package_is_whole():
     for name, entry in weights.entries().items():
-        assert name == f"{entry.architecture}.{entry.tag}" and set(entry.files) == {weights.CONFIG, weights.WEIGHTS}
+        assert name == f"{entry.architecture}.{entry.tag}" and set(entry.files) == {
+            weights.CONFIG,
+            weights.WEIGHTS,
+        }
         folder = weights.embedded(name)
         if folder is not None:  # what lies here is what the table says
             assert all(pin.fits((folder / file).read_bytes()) for file, pin in entry.files.items())
@@ -134,7 +147,9 @@ def test_from_the_hub_then_from_the_cache(place, card, caplog):
     assert torch.equal(logits(model), wanted) and "(Hub)" in caplog.text
     assert model.pretrained_cfg["label_names"] == NAMES and "state_dict" not in model.pretrained_cfg
     assert model.pretrained_cfg["hf_hub_id"] == f"{REPO}@{place.commit}"
-    assert Path(model.pretrained_cfg["file"]).is_file() and model.pretrained_cfg["tag"] == "test_r32"
+    assert (
+        Path(model.pretrained_cfg["file"]).is_file() and model.pretrained_cfg["tag"] == "test_r32"
+    )
     asked = place.asked()
     assert torch.equal(logits(pretrained()), wanted) and "(cache)" in caplog.text
     assert place.asked() == asked  # the cache costs no request
@@ -145,7 +160,11 @@ def test_an_embedded_folder_needs_no_network(place, card, tmp_path, caplog):
     shutil.copytree(card, tmp_path / "checkout" / NAME)
     place.point(repo=None, commit=None)
     model = pretrained()
-    assert "(embedded)" in caplog.text and place.asked() == 0 and "hf_hub_id" not in model.pretrained_cfg
+    assert (
+        "(embedded)" in caplog.text
+        and place.asked() == 0
+        and "hf_hub_id" not in model.pretrained_cfg
+    )
     saved = tmp_path / "again"
     save(model, saved, NAMES)  # and says nothing of this machine
     assert str(tmp_path) not in (saved / weights.CONFIG).read_text()
@@ -158,12 +177,21 @@ def test_an_embedded_folder_needs_no_network(place, card, tmp_path, caplog):
 
 
 def test_weights_that_are_nowhere_do_not_exist(place, card, tmp_path):
-    """Those that are too large for the wheel, where nobody has published them: `finetune` begins without."""
+    """Those that are too large for the wheel, where nobody has published them: `finetune` begins
+    without.
+    """
     place.point(repo=None, commit=None)
-    assert weights.find(NAME) is None and weights.find("x_vgg16_c16") is None and weights.timm_rows() == {}
+    assert (
+        weights.find(NAME) is None
+        and weights.find("x_vgg16_c16") is None
+        and weights.timm_rows() == {}
+    )
     shutil.copytree(card, tmp_path / "checkout" / NAME)
     assert weights.find("x_vgg16_c16") is not None and NAME in weights.timm_rows()
-    refused("x_vgg16_c16.test_r32 is not on the Hub, and has no commits; leave it out", revision="0" * 40)
+    refused(
+        "x_vgg16_c16.test_r32 is not on the Hub, and has no commits; leave it out",
+        revision="0" * 40,
+    )
 
 
 def test_another_cache_and_another_commit(place, card, tmp_path):
@@ -191,11 +219,13 @@ def test_a_name_means_the_same_network_with_and_without_weights(place):
     """The first tag is timm's default where it has the architecture's classes, and else not."""
     cfg = cfg_cifar(first_conv="features.0", classifier="fc")
     found = rows({"x_vgg16_c16.untrained": cfg, "x_vgg16_c8.untrained": cfg})
-    assert list(found["x_vgg16_c16"].tags) == ["test_r32", "untrained"] and list(found["x_vgg16_c8"].tags) == [
-        "untrained"
-    ]
+    assert list(found["x_vgg16_c16"].tags) == ["test_r32", "untrained"] and list(
+        found["x_vgg16_c8"].tags
+    ) == ["untrained"]
     default = found["x_vgg16_c16"].default
-    assert default.hf_hub_id == f"{REPO}@{place.commit}" and default.hf_hub_filename == weights.WEIGHTS
+    assert (
+        default.hf_hub_id == f"{REPO}@{place.commit}" and default.hf_hub_filename == weights.WEIGHTS
+    )
     place.point(cfg={**place.row["cfg"], "num_classes": 100})
     found = rows({"x_vgg16_c16.untrained": cfg})["x_vgg16_c16"]
     assert list(found.tags) == ["untrained", "test_r32"] and found.default.num_classes == 10
@@ -222,7 +252,9 @@ def test_another_head_and_input(place, card):
 
 
 def test_nothing_but_the_head_may_be_missing(place, card, tmp_path):
-    refused(r"is not of this model: features\.10\.neighbours is unknown", compression=1, num_classes=7)
+    refused(
+        r"is not of this model: features\.10\.neighbours is unknown", compression=1, num_classes=7
+    )
     whole = load_file(card / weights.WEIGHTS)
     for key, match in (
         ("features.3.neighbours", "neighbours is missing"),
@@ -264,7 +296,9 @@ def test_a_flipped_bit_is_fetched_again_once(place, card, tmp_path):
     place.hub.fault("GET /storage/.*", flip=5000)
     assert torch.equal(logits(pretrained()), wanted)
     # In the cache, too: nobody else looks there.
-    blob = next(path for path in cached(tmp_path) if path.name == sha256(place.files[weights.WEIGHTS]))
+    blob = next(
+        path for path in cached(tmp_path) if path.name == sha256(place.files[weights.WEIGHTS])
+    )
     for spoiled in (flipped(blob.read_bytes()), blob.read_bytes()[:100]):
         blob.write_bytes(spoiled)
         assert torch.equal(logits(pretrained()), wanted)
@@ -278,7 +312,8 @@ def test_a_flipped_bit_is_fetched_again_once(place, card, tmp_path):
 def test_what_is_not_pinned_is_not_taken(place, tmp_path):
     place.serve(config=place.files[weights.CONFIG] + b" ")
     refused("has another config.json")
-    place.serve(config=place.files[weights.CONFIG].replace(b"class 1", b"class 7"))  # as long as the right one
+    # as long as the right one
+    place.serve(config=place.files[weights.CONFIG].replace(b"class 1", b"class 7"))
     refused("config.json came damaged twice")
     place.serve(config=place.files[weights.CONFIG], weights=flipped(place.files[weights.WEIGHTS]))
     refused("has another model.safetensors in .* than this xzoo was made for")
@@ -295,7 +330,11 @@ def test_a_short_or_broken_answer(place, card):
         shutil.rmtree(Path(os.environ["XZOO_HOME"]))
     place.hub.fault("GET /storage/.*", times=2, cut=1000)
     refused("Consistency check failed")
-    assert not [p for p in Path(os.environ["XZOO_HOME"]).rglob("*") if p.name == sha256(place.files[weights.WEIGHTS])]
+    assert not [
+        p
+        for p in Path(os.environ["XZOO_HOME"]).rglob("*")
+        if p.name == sha256(place.files[weights.WEIGHTS])
+    ]
 
 
 def test_a_pickle_is_not_opened(place, card, tmp_path):
@@ -306,7 +345,9 @@ def test_a_pickle_is_not_opened(place, card, tmp_path):
     place.point()
     refused("is no model that can be read: SafetensorError")
     (folder / weights.WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="has no model.safetensors; weights of any other format are not loaded"):
+    with pytest.raises(
+        ModelError, match="has no model.safetensors; weights of any other format are not loaded"
+    ):
         create_model(f"local-dir:{folder}", pretrained=True)
 
 
@@ -329,11 +370,17 @@ def test_names_that_are_paths(place, tmp_path):
         (NAME, {"commit": "../../../../x"}),
         (NAME, {"commit": "main"}),
     ):
-        place.table.write_text(json.dumps({name: {**weights.row(place.card, REPO, place.commit), **change}}))
+        place.table.write_text(
+            json.dumps({name: {**weights.row(place.card, REPO, place.commit), **change}})
+        )
         with pytest.raises(XzooError, match=r"weights\.json cannot be read"):
             pretrained()
     place.point()
-    place.hub.fault("HEAD .*", times=10, headers={"X-Linked-Etag": '"../../../../../x"', "ETag": '"../../../../../x"'})
+    place.hub.fault(
+        "HEAD .*",
+        times=10,
+        headers={"X-Linked-Etag": '"../../../../../x"', "ETag": '"../../../../../x"'},
+    )
     refused("an ETag that is no hash; nothing was taken")
     assert not cached(tmp_path) and not list(tmp_path.rglob("x.lock"))
 
@@ -346,7 +393,10 @@ def test_repositories_that_are_not_there_or_not_open(place, monkeypatch):
     place.hub.account("secret", "ann")
     place.hub.account("lab's", "lab")
     repo.gated = True
-    refused(r"is gated: accept its terms at http://127.0.0.1:\d+/lab/x_vgg16_c16.test_r32, then set HF_TOKEN")
+    refused(
+        r"is gated: accept its terms at http://127.0.0.1:\d+/lab/x_vgg16_c16.test_r32, then set "
+        r"HF_TOKEN"
+    )
     repo.gated, repo.private = False, True
     refused("has no repository lab/x_vgg16_c16.test_r32, or it is private: then set HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "wrong")
@@ -373,7 +423,10 @@ def test_a_dead_endpoint_costs_nothing_where_there_is_a_copy(place, monkeypatch,
             entry = weights.find(NAME)
             assert entry is not None and weights.fetch(entry).source == "cache"
             assert torch.equal(logits(pretrained()), wanted) and asked == []
-            refused("cannot get .* from http://127.0.0.1:.* and it is not in", cache_dir=Path("/nonexistent"))
+            refused(
+                "cannot get .* from http://127.0.0.1:.* and it is not in",
+                cache_dir=Path("/nonexistent"),
+            )
             assert asked == [1.0]
 
 
@@ -388,7 +441,9 @@ def test_offline(place, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_download_ends_by_a_stall_alone_and_goes_on_where_it_stopped(place, card, monkeypatch, asked):
+def test_a_download_ends_by_a_stall_alone_and_goes_on_where_it_stopped(
+    place, card, monkeypatch, asked
+):
     wanted = logits(create_model(f"local-dir:{card}", pretrained=True))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
@@ -406,7 +461,9 @@ def test_a_download_ends_by_a_stall_alone_and_goes_on_where_it_stopped(place, ca
     asked.clear()
     place.hub.requests.clear()
     refused("did not answer within 1 seconds; check the connection")
-    assert set(asked) == {1.0} and sum(r.startswith("GET /storage/") for r in place.hub.requests) == 1
+    assert (
+        set(asked) == {1.0} and sum(r.startswith("GET /storage/") for r in place.hub.requests) == 1
+    )
 
 
 def test_a_cache_that_cannot_be_written(place, tmp_path):
@@ -437,11 +494,23 @@ def test_a_file_that_is_not_there_or_is_none(name, way, tmp_path):
         return str(caught.value)
 
     missing = told(tmp_path / "no.pth")
-    assert missing.startswith(f"{name}: the file of weights ") and "does not exist; give one that exists in" in missing
-    assert ("checkpoint_path=FILE" if way == "checkpoint_path" else "pretrained_cfg_overlay=dict(file=FILE)") in missing
+    assert (
+        missing.startswith(f"{name}: the file of weights ")
+        and "does not exist; give one that exists in" in missing
+    )
+    assert (
+        "checkpoint_path=FILE"
+        if way == "checkpoint_path"
+        else "pretrained_cfg_overlay=dict(file=FILE)"
+    ) in missing
     (tmp_path / "folder.pth").mkdir()
     assert "is a folder" in told(tmp_path / "folder.pth")
-    broken = {"a.pth": b"", "b.pth": b"no weights", "c.pth": b"PK\x03\x04 half a zip", "a.safetensors": b"no weights"}
+    broken = {
+        "a.pth": b"",
+        "b.pth": b"no weights",
+        "c.pth": b"PK\x03\x04 half a zip",
+        "a.safetensors": b"no weights",
+    }
     for file, content in broken.items():
         (tmp_path / file).write_bytes(content)
         assert "cannot be read as weights" in told(tmp_path / file)
@@ -455,19 +524,30 @@ def test_a_file_that_does_not_fit_is_one_line(checkpoint, tmp_path):
         return str(caught.value)
 
     classes = told("x_vgg16_c16", checkpoint_path=checkpoint)
-    assert "fc.weight is [7, 512] there and [10, 512] in the model" in classes and "num_classes=7" in classes
+    assert (
+        "fc.weight is [7, 512] there and [10, 512] in the model" in classes
+        and "num_classes=7" in classes
+    )
     # What it tells to do does it.
     assert create_model("x_vgg16_c16", num_classes=7, checkpoint_path=checkpoint).num_classes == 7
     overlay = {"file": str(checkpoint), "num_classes": 7}
-    body = create_model("x_vgg16_c16", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3).state_dict()
+    body = create_model(
+        "x_vgg16_c16", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3
+    ).state_dict()
     assert body["fc.weight"].shape == (3, 512)
     assert torch.equal(body["features.0.weight"], load_file(checkpoint)["features.0.weight"])
     features = told("x_vgg16_c16", features_only=True, checkpoint_path=checkpoint)
     assert "missing there" in features and "pretrained_cfg_overlay=dict(file=FILE)" in features
-    net = create_model("x_vgg16_c16", features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
-    assert torch.equal(net.state_dict()["features_0.weight"], load_file(checkpoint)["features.0.weight"])
+    net = create_model(
+        "x_vgg16_c16", features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    assert torch.equal(
+        net.state_dict()["features_0.weight"], load_file(checkpoint)["features.0.weight"]
+    )
     other = told("x_vgg16_c8", checkpoint_path=checkpoint, num_classes=7)
-    assert "does not fit x_vgg16_c8" in other and "the arguments that the file was saved with" in other
+    assert (
+        "does not fit x_vgg16_c8" in other and "the arguments that the file was saved with" in other
+    )
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "dense.pth")
     assert "num_classes=7" in told("resnet10t", checkpoint_path=tmp_path / "dense.pth")
 
@@ -475,8 +555,13 @@ def test_a_file_that_does_not_fit_is_one_line(checkpoint, tmp_path):
 @pytest.mark.parametrize("name", ["x_mobilenet050_c8", "x_vgg16_2"])
 def test_timms_door_finds_what_a_bare_name_means(name):
     """Embedded ones: also where they have other classes than the architecture has without weights."""
-    ours, theirs = xzoo.create_model(name, pretrained=True), timm.create_model(name, pretrained=True)
-    x = torch.rand(1, *ours.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        xzoo.create_model(name, pretrained=True),
+        timm.create_model(name, pretrained=True),
+    )
+    x = torch.rand(
+        1, *ours.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(logits(ours, x), logits(theirs, x))
     assert logits(timm.create_model(name, pretrained=True, num_classes=3), x).shape == (1, 3)
     assert timm.create_model(name).num_classes == xzoo.create_model(name).num_classes
@@ -489,7 +574,10 @@ def test_timms_door_finds_what_a_bare_name_means(name):
         ("[1, 2]", "is no model folder that can be read"),
         ('{"architecture": "x_nothing", "pretrained_cfg": {}}', "Unknown model (x_nothing)"),
         ('{"pretrained_cfg": {}}', "KeyError"),
-        ('{"architecture": "x_vgg16_c16", "pretrained_cfg": 7}', "is no model folder that can be read"),
+        (
+            '{"architecture": "x_vgg16_c16", "pretrained_cfg": 7}',
+            "is no model folder that can be read",
+        ),
         ("\udcff", "UnicodeDecodeError"),
         (None, "config.json"),
     ],
@@ -516,7 +604,9 @@ def test_a_broken_folder_is_one_line(config, told, tmp_path):
 def site(place: Place, tmp_path: Path) -> Path:
     """A copy of the package with the table of `place`, to import by PYTHONPATH."""
     package = Path(xzoo.__file__).parent
-    shutil.copytree(package, tmp_path / "site" / "xzoo", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        package, tmp_path / "site" / "xzoo", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(place.table, tmp_path / "site" / "xzoo" / "weights.json")
     return tmp_path / "site"
 
@@ -524,7 +614,9 @@ def site(place: Place, tmp_path: Path) -> Path:
 def start(code: str, site: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     where = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment | where, cwd=site, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment | where, cwd=site, **pipes
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -573,8 +665,12 @@ except xzoo.ModelError as error:
 @pytest.mark.slow
 def test_a_full_disk(place, site, tmp_path):
     environment = place.hub.environment(tmp_path / "new")
-    assert "cannot write lab/x_vgg16_c16.test_r32/model.safetensors to" in ended(start(FULL, site, environment))
-    assert not [path for path in (tmp_path / "new").rglob("*.incomplete") if path.stat().st_size > 500_000]
+    assert "cannot write lab/x_vgg16_c16.test_r32/model.safetensors to" in ended(
+        start(FULL, site, environment)
+    )
+    assert not [
+        path for path in (tmp_path / "new").rglob("*.incomplete") if path.stat().st_size > 500_000
+    ]
     assert ended(start(SHOW, site, environment))
 
 

@@ -1,7 +1,7 @@
 """The kernels of the `triton` backend on tensors of a GPU, or of the CPU by Triton's interpreter.
 
-Not collected by itself: test_triton.py runs it in a process of its own, because Triton decides at its import
-whether it interprets (TRITON_INTERPRET=1).
+Not collected by itself: test_triton.py runs it in a process of its own, because Triton decides at
+its import whether it interprets (TRITON_INTERPRET=1).
 """
 
 import copy
@@ -22,12 +22,17 @@ from xzoo.ops import triton
 from xzoo.ops.auto import choose
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-# The largest error of one rounding of the result; the interpreter cuts bfloat16 off where a GPU rounds.
+# The largest error of one rounding of the result; the interpreter cuts bfloat16 off where a GPU
+# rounds.
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 
 
-# By their older names: torch.export reads these, and fails where a new one has set half of what they stand for.
-SWITCHES = {torch.backends.cudnn: torch.backends.cudnn.conv, torch.backends.cuda.matmul: torch.backends.cuda.matmul}
+# By their older names: torch.export reads these, and fails where a new one has set half of what
+# they stand for.
+SWITCHES = {
+    torch.backends.cudnn: torch.backends.cudnn.conv,
+    torch.backends.cuda.matmul: torch.backends.cuda.matmul,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +47,37 @@ def exact_float32_and_unwritten_outputs_are_nan():
         switch.allow_tf32 = value
 
 
-def make(kernel, stride, share, blocks, n_in, degree, batch, size=(5, 4), padding=None, seed=0, biased=True, form=None):
-    """(x, weight, neighbours, bias, grad, geometry): positive values that every type has, so that no sum cancels."""
+def make(
+    kernel,
+    stride,
+    share,
+    blocks,
+    n_in,
+    degree,
+    batch,
+    size=(5, 4),
+    padding=None,
+    seed=0,
+    biased=True,
+    form=None,
+):
+    """(x, weight, neighbours, bias, grad, geometry): positive values that every type has, so that
+    no sum cancels.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def values(*shape):
         return ((torch.rand(*shape, generator=random) * 4).round() / 4 + 0.25).double().to(DEVICE)
 
     padding = (kernel // 2,) * 2 if padding is None else padding
-    rows = torch.stack([torch.randperm(n_in, generator=random)[:degree] for _ in range(blocks)]).to(DEVICE)
-    out = [(s + 2 * p - kernel) // t + 1 for s, p, t in zip(size, padding, stride, strict=True)] if kernel else []
+    rows = torch.stack([torch.randperm(n_in, generator=random)[:degree] for _ in range(blocks)]).to(
+        DEVICE
+    )
+    out = (
+        [(s + 2 * p - kernel) // t + 1 for s, p, t in zip(size, padding, stride, strict=True)]
+        if kernel
+        else []
+    )
     x, grad = values(batch, n_in, *(size if kernel else [])), values(batch, blocks * share, *out)
     if kernel:
         x = x.to(memory_format=form or torch.channels_last)
@@ -62,9 +88,16 @@ def make(kernel, stride, share, blocks, n_in, degree, batch, size=(5, 4), paddin
 
 @st.composite
 def cases(draw):
-    kernel, degree = draw(st.sampled_from([0, 1, 3, 3, 2, 5])), draw(st.sampled_from([1, 3, 16, 33, 40]))
+    kernel, degree = (
+        draw(st.sampled_from([0, 1, 3, 3, 2, 5])),
+        draw(st.sampled_from([1, 3, 16, 33, 40])),
+    )
     pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    geometry = (draw(st.sampled_from([(1, 1), (2, 2)])), None) if draw(st.integers(0, 3)) else (draw(pair), draw(pair))
+    geometry = (
+        (draw(st.sampled_from([(1, 1), (2, 2)])), None)
+        if draw(st.integers(0, 3))
+        else (draw(pair), draw(pair))
+    )
     return make(
         kernel,
         geometry[0],
@@ -83,12 +116,20 @@ def cases(draw):
 
 def hold(case, dtype):
     for name, got, want in zip(
-        NAMES[:3], results(case, "triton", dtype)[:3], results(case, None, torch.float64)[:3], strict=True
+        NAMES[:3],
+        results(case, "triton", dtype)[:3],
+        results(case, None, torch.float64)[:3],
+        strict=True,
     ):
         assert (got.shape, got.dtype) == (want.shape, dtype), name
         # One rounding of the result, and those of a sum in float32.
-        error, allowed = (got.double() - want).abs().max() if want.numel() else 0, ROUNDING[dtype] + 1e-6
-        assert error <= allowed * (want.abs().max() if want.numel() else 0), f"{name} off by {error:.1e}"
+        error, allowed = (
+            (got.double() - want).abs().max() if want.numel() else 0,
+            ROUNDING[dtype] + 1e-6,
+        )
+        assert error <= allowed * (want.abs().max() if want.numel() else 0), (
+            f"{name} off by {error:.1e}"
+        )
 
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -98,13 +139,34 @@ FORMS = [LAST, pytest.param(FIRST, marks=pytest.mark.slow)]
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.bfloat16, {"kernel": 3, "stride": (1, 1), "share": 16, "n_in": 70, "degree": 33, "form": LAST}),
-        (torch.float16, {"kernel": 3, "stride": (2, 2), "share": 8, "n_in": 9, "degree": 4, "form": LAST}),
-        (torch.float32, {"kernel": 3, "stride": (2, 2), "share": 16, "n_in": 9, "degree": 4, "form": FIRST}),
-        (torch.float16, {"kernel": 1, "stride": (1, 1), "share": 24, "n_in": 70, "degree": 33, "form": FIRST}),
-        (torch.bfloat16, {"kernel": 1, "stride": (2, 2), "share": 16, "n_in": 9, "degree": 4, "form": LAST}),
-        (torch.float32, {"kernel": 0, "stride": (1, 1), "share": 8, "n_in": 70, "degree": 33, "batch": 131}),
-        (torch.bfloat16, {"kernel": 0, "stride": (1, 1), "share": 72, "n_in": 9, "degree": 4, "batch": 1}),
+        (
+            torch.bfloat16,
+            {"kernel": 3, "stride": (1, 1), "share": 16, "n_in": 70, "degree": 33, "form": LAST},
+        ),
+        (
+            torch.float16,
+            {"kernel": 3, "stride": (2, 2), "share": 8, "n_in": 9, "degree": 4, "form": LAST},
+        ),
+        (
+            torch.float32,
+            {"kernel": 3, "stride": (2, 2), "share": 16, "n_in": 9, "degree": 4, "form": FIRST},
+        ),
+        (
+            torch.float16,
+            {"kernel": 1, "stride": (1, 1), "share": 24, "n_in": 70, "degree": 33, "form": FIRST},
+        ),
+        (
+            torch.bfloat16,
+            {"kernel": 1, "stride": (2, 2), "share": 16, "n_in": 9, "degree": 4, "form": LAST},
+        ),
+        (
+            torch.float32,
+            {"kernel": 0, "stride": (1, 1), "share": 8, "n_in": 70, "degree": 33, "batch": 131},
+        ),
+        (
+            torch.bfloat16,
+            {"kernel": 0, "stride": (1, 1), "share": 72, "n_in": 9, "degree": 4, "batch": 1},
+        ),
     ],
     ids=str,
 )
@@ -137,7 +199,10 @@ def test_equal_bits_in_every_run(kernel):
     random = torch.Generator().manual_seed(1)
     x, weight, rows, bias, grad, geometry = case
     x, weight, grad = (torch.randn(t.shape, generator=random).to(t) for t in (x, weight, grad))
-    runs = [results((x, weight, rows.clone(), bias, grad, geometry), "triton", torch.float32) for _ in range(2)]
+    runs = [
+        results((x, weight, rows.clone(), bias, grad, geometry), "triton", torch.float32)
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], runs[1][:3], strict=True))
 
 
@@ -171,15 +236,21 @@ def test_neighbour_out_of_range_is_refused():
         ops.conv2d(x, weight, rows, bias, *geometry)
         for bad in (-1, 9):
             rows[2, 1] = bad  # in place: a graph is looked at again when it was changed
-            with pytest.raises(IndexError, match="neighbours must be from 0 to 8, the inputs there are"):
+            with pytest.raises(
+                IndexError, match="neighbours must be from 0 to 8, the inputs there are"
+            ):
                 ops.conv2d(x, weight, rows, bias, *geometry)
 
 
 def test_kernels_read_nothing_that_is_not_there(monkeypatch):
-    """Behind torch's back a graph may change after it was looked at: its missing inputs are then zeros."""
+    """Behind torch's back a graph may change after it was looked at: its missing inputs are then
+    zeros.
+    """
     monkeypatch.setattr(triton, "checked", lambda rows, n_in: rows.int())
     x, weight, rows, bias, grad, geometry = make(3, (1, 1), 8, 4, 9, 3, 2)
-    around = torch.full((2, 11, 5, 4), math.nan, device=DEVICE).to(memory_format=torch.channels_last)
+    around = torch.full((2, 11, 5, 4), math.nan, device=DEVICE).to(
+        memory_format=torch.channels_last
+    )
     around[:, 1:10] = x
     wrong, gone = rows.clone(), weight.float().clone()
     wrong[0, 0], wrong[1, 2] = -1, 9
@@ -187,7 +258,9 @@ def test_kernels_read_nothing_that_is_not_there(monkeypatch):
     with ops.backend("triton"):
         args = (weight.float(), wrong, bias.float(), *geometry)
         got = ops.conv2d(around[:, 1:10], *args)
-        dw = torch.ops.xzoo.conv2d_weight_grad(grad.float(), around[:, 1:10], *args[:2], *geometry, "triton")
+        dw = torch.ops.xzoo.conv2d_weight_grad(
+            grad.float(), around[:, 1:10], *args[:2], *geometry, "triton"
+        )
     want = results((x, gone, rows, bias, grad, geometry), None, torch.float32)[0]
     torch.testing.assert_close(got, want)
     assert not dw.isnan().any() and (dw[:8, 0] == 0).all() and (dw[8:16, 2] == 0).all()
@@ -196,7 +269,9 @@ def test_kernels_read_nothing_that_is_not_there(monkeypatch):
 def test_strides_are_read_as_they_are_and_the_memory_format_is_kept():
     case = make(3, (1, 1), 8, 2, 9, 4, 3)
     x, weight, rows, bias, grad, geometry = case
-    sliced = [torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (x, weight, bias, grad)]
+    sliced = [
+        torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0] for t in (x, weight, bias, grad)
+    ]
     hold((*sliced[:2], rows.t().contiguous().t(), *sliced[2:], geometry), torch.float32)
     hold(
         (
@@ -211,7 +286,9 @@ def test_strides_are_read_as_they_are_and_the_memory_format_is_kept():
     )
     with ops.backend("triton"):
         for form in (torch.contiguous_format, torch.channels_last):
-            y = ops.conv2d(x.float().to(memory_format=form), weight.float(), rows, bias.float(), *geometry)
+            y = ops.conv2d(
+                x.float().to(memory_format=form), weight.float(), rows, bias.float(), *geometry
+            )
             assert y.is_contiguous(memory_format=form)
 
 
@@ -219,10 +296,18 @@ def test_strides_are_read_as_they_are_and_the_memory_format_is_kept():
 def test_registered_operations_keep_torchs_rules(form):
     x, weight, rows, bias, grad, geometry = make(3, (2, 2), 8, 2, 9, 4, 2, form=form)
     x, weight, bias, grad = x.float(), weight.float(), bias.float(), grad.float()
-    library, tests, geometry = torch.ops.xzoo, ["test_schema", "test_faketensor"], [list(pair) for pair in geometry]
-    torch.library.opcheck(library.conv2d, (x, weight, rows, bias, *geometry, "triton"), test_utils=tests)
+    library, tests, geometry = (
+        torch.ops.xzoo,
+        ["test_schema", "test_faketensor"],
+        [list(pair) for pair in geometry],
+    )
+    torch.library.opcheck(
+        library.conv2d, (x, weight, rows, bias, *geometry, "triton"), test_utils=tests
+    )
     for operation in (library.conv2d_input_grad, library.conv2d_weight_grad):
-        torch.library.opcheck(operation, (grad, x, weight, rows, *geometry, "triton"), test_utils=tests)
+        torch.library.opcheck(
+            operation, (grad, x, weight, rows, *geometry, "triton"), test_utils=tests
+        )
     x, weight, grad = x[:, :, 0, 0], weight[:, :, 0, 0], grad[:, :, 0, 0]
     torch.library.opcheck(library.linear, (x, weight, rows, bias, "triton"), test_utils=tests)
     for operation in (library.linear_input_grad, library.linear_weight_grad):
@@ -232,9 +317,9 @@ def test_registered_operations_keep_torchs_rules(form):
 def net():
     torch.manual_seed(0)
     conv = layers.ExpanderConv2d(9, 16, 3, padding=1, degree=4, share=8)
-    return torch.nn.Sequential(conv, torch.nn.Flatten(), layers.ExpanderLinear(16 * 12, 8, degree=48, share=8)).to(
-        DEVICE
-    )
+    return torch.nn.Sequential(
+        conv, torch.nn.Flatten(), layers.ExpanderLinear(16 * 12, 8, degree=48, share=8)
+    ).to(DEVICE)
 
 
 def test_layers_under_autocast_compile_and_export():
@@ -247,7 +332,9 @@ def test_layers_under_autocast_compile_and_export():
     for y in (want, got):
         y.float().square().sum().backward()
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
-        assert a.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad) and a.grad.abs().sum() > 0
+        assert (
+            a.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad) and a.grad.abs().sum() > 0
+        )
     with ops.backend("triton"):
         want = plain(x)
         exported = torch.export.export(plain, (x,)).module()
@@ -278,7 +365,12 @@ def test_float32_goes_through_tf32_where_torch_may():
     ("share", "dtype", "dilation", "said"),
     [
         (4, torch.float32, 1, "share 4; it needs a multiple of 8"),
-        (8, torch.float64, 1, "x of torch.float64 and weight of torch.float64; it takes one of bfloat16"),
+        (
+            8,
+            torch.float64,
+            1,
+            "x of torch.float64 and weight of torch.float64; it takes one of bfloat16",
+        ),
         (8, torch.float32, 2, r"dilation \(2, 2\); it needs 1"),
     ],
 )

@@ -6,8 +6,9 @@
     report = xzoo.expand(any_model, compression=4)              # or convert a model of your own
     print(xzoo.profile(model, (3, 224, 224)).macs)
 
-Layers: ExpanderConv2d, ExpanderLinear. Graphs and their theory: xzoo.graphs, xzoo.theory. Training: xzoo.train, on
-images of xzoo.data; what came of it: xzoo.results. The stair of imports is in tests/test_package.py.
+Layers: ExpanderConv2d, ExpanderLinear. Graphs and their theory: xzoo.graphs, xzoo.theory. Training:
+xzoo.train, on images of xzoo.data; what came of it: xzoo.results. The stair of imports is in
+tests/test_package.py.
 """
 
 from . import machine

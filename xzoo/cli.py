@@ -1,8 +1,8 @@
 """The command line: parses and prints. Everything that it does can be called from Python.
 
-Exit codes: 0; 2 for a mistake of the user's or a fault of the machine, told in one line; 1 for a bug in xzoo, with
-its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they are run, so that few wait for
-Lightning.
+Exit codes: 0; 2 for a mistake of the user's or a fault of the machine, told in one line; 1 for a
+bug in xzoo, with its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when
+they are run, so that few wait for Lightning.
 """
 
 import io
@@ -27,21 +27,63 @@ from .options import explain, nearest
 # What each command does, and an example of it.
 COMMANDS = {
     "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
-    "inspect": ("a model layer by layer, and its graphs against the theory", "xzoo inspect x_vgg16_c8 --pictures out"),
-    "finetune": ("train a model on your images", "xzoo finetune photos --model x_resnet50 --minutes 30"),
+    "inspect": (
+        "a model layer by layer, and its graphs against the theory",
+        "xzoo inspect x_vgg16_c8 --pictures out",
+    ),
+    "finetune": (
+        "train a model on your images",
+        "xzoo finetune photos --model x_resnet50 --minutes 30",
+    ),
     "fit": ("train by a recipe", "xzoo fit cifar10/x_vgg16_2+air --data.root DATA --out runs/vgg"),
-    "validate": ("judge a run's weights on its validation images", "xzoo validate RECIPE --out runs/vgg"),
-    "test": ("judge a run's weights on the data set's test part", "xzoo test RECIPE --ckpt_path FILE"),
-    "predict": ("write the predicted class of each test image", "xzoo predict RECIPE --out runs/vgg"),
-    "queue": ("start what is open of a list of runs, or tell how far it is", "xzoo queue recipes/QUEUE.md --list"),
-    "recipes": ("list the recipes with their counts, or copy one to change it", "xzoo recipes 'cifar10/*+air'"),
-    "export": ("write a run's model as a folder to publish", "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75"),
-    "card": ("write the cards of exported folders anew", "xzoo card hub_cards/x_vgg16_2.cifar10_q75"),
-    "publish": ("send an exported folder or a run to the Hub", "xzoo publish runs/photos --repo me/my-flowers"),
-    "compare": ("draw results beside the paper's", "xzoo compare recipes/results.csv --out figures"),
-    "classify": ("what a model takes images for", "xzoo classify runs/photos-x_resnet50 holiday/*.jpg"),
-    "doctor": ("what computes here: CPU, backends, our kernels, and why not better ones", "xzoo doctor"),
-    "bench": ("measure layers, models and the training loop", "xzoo bench --models x_vgg16_c8 --csv bench.csv"),
+    "validate": (
+        "judge a run's weights on its validation images",
+        "xzoo validate RECIPE --out runs/vgg",
+    ),
+    "test": (
+        "judge a run's weights on the data set's test part",
+        "xzoo test RECIPE --ckpt_path FILE",
+    ),
+    "predict": (
+        "write the predicted class of each test image",
+        "xzoo predict RECIPE --out runs/vgg",
+    ),
+    "queue": (
+        "start what is open of a list of runs, or tell how far it is",
+        "xzoo queue recipes/QUEUE.md --list",
+    ),
+    "recipes": (
+        "list the recipes with their counts, or copy one to change it",
+        "xzoo recipes 'cifar10/*+air'",
+    ),
+    "export": (
+        "write a run's model as a folder to publish",
+        "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75",
+    ),
+    "card": (
+        "write the cards of exported folders anew",
+        "xzoo card hub_cards/x_vgg16_2.cifar10_q75",
+    ),
+    "publish": (
+        "send an exported folder or a run to the Hub",
+        "xzoo publish runs/photos --repo me/my-flowers",
+    ),
+    "compare": (
+        "draw results beside the paper's",
+        "xzoo compare recipes/results.csv --out figures",
+    ),
+    "classify": (
+        "what a model takes images for",
+        "xzoo classify runs/photos-x_resnet50 holiday/*.jpg",
+    ),
+    "doctor": (
+        "what computes here: CPU, backends, our kernels, and why not better ones",
+        "xzoo doctor",
+    ),
+    "bench": (
+        "measure layers, models and the training loop",
+        "xzoo bench --models x_vgg16_c8 --csv bench.csv",
+    ),
 }
 # Those whose options are a recipe's, and Lightning's to parse.
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -64,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_backend()
         _run(command, rest)
         if sys.stdout is not None:
-            sys.stdout.flush()  # what cannot be written is told here, and not by the interpreter's end
+            # what cannot be written is told here, and not by the interpreter's end
+            sys.stdout.flush()
     except XzooError as error:
         print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
         return 2
@@ -81,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = _fault(error)
         if fault is None:
             traceback.print_exc()
-            print("xzoo: this is a bug in xzoo; please report it with the lines above", file=sys.stderr)
+            print(
+                "xzoo: this is a bug in xzoo; please report it with the lines above",
+                file=sys.stderr,
+            )
             return 1
         print(f"xzoo: error: {shown(fault)}", file=sys.stderr)
         with suppress(OSError, ValueError):
@@ -109,11 +155,15 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
 
 def _check_folder() -> None:
-    """Raise XzooError where the current folder has been removed: torch's libraries cannot even be loaded there."""
+    """Raise XzooError where the current folder has been removed: torch's libraries cannot even be
+    loaded there.
+    """
     try:
         os.getcwd()
     except OSError:
-        raise XzooError("the folder that xzoo was started in is gone; change to another one") from None
+        raise XzooError(
+            "the folder that xzoo was started in is gone; change to another one"
+        ) from None
 
 
 def _check_backend() -> None:
@@ -133,12 +183,15 @@ def _check_backend() -> None:
 # What torch and its loaders say when the machine fails, and what to do about it.
 _FAULTS = {
     r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc|Unable to allocate": (
-        "there is not enough memory ({}); a smaller batch (--batch-size) or image (--img-size) needs less"
+        "there is not enough memory ({}); a smaller batch (--batch-size) or image (--img-size) "
+        "needs less"
     ),
     r"DataLoader worker .*(killed|exited)|shared memory|shm_open|ancdata": (
         "a process that loads images was ended by the system ({}); use fewer --workers, or 0"
     ),
-    r"can't start new thread": "no more threads can be started here ({}); close other programs, or raise ulimit -u",
+    r"can't start new thread": (
+        "no more threads can be started here ({}); close other programs, or raise ulimit -u"
+    ),
     r"Too many open files": "too many files are open ({}); raise ulimit -n",
     r"CUDA|cuDNN|cuBLAS|NVIDIA|MPS backend": "the GPU cannot be used ({}); try --device cpu",
     r"[Nn]o space left on device": "the disk is full ({})",
@@ -152,7 +205,10 @@ def _fault(error: Exception) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package == "xzoo":
             return None
-        return f"{package or 'a package'} cannot be imported ({text}); install xzoo and what it needs again"
+        return (
+            f"{package or 'a package'} cannot be imported ({text}); install xzoo and what it "
+            "needs again"
+        )
     if isinstance(error, MemoryError | OSError | RuntimeError):
         for pattern, told in _FAULTS.items():
             if re.search(pattern, text):
@@ -186,14 +242,23 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     # --batch-size and --batch_size are the same option.
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)  # behind it are names
-    options = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given[:end]]
+    options = [
+        re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given[:end]
+    ]
     try:
         return parser.parse_args([*options, *given[end:]])
     except ArgumentError as error:
-        options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        options = [
+            option
+            for action in parser._actions
+            for option in action.option_strings
+            if option[:2] == "--"
+        ]
         for name in given[:end]:
             if name[0:1] == "-" and name not in options and Path(name).exists():
-                raise XzooError(f"{name} is taken for an option; write ./{name}, or -- before the names") from None
+                raise XzooError(
+                    f"{name} is taken for an option; write ./{name}, or -- before the names"
+                ) from None
         raise XzooError(explain(str(error), options)) from None
 
 
@@ -225,13 +290,17 @@ def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
         names = list_models(args.filter)
         if not names:
-            raise XzooError(f"no model is called {args.filter}; {nearest(args.filter, list_models())}")
+            raise XzooError(
+                f"no model is called {args.filter}; {nearest(args.filter, list_models())}"
+            )
         console, table = _console(), _table("model", "pixels", "weights", "MACs")
         for name in names:
             with torch.device("meta"):  # counting needs no weights
                 model: Any = create_model(name)
             counts, size = profile(model), model.pretrained_cfg["input_size"]
-            table.add_row(name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M")
+            table.add_row(
+                name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
+            )
         console.print(table)
 
     return run
@@ -256,7 +325,9 @@ def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
 def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("model", help="run folder, model folder, or name of a pretrained model")
     parser.add_argument("images", nargs="+", help="images, and folders of images")
-    parser.add_argument("--csv", type=str | None, default=None, help="write all of them to this file")
+    parser.add_argument(
+        "--csv", type=str | None, default=None, help="write all of them to this file"
+    )
     parser.add_argument("--top", type=int, default=5, help="how many classes")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
@@ -275,7 +346,9 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
         predictions = []
         try:
-            for prediction in classify(args.model, args.images, args.top, args.batch_size, args.device):
+            for prediction in classify(
+                args.model, args.images, args.top, args.batch_size, args.device
+            ):
                 predictions.append(prediction)
                 if prediction.error is not None:
                     print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
@@ -298,10 +371,23 @@ def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("file", nargs="?", default=None, help="Markdown with blocks of shell; by default QUEUE.md")
-    parser.add_argument("--list", action="store_true", help="tell what is done and guess what is left; start nothing")
-    parser.add_argument("--jobs", type=int | None, default=None, help="runs side by side; by default 2, on one core 1")
-    parser.add_argument("--blocks", type=str | None, default=None, help="only those of these numbers, such as 0,3")
+    parser.add_argument(
+        "file", nargs="?", default=None, help="Markdown with blocks of shell; by default QUEUE.md"
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="tell what is done and guess what is left; start nothing",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="runs side by side; by default 2, on one core 1",
+    )
+    parser.add_argument(
+        "--blocks", type=str | None, default=None, help="only those of these numbers, such as 0,3"
+    )
 
     def run(args: Namespace) -> None:
         from .train import queue, recipes
@@ -314,13 +400,17 @@ def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
         console, table = _console(), _table("block", "run", "state", "core-hours left")
         rows = queue.listed(runs)
         for entry, state, hours in rows:
-            table.add_row(entry.block, shown(entry.out), state, "?" if math.isnan(hours) else f"{hours:,.1f}")
+            table.add_row(
+                entry.block, shown(entry.out), state, "?" if math.isnan(hours) else f"{hours:,.1f}"
+            )
         for column in table.columns[1:3]:
             column.justify = "left"
         console.print(table)
         finished = sum(entry.is_finished for entry in runs)
         total = sum(hours for _, _, hours in rows if not math.isnan(hours))
-        console.print(f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left")
+        console.print(
+            f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left"
+        )
 
     return run
 
@@ -328,7 +418,9 @@ def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
 def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
     what = "list, copy, or a pattern such as 'cifar10/*+air'"
     parser.add_argument("what", nargs="?", default="list", help=what)
-    parser.add_argument("recipe", nargs="?", default=None, help="with list, a pattern; with copy, a name or a file")
+    parser.add_argument(
+        "recipe", nargs="?", default=None, help="with list, a pattern; with copy, a name or a file"
+    )
     parser.add_argument("to", nargs="?", default=".", help="with copy, the folder")
 
     def run(args: Namespace) -> None:
@@ -350,7 +442,9 @@ def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _list_recipes(pattern: str) -> None:
-    """A line as soon as it is counted, since all of them take a minute; of a single recipe all that it says."""
+    """A line as soon as it is counted, since all of them take a minute; of a single recipe all that
+    it says.
+    """
     from fnmatch import fnmatch
 
     from .train import queue, recipes
@@ -382,9 +476,13 @@ def _list_recipes(pattern: str) -> None:
 
 
 def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("run", help="folder of a run of fit or finetune that is finished; for a file, any model")
+    parser.add_argument(
+        "run", help="folder of a run of fit or finetune that is finished; for a file, any model"
+    )
     parser.add_argument("to", help="the new folder; or a file that ends in .onnx or .pt2")
-    parser.add_argument("--half", action="store_true", help="weights in float16, if the accuracy does not move")
+    parser.add_argument(
+        "--half", action="store_true", help="weights in float16, if the accuracy does not move"
+    )
 
     def run(args: Namespace) -> None:
         from .hub import export, program
@@ -395,22 +493,34 @@ def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
             files.check_file(args.to)
             print(shown(f"{args.to}: {program.write(load_any(args.run), args.to)}"))
         else:
-            print(shown(export(args.run, args.to, half=partial(_judged, args.run) if args.half else None)))
+            print(
+                shown(
+                    export(
+                        args.run, args.to, half=partial(_judged, args.run) if args.half else None
+                    )
+                )
+            )
 
     return run
 
 
 def _judged(run: str, weights: Path) -> float:
-    """Top-1 accuracy, in per cent, of a file of weights on the validation images of a run of `xzoo fit`."""
+    """Top-1 accuracy, in per cent, of a file of weights on the validation images of a run of `xzoo
+    fit`.
+    """
     from .train.evaluate import evaluate
 
-    figures = evaluate("validate", ["--config", str(Path(run) / "config.yaml"), "--ckpt_path", str(weights)])
+    figures = evaluate(
+        "validate", ["--config", str(Path(run) / "config.yaml"), "--ckpt_path", str(weights)]
+    )
     assert figures is not None  # this is the only process
     return round(100 * figures["val/acc1"], 4)  # as in result.json
 
 
 def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("folders", nargs="*", default=[], help="exported folders; by default all in hub_cards")
+    parser.add_argument(
+        "folders", nargs="*", default=[], help="exported folders; by default all in hub_cards"
+    )
 
     def run(args: Namespace) -> None:
         from .hub import card, publish
@@ -424,9 +534,15 @@ def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 
 def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("folder", nargs="?", default=None, help="exported folder, or the folder of a finished run")
-    parser.add_argument("--org", type=str | None, default=None, help="whose repository; by default xzoo's")
-    parser.add_argument("--repo", type=str | None, default=None, help="the repository, as owner/name")
+    parser.add_argument(
+        "folder", nargs="?", default=None, help="exported folder, or the folder of a finished run"
+    )
+    parser.add_argument(
+        "--org", type=str | None, default=None, help="whose repository; by default xzoo's"
+    )
+    parser.add_argument(
+        "--repo", type=str | None, default=None, help="the repository, as owner/name"
+    )
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--dry_run", action="store_true", help="tell what would be sent")
     parser.add_argument("--all", action="store_true", help="every folder in hub_cards")
@@ -435,7 +551,9 @@ def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
         from .hub import publish
 
         if args.all == (args.folder is not None) or (args.all and args.repo):
-            raise XzooError("give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org")
+            raise XzooError(
+                "give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org"
+            )
         for folder in publish.folders() if args.all else [args.folder]:
             done = publish.publish(folder, args.org, args.repo, args.private, args.dry_run)
             changed = ", ".join(done.changed) or "nothing"
@@ -453,7 +571,9 @@ def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("results", help="table of runs, such as recipes/results.csv")
-    parser.add_argument("--out", type=str, default="figures", help="folder for the pictures and the table")
+    parser.add_argument(
+        "--out", type=str, default="figures", help="folder for the pictures and the table"
+    )
     parser.add_argument("--datasets", type=list[str], default=[], help="only these data sets")
 
     def run(args: Namespace) -> None:
@@ -467,7 +587,9 @@ def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
 def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument("model", help="name of a model, run folder, or model folder")
-    parser.add_argument("--pictures", type=str | None, default=None, help="draw its graphs into this folder")
+    parser.add_argument(
+        "--pictures", type=str | None, default=None, help="draw its graphs into this folder"
+    )
 
     def run(args: Namespace) -> None:
         from .drawing import draw_model
@@ -482,18 +604,29 @@ def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
         counts, console = profile(model), _console()
         console.print(_layers_table(model, counts))
         size = " x ".join(map(str, model.pretrained_cfg["input_size"]))
-        console.print(f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}", highlight=False)
+        console.print(
+            f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}",
+            highlight=False,
+        )
         for stretch in runs(model):
             first, last, n = stretch.names[0], stretch.names[-1], len(stretch.names)
             depth = stretch.reach.depth
-            reached = f"sensitivity depth {depth}" if depth else "not every output depends on every input yet"
-            console.print(f"{n} X-layers, {first} to {last}: {reached}", highlight=False, soft_wrap=True)
+            reached = (
+                f"sensitivity depth {depth}"
+                if depth
+                else "not every output depends on every input yet"
+            )
+            console.print(
+                f"{n} X-layers, {first} to {last}: {reached}", highlight=False, soft_wrap=True
+            )
         if args.pictures is not None:
             try:
                 for picture in draw_model(model, args.pictures, args.model):
                     print(shown(picture))
             except OSError as error:
-                raise XzooError(f"cannot draw into {args.pictures}: {files.reason(error)}") from error
+                raise XzooError(
+                    f"cannot draw into {args.pictures}: {files.reason(error)}"
+                ) from error
 
     return run
 
@@ -513,29 +646,65 @@ def _doctor(parser: ArgumentParser) -> Callable[[Namespace], None]:
 def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parts = {
         "models": "whole models, in inference and training (the default); names, or none for all",
-        "layers": "single layers; texts that their names contain, sizes of your own, or none for all",
+        "layers": (
+            "single layers; texts that their names contain, sizes of your own, or none for all"
+        ),
         "policy": "what `auto` takes against the library's best, over 20 shapes",
         "share": "second singular value and speed by share",
-        "scaling": "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)",
+        "scaling": (
+            "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)"
+        ),
         "loop": "the training loop, augmentation, and loading of images",
     }
     for part, what in parts.items():
         several: dict[str, Any] = {"nargs": "*", "type": str, "default": None}
         parser.add_argument(
-            f"--{part}", help=what, **(several if part in ("models", "layers") else {"action": "store_true"})
+            f"--{part}",
+            help=what,
+            **(several if part in ("models", "layers") else {"action": "store_true"}),
         )
-    parser.add_argument("--finetune", type=str | None, default=None, help="images to learn with and without weights")
-    parser.add_argument("--threads", type=int, default=1, help="of torch's; 1 measures a thread's own time")
-    parser.add_argument("--pairs", type=int | None, default=None, help="times that each form is measured")
-    parser.add_argument("--batch_size", type=int | None, default=None, help="of models, and of the loop")
-    parser.add_argument("--compile", action="store_true", help="dense models by torch.compile as well")
-    parser.add_argument("--model", type=str | None, default=None, help="what the loop, or --finetune, trains")
-    parser.add_argument("--minutes", type=float | None, default=None, help="of each run of --finetune; by default 2")
-    parser.add_argument("--seeds", type=int | None, default=None, help="runs of each kind of --finetune; by default 3")
-    parser.add_argument("--each", type=int | None, default=None, help="images per class of --finetune; by default 10")
-    parser.add_argument("--photos", type=int | None, default=None, help="files that are drawn for the loop's loader")
-    parser.add_argument("--csv", type=str | None, default=None, help="write the figures to this file too")
-    parser.add_argument("--plot", type=str | None, default=None, help="draw models and layers into this file")
+    parser.add_argument(
+        "--finetune", type=str | None, default=None, help="images to learn with and without weights"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch's; 1 measures a thread's own time"
+    )
+    parser.add_argument(
+        "--pairs", type=int | None, default=None, help="times that each form is measured"
+    )
+    parser.add_argument(
+        "--batch_size", type=int | None, default=None, help="of models, and of the loop"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="dense models by torch.compile as well"
+    )
+    parser.add_argument(
+        "--model", type=str | None, default=None, help="what the loop, or --finetune, trains"
+    )
+    parser.add_argument(
+        "--minutes", type=float | None, default=None, help="of each run of --finetune; by default 2"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int | None,
+        default=None,
+        help="runs of each kind of --finetune; by default 3",
+    )
+    parser.add_argument(
+        "--each",
+        type=int | None,
+        default=None,
+        help="images per class of --finetune; by default 10",
+    )
+    parser.add_argument(
+        "--photos", type=int | None, default=None, help="files that are drawn for the loop's loader"
+    )
+    parser.add_argument(
+        "--csv", type=str | None, default=None, help="write the figures to this file too"
+    )
+    parser.add_argument(
+        "--plot", type=str | None, default=None, help="draw models and layers into this file"
+    )
 
     def run(args: Namespace) -> None:
         from . import bench
@@ -546,9 +715,13 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
         asked = [part for part in parts if getattr(args, part) not in (None, False)] or ["models"]
         pairs = {} if args.pairs is None else {"pairs": args.pairs}
         size = {} if args.batch_size is None else {"batch_size": args.batch_size}
-        loop = {key: value for key in ("model", "photos") if (value := getattr(args, key)) is not None}
+        loop = {
+            key: value for key in ("model", "photos") if (value := getattr(args, key)) is not None
+        }
         start: dict[str, Callable[[], Any]] = {
-            "models": lambda: bench.models(args.models or (), compiled=args.compile, **pairs, **size),
+            "models": lambda: bench.models(
+                args.models or (), compiled=args.compile, **pairs, **size
+            ),
             "layers": lambda: bench.layers(args.layers, **pairs),
             "policy": lambda: bench.policy(**pairs),
             "share": lambda: bench.share(**pairs),
@@ -561,7 +734,8 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
             bench.check_file(Path(args.plot), bench.PICTURES)
         figures: list[bench.Figure] = []
         with bench.threads(args.threads):
-            begun = [start[part]() for part in asked]  # all that is asked for is checked before any of it is measured
+            # all that is asked for is checked before any of it is measured
+            begun = [start[part]() for part in asked]
             try:
                 for part in begun:
                     for figure in part:
@@ -581,12 +755,24 @@ def _bench_finetuning(args: Namespace) -> None:
     from . import bench
 
     if args.model is None or args.csv is None:
-        raise XzooError("--finetune needs --model NAME, with weights, and --csv FILE, which gets a row for each run")
-    given = {name: value for name in ("minutes", "seeds", "each") if (value := getattr(args, name)) is not None}
+        raise XzooError(
+            "--finetune needs --model NAME, with weights, and --csv FILE, which gets a row for "
+            "each run"
+        )
+    given = {
+        name: value
+        for name in ("minutes", "seeds", "each")
+        if (value := getattr(args, name)) is not None
+    }
     with bench.threads(args.threads):
         for row in bench.finetuning(args.finetune, args.model, args.csv, **given):
             start = "from the weights" if row["pretrained"] == "true" else "from scratch"
-            print(shown(f"{row['train_images']} images of {row['data']}, seed {row['seed']}, {start}: {row['top1']} %"))
+            print(
+                shown(
+                    f"{row['train_images']} images of {row['data']}, seed {row['seed']}, {start}: "
+                    f"{row['top1']} %"
+                )
+            )
 
 
 def _print_figures(rows: Sequence[dict[str, str]], machine: dict[str, str]) -> None:
@@ -607,7 +793,8 @@ def _console() -> Any:
     """As wide as the terminal; into a file or a pipe no line is folded."""
     from rich.console import Console
 
-    plain: Any = {"highlight": False, "markup": False, "emoji": False}  # names of layers are no markup
+    # names of layers are no markup
+    plain: Any = {"highlight": False, "markup": False, "emoji": False}
     console = Console(**plain)
     return console if console.is_terminal else Console(**plain, width=200)
 
@@ -622,13 +809,23 @@ def _table(*columns: str) -> Any:
 
 
 def _layers_table(model: Any, counts: Any) -> Any:
-    """A row a layer. Singular values are shares of the first, so that 1 is a group convolution and 0 a dense layer;
-    the two after the second are its bounds. "/ G" stands for a layer of G groups.
+    """A row a layer. Singular values are shares of the first, so that 1 is a group convolution and
+    0 a dense layer; the two after the second are its bounds. "/ G" stands for a layer of G groups.
     """
     from .theory import graphs_of, spectrum
 
     table = _table(
-        "layer", "in", "out", "kernel", "degree", "share", "second", "Ramanujan", "random", "weights", "MACs"
+        "layer",
+        "in",
+        "out",
+        "kernel",
+        "degree",
+        "share",
+        "second",
+        "Ramanujan",
+        "random",
+        "weights",
+        "MACs",
     )
     drawn = graphs_of(model)
     for layer in counts.layers:
@@ -637,7 +834,11 @@ def _layers_table(model: Any, counts: Any) -> Any:
         if layer.name in drawn:
             found = spectrum(drawn[layer.name])
             bounds = (found.second, found.ramanujan, found.random_matrix)
-            measured = [str(layer.degree), str(layer.share), *(f"{bound / found.first:.3f}" for bound in bounds)]
+            measured = [
+                str(layer.degree),
+                str(layer.share),
+                *(f"{bound / found.first:.3f}" for bound in bounds),
+            ]
         sizes = [str(layer.n_in), str(layer.n_out), kernel]
         table.add_row(layer.name, *sizes, *measured, f"{layer.weights:,}", f"{layer.macs:,}")
     return table

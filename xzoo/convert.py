@@ -19,7 +19,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import (
+    ParametrizationList,
+    is_parametrized,
+    type_before_parametrizations,
+)
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -66,12 +70,14 @@ class Report:
     def __str__(self) -> str:
         wide = max((len(row.name) for row in self.rows), default=0)
         lines = [
-            f"{row.name:{wide}}  {row.layer:26} {row.weights_before:>12,} -> {row.weights_after:>12,}  {row.reason}"
+            f"{row.name:{wide}}  {row.layer:26} {row.weights_before:>12,} -> "
+            f"{row.weights_after:>12,}  {row.reason}"
             for row in self.rows
         ]
         before, after = self.weights_before, max(self.weights_after, 1)
         lines.append(
-            f"{len(self.replaced)} of {len(self.rows)} layers expanded: {before:,} -> {self.weights_after:,} weights, "
+            f"{len(self.replaced)} of {len(self.rows)} layers expanded: {before:,} -> "
+            f"{self.weights_after:,} weights, "
             f"{before / after:.2f} times fewer"
         )
         return "\n".join(lines)
@@ -91,34 +97,40 @@ def expand(
 ) -> Report:
     """Replace the convolutions and linear layers of a model by X-layers, in place.
 
-    Left as they are, with the reason in the report: the first convolution, the classifier (what timm calls so,
-    else the last linear layer), layers of fewer than 8 inputs, grouped convolutions, subclasses of nn.Conv2d and
-    nn.Linear, parametrized and pruned layers, weights used in two places, the matrices of adapters (LoRA), and
-    layers whose weight another module reads by itself, as in F.linear(x, self.proj.weight). Other layers with
-    weights (nn.Conv1d, nn.Conv3d, transposed convolutions, nn.MultiheadAttention's in_proj_weight) have no X-form;
-    the report names them too.
+    Left as they are, with the reason in the report: the first convolution, the classifier (what
+    timm calls so, else the last linear layer), layers of fewer than 8 inputs, grouped convolutions,
+    subclasses of nn.Conv2d and nn.Linear, parametrized and pruned layers, weights used in two
+    places, the matrices of adapters (LoRA), and layers whose weight another module reads by itself,
+    as in F.linear(x, self.proj.weight). Other layers with weights (nn.Conv1d, nn.Conv3d, transposed
+    convolutions, nn.MultiheadAttention's in_proj_weight) have no X-form; the report names them too.
 
     Args:
         compression: each output reads max(1, inputs // compression) of the inputs; from 1 on.
-        share: consecutive outputs with the same inputs, in 1x1 convolutions and linear layers; where that would
-            leave inputs read by fewer than two blocks, the largest smaller share that does not.
+        share: consecutive outputs with the same inputs, in 1x1 convolutions and linear layers;
+            where that would leave inputs read by fewer than two blocks, the largest smaller share
+            that does not.
         spatial_share: the same for larger kernels.
         graph, seed: as in xzoo.graphs.sample; each layer's seed is a hash of `seed` and its name.
-        only: name patterns such as "layer4.*"; nothing else is replaced, and the first convolution, the
-            classifier and small layers are, if named.
+        only: name patterns such as "layer4.*"; nothing else is replaced, and the first convolution,
+            the classifier and small layers are, if named.
         skip: name patterns that are left as they are.
-        keep_weights: keep the weights of surviving connections, each output's scaled to the norm that it had,
-            so that a trained model can be fine-tuned; else initial values are drawn anew.
+        keep_weights: keep the weights of surviving connections, each output's scaled to the norm
+            that it had, so that a trained model can be fine-tuned; else initial values are drawn
+            anew.
 
-    Raises: ModelError for arguments out of range and patterns that fit no layer; GraphError where a layer
-        admits no such graph. The model is then as it was.
+    Raises: ModelError for arguments out of range and patterns that fit no layer; GraphError where a
+        layer admits no such graph. The model is then as it was.
     """
     check_compression(compression)
     rows: list[ConvertedLayer] = []
     degrees: dict[str, int] = {}
     for name, layer, reason in _candidates(model, _patterns(only), _patterns(skip)):
         if not isinstance(layer, nn.Conv2d | nn.Linear):
-            rows.append(ConvertedLayer(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
+            rows.append(
+                ConvertedLayer(
+                    name, _describe(layer), None, None, _weights(layer), _weights(layer), reason
+                )
+            )
             continue
         n_in, _ = _sizes(layer)
         degree = degree_for(graph, n_in, max(1, n_in // compression))
@@ -126,27 +138,35 @@ def expand(
             reason = "kept: every output would read every input"
         if not reason:
             degrees[name] = degree
-        rows.append(ConvertedLayer(name, _describe(layer), None, None, _weights(layer), _weights(layer), reason))
+        rows.append(
+            ConvertedLayer(
+                name, _describe(layer), None, None, _weights(layer), _weights(layer), reason
+            )
+        )
     new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=keep_weights)
     return Report(tuple(_done(row, new[row.name]) if row.name in new else row for row in rows))
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Replace every X-layer by a dense layer that computes the same, in place, and return the model.
+    """Replace every X-layer by a dense layer that computes the same, in place, and return the
+    model.
 
     An X-layer given by itself has nothing to be replaced in: then the dense layer is returned.
 
-    Raises: ModelError, before anything is replaced, for an X-layer whose weight or bias is computed (parametrized,
-        pruned) and for subclasses of X-layers.
+    Raises: ModelError, before anything is replaced, for an X-layer whose weight or bias is computed
+        (parametrized, pruned) and for subclasses of X-layers.
     """
-    x_layers = {n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)}
+    x_layers = {
+        n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)
+    }
     computed = computed_tensors(model)
     for name, layer in x_layers.items():
         if name in computed:
             raise ModelError(f"to_dense(): {_called(name, layer)}: {computed[name]}")
         if type(layer) not in (ExpanderConv2d, ExpanderLinear):
             raise ModelError(
-                f"to_dense(): {_called(name, layer)} is a subclass that may compute something else; put an "
+                f"to_dense(): {_called(name, layer)} is a subclass that may compute something "
+                "else; put an "
                 f"{type(layer).__mro__[1].__name__} or a dense layer of your own in its place first"
             )
     if isinstance(model, ExpanderConv2d | ExpanderLinear):
@@ -170,8 +190,14 @@ def swap(
     *,
     keep_weights: bool,
 ) -> dict[str, ExpanderConv2d | ExpanderLinear]:
-    """Replace the named dense layers by X-layers of these degrees; all of them, or none if one has no such graph."""
-    for name, value, least in (("share", share, 1), ("spatial_share", spatial_share, 1), ("seed", seed, 0)):
+    """Replace the named dense layers by X-layers of these degrees; all of them, or none if one has
+    no such graph.
+    """
+    for name, value, least in (
+        ("share", share, 1),
+        ("spatial_share", spatial_share, 1),
+        ("seed", seed, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ModelError(f"{name}={value!r}: use an integer from {least} on")
     new = {}
@@ -181,7 +207,9 @@ def swap(
         wanted = spatial_share if layer.weight[0, 0].numel() > 1 else share
         fits = graphs.effective_share(*_sizes(layer), degree, wanted)
         try:
-            new[name] = _x_layer(layer, degree, fits, graph, graphs.layer_seed(seed, name), keep_weights)
+            new[name] = _x_layer(
+                layer, degree, fits, graph, graphs.layer_seed(seed, name), keep_weights
+            )
         except GraphError as error:
             raise GraphError(f"layer {name}: {error}") from None
     for name, x_layer in new.items():
@@ -191,7 +219,9 @@ def swap(
 
 
 def degree_for(graph: str, n_in: int, degree: int) -> int:
-    """What a kind of graph can have: `group` and `shuffle` take the largest divisor of n_in up to `degree`."""
+    """What a kind of graph can have: `group` and `shuffle` take the largest divisor of n_in up to
+    `degree`.
+    """
     return graphs.largest_divisor(n_in, degree) if graph in ("group", "shuffle") else degree
 
 
@@ -199,7 +229,8 @@ def check_compression(compression: int) -> None:
     """Raise ModelError unless it is an integer from 1 on."""
     if isinstance(compression, bool) or not isinstance(compression, int) or compression < 1:
         raise ModelError(
-            f"compression={compression!r}: use an integer from 1 (dense) on; an output reads inputs // compression"
+            f"compression={compression!r}: use an integer from 1 (dense) on; an output reads "
+            "inputs // compression"
         )
 
 
@@ -229,18 +260,26 @@ def _geometry(layer: nn.Conv2d | ExpanderConv2d) -> dict[str, Any]:
 
 
 def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
-    """|all weights of an output| / |those it keeps|, [out, 1, ...]: for white inputs the variance stays the same."""
+    """|all weights of an output| / |those it keeps|, [out, 1, ...]: for white inputs the variance
+    stays the same.
+    """
     before, after = (w.flatten(1).norm(dim=1) for w in (dense, kept))
     ratio = torch.where(after > 0, before / after, torch.ones_like(after))
     return ratio.reshape(-1, *[1] * (kept.dim() - 1))
 
 
 def dense_form(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
-    """A dense layer that computes the same, with the mode and the hooks; a deployed one's activation behind it."""
+    """A dense layer that computes the same, with the mode and the hooks; a deployed one's
+    activation behind it.
+    """
     new: nn.Conv2d | nn.Linear
     n_in, n_out = _sizes(x_layer)
     weight = x_layer.weight
-    factory: dict[str, Any] = {"bias": x_layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
+    factory: dict[str, Any] = {
+        "bias": x_layer.bias is not None,
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
     if isinstance(x_layer, ExpanderConv2d):
         new = nn.Conv2d(n_in, n_out, **_geometry(x_layer), **factory)
     else:
@@ -273,13 +312,18 @@ def _like(new: nn.Module, old: nn.Module) -> None:
 
 
 def computed_tensors(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight or bias is no parameter but computed at each call, with the reason and the remedy."""
+    """Layers whose weight or bias is no parameter but computed at each call, with the reason and
+    the remedy.
+    """
     found: dict[str, str] = {}
     for name, layer in model.named_modules():
         for tensor in ("weight", "bias"):
             remedy = _remedy(layer, tensor)
             if remedy:
-                found.setdefault(name, f"its {tensor} is computed at each call; {remedy} makes it a parameter again")
+                found.setdefault(
+                    name,
+                    f"its {tensor} is computed at each call; {remedy} makes it a parameter again",
+                )
     return found
 
 
@@ -307,22 +351,27 @@ def _called(name: str, layer: nn.Module) -> str:
 def _candidates(
     model: nn.Module, only: tuple[str, ...], skip: tuple[str, ...]
 ) -> Iterable[tuple[str, nn.Module | Tensor, str]]:
-    """Name, layer and the reason to leave it ("" for none) of all that holds weights: layers, and the parameters of
-    other modules."""
+    """Name, layer and the reason to leave it ("" for none) of all that holds weights: layers, and
+    the parameters of other modules."""
     adapters = {name for name, _ in model.named_modules() if _in_adapter(model, name)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if "" in layers:
         raise ModelError(
-            f"expand() got a lone {type(model).__name__}, which cannot be replaced in place; build an "
+            f"expand() got a lone {type(model).__name__}, which cannot be replaced in place; build "
+            "an "
             "ExpanderConv2d or ExpanderLinear instead, or wrap it in nn.Sequential"
         )
     for name, layer in layers.items():
         if isinstance(layer.weight, UninitializedParameter):
-            raise ModelError(f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass first")
+            raise ModelError(
+                f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass "
+                "first"
+            )
     for pattern in (*only, *skip):
         if not any(fits(name, (pattern,)) for name in layers):
             raise ModelError(
-                f"pattern {pattern!r} fits no convolution or linear layer, such as {', '.join([*layers][:3])}"
+                f"pattern {pattern!r} fits no convolution or linear layer, such as "
+                f"{', '.join([*layers][:3])}"
             )
     own = {name: layer for name, layer in layers.items() if name not in adapters}
     first = next((name for name, layer in own.items() if isinstance(layer, nn.Conv2d)), None)
@@ -367,7 +416,9 @@ def _candidates(
 
 
 def _without_x_form(name: str, module: nn.Module) -> Iterable[tuple[str, nn.Module | Tensor, str]]:
-    """What a module that is neither nn.Conv2d nor nn.Linear holds of weights, itself and not in modules of its own."""
+    """What a module that is neither nn.Conv2d nor nn.Linear holds of weights, itself and not in
+    modules of its own.
+    """
     kind = type_before_parametrizations(module).__name__
     if isinstance(module, ParametrizationList):
         return  # counted with the layer whose weight it computes
@@ -377,26 +428,40 @@ def _without_x_form(name: str, module: nn.Module) -> Iterable[tuple[str, nn.Modu
         yield (
             name,
             module,
-            f"kept: {'an' if kind[0] in 'AEIOU' else 'a'} {kind}; nn.Conv2d and nn.Linear alone have an X-form",
+            f"kept: {'an' if kind[0] in 'AEIOU' else 'a'} {kind}; nn.Conv2d and nn.Linear alone "
+            "have an X-form",
         )
     for parameter, value in module._parameters.items():
         if _has_weights(value) and not hasattr(module, "weight"):
             where = f"{name}.{parameter}".lstrip(".")
-            yield where, value, f"kept: {kind} holds it itself, not in a convolution or linear layer"
+            yield (
+                where,
+                value,
+                f"kept: {kind} holds it itself, not in a convolution or linear layer",
+            )
 
 
 def _has_weights(value: Any) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and not isinstance(value, UninitializedParameter) and value.dim() >= 2
+    return (
+        isinstance(value, Tensor)
+        and not isinstance(value, UninitializedParameter)
+        and value.dim() >= 2
+    )
 
 
 def _in_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a module belongs to an adapter: beside a `base_layer`, as peft builds it, or under a name lora_*."""
+    """Whether a module belongs to an adapter: beside a `base_layer`, as peft builds it, or under a
+    name lora_*.
+    """
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts):
         return True
     for depth in range(len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(parent._modules.get("base_layer"), nn.Module) and parts[depth] not in ("", "base_layer"):
+        if isinstance(parent._modules.get("base_layer"), nn.Module) and parts[depth] not in (
+            "",
+            "base_layer",
+        ):
             return True
     return False
 
@@ -409,10 +474,12 @@ def _classifier(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def read_by_methods(model: nn.Module, tensors: tuple[str, ...]) -> dict[str, str]:
-    """Layers of which a module above them reads one of these tensors by itself, with the class of that module.
+    """Layers of which a module above them reads one of these tensors by itself, with the class of
+    that module.
 
-    Told from the source of the classes: what is found is left dense. What hides behind another name is not
-    found, and fails loudly at the first forward pass, because a compact weight has another shape.
+    Told from the source of the classes: what is found is left dense. What hides behind another name
+    is not found, and fails loudly at the first forward pass, because a compact weight has another
+    shape.
     """
     found = {}
     for prefix, module in model.named_modules():
@@ -423,7 +490,9 @@ def read_by_methods(model: nn.Module, tensors: tuple[str, ...]) -> dict[str, str
 
 @functools.cache
 def _tensors_read_by(cls: Any, tensors: tuple[str, ...]) -> frozenset[str]:
-    """Paths p for which a method of cls, other than those that build or initialise, uses self.p.weight (say)."""
+    """Paths p for which a method of cls, other than those that build or initialise, uses
+    self.p.weight (say).
+    """
     paths: set[str] = set()
     for base in cls.__mro__:
         if base in (nn.Module, nn.Sequential, object):
@@ -432,16 +501,25 @@ def _tensors_read_by(cls: Any, tensors: tuple[str, ...]) -> frozenset[str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # no source: nothing to be told
             continue
-        methods = [f for node in tree.body for f in getattr(node, "body", ()) if isinstance(f, ast.FunctionDef)]
+        methods = [
+            f
+            for node in tree.body
+            for f in getattr(node, "body", ())
+            if isinstance(f, ast.FunctionDef)
+        ]
         for method in methods:
-            if not method.name.lstrip("_").startswith(("init", "zero", "reset", "load", "fix", "extra_repr")):
+            if not method.name.lstrip("_").startswith(
+                ("init", "zero", "reset", "load", "fix", "extra_repr")
+            ):
                 paths.update(_tensors_read_in(method, tensors))
     return frozenset(paths)
 
 
 def _tensors_read_in(method: ast.FunctionDef, tensors: tuple[str, ...]) -> Iterable[str]:
     harmless = {"dtype", "device", "shape", "ndim", "requires_grad", "grad", "size", "numel"}
-    about = {id(n.value) for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr in harmless}
+    about = {
+        id(n.value) for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr in harmless
+    }
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr in tensors and id(node) not in about:
             text = ast.unparse(node.value).replace("[", ".").replace("]", "")
@@ -452,12 +530,18 @@ def _tensors_read_in(method: ast.FunctionDef, tensors: tuple[str, ...]) -> Itera
 def _done(row: ConvertedLayer, x_layer: ExpanderConv2d | ExpanderLinear) -> ConvertedLayer:
     degree, share = x_layer.degree, x_layer.share
     reason = f"degree {degree}, share {share}"
-    return ConvertedLayer(row.name, row.layer, degree, share, row.weights_before, x_layer.weight.numel(), reason)
+    return ConvertedLayer(
+        row.name, row.layer, degree, share, row.weights_before, x_layer.weight.numel(), reason
+    )
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     """Inputs and outputs: channels of a convolution, features of a linear layer."""
-    names = ("in_features", "out_features") if hasattr(layer, "in_features") else ("in_channels", "out_channels")
+    names = (
+        ("in_features", "out_features")
+        if hasattr(layer, "in_features")
+        else ("in_channels", "out_channels")
+    )
     return getattr(layer, names[0]), getattr(layer, names[1])
 
 
@@ -473,7 +557,11 @@ def _describe(held: nn.Module | Tensor) -> str:
         return "linear {} -> {}".format(*_sizes(held))
     if isinstance(held, nn.Conv2d):
         kind = "conv"
-    if hasattr(held, "in_channels") and hasattr(held, "out_channels") and hasattr(held, "kernel_size"):
+    if (
+        hasattr(held, "in_channels")
+        and hasattr(held, "out_channels")
+        and hasattr(held, "kernel_size")
+    ):
         return "{} {} -> {}, {}".format(kind, *_sizes(held), _by(held.kernel_size))
     return f"{kind} {_by(held.weight.shape)}"
 

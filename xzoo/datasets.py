@@ -4,11 +4,21 @@ from dataclasses import dataclass
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-_NO_LICENSE = "was published without a licence, so none can be given for weights that were trained on it"
-_IMAGENET = "has images of ImageNet, whose terms are for research and teaching without commercial use"
+_NO_LICENSE = (
+    "was published without a licence, so none can be given for weights that were trained on it"
+)
+_IMAGENET = (
+    "has images of ImageNet, whose terms are for research and teaching without commercial use"
+)
 # Of CIFAR, the means and standard deviations of the X-Nets authors' code.
-_CIFAR10_MEAN, _CIFAR10_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-_CIFAR100_MEAN, _CIFAR100_STD = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)
+_CIFAR10_MEAN, _CIFAR10_STD = (
+    (125.3 / 255, 123.0 / 255, 113.9 / 255),
+    (63.0 / 255, 62.1 / 255, 66.7 / 255),
+)
+_CIFAR100_MEAN, _CIFAR100_STD = (
+    (129.3 / 255, 124.1 / 255, 112.4 / 255),
+    (68.2 / 255, 65.4 / 255, 70.4 / 255),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +29,15 @@ class DataSet:
         title: its name in text and pictures.
         hub: its name on the Hugging Face Hub.
         classes: how many there are.
-        sides: of its images in pixels, the usual one first; empty where every image has a size of its own.
+        sides: of its images in pixels, the usual one first; empty where every image has a size of
+            its own.
         mean: of the colours, in 0 to 1.
         std: likewise.
         split: the part that accuracies are of.
         n: images in that part.
         train: images to learn from.
-        license: why weights that were trained on it have the license "other"; follows the title in a sentence.
+        license: why weights that were trained on it have the license "other"; follows the title in
+            a sentence.
         lossless: whether its files keep every pixel, so that JPEG copies are another data set.
     """
 

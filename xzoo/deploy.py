@@ -1,17 +1,21 @@
-"""A model for inference: what follows a layer taken over by it, in the memory format that is faster here.
+"""A model for inference: what follows a layer taken over by it, in the memory format that is faster
+here.
 
     fast = xzoo.deploy(model, torch.zeros(1, 3, 224, 224))
 
-A norm whose statistics stand still is one multiplication and one addition for each channel, which the weights and the
-bias of the layer before it can take on. A relu after an X-layer is done when its result is stored. torch.fx finds the
-pairs; the modules stay where they are, so that what else a model can do (features, another head) works as before.
-Then the clock decides: the memory format of the model, and for each X-layer whether it or its dense form computes.
+A norm whose statistics stand still is one multiplication and one addition for each channel, which
+the weights and the bias of the layer before it can take on. A relu after an X-layer is done when
+its result is stored. torch.fx finds the pairs; the modules stay where they are, so that what else a
+model can do (features, another head) works as before. Then the clock decides: the memory format of
+the model, and for each X-layer whether it or its dense form computes.
 
-Only classes whose arithmetic is known are touched, and only where nothing else reads their tensors. What a trace cannot
-tell (a method that reads a weight, a list that holds a layer a second time) the outputs do: after each step they are
-compared with the model's own, and a change that shows beyond rounding is taken back.
+Only classes whose arithmetic is known are touched, and only where nothing else reads their tensors.
+What a trace cannot tell (a method that reads a weight, a list that holds a layer a second time) the
+outputs do: after each step they are compared with the model's own, and a change that shows beyond
+rounding is taken back.
 
-Not here: another number format, pruning, compilers (torch.compile takes a deployed model as any other).
+Not here: another number format, pruning, compilers (torch.compile takes a deployed model as any
+other).
 """
 
 import contextlib
@@ -39,8 +43,9 @@ from .profile import copy_of, refuse_unsized, unwrapped
 
 _logger = logging.getLogger(__name__)
 
-# By exact type: a subclass may compute something else (StdConv2d, a norm that clamps). Beside each kind of layer the
-# norms that scale its channels, and the dimensions of what passes between them. A norm of [B, T, C] scales T.
+# By exact type: a subclass may compute something else (StdConv2d, a norm that clamps). Beside each
+# kind of layer the norms that scale its channels, and the dimensions of what passes between them. A
+# norm of [B, T, C] scales T.
 _CONV_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 _LINEAR_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 FOLDS_INTO: dict[type, tuple[tuple[type, ...], int]] = {
@@ -52,38 +57,49 @@ FOLDS_INTO: dict[type, tuple[tuple[type, ...], int]] = {
 X_LAYERS = (ExpanderConv2d, ExpanderLinear)
 ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 TENSORS = ("weight", "bias", "running_mean", "running_var")
-RUNS = 7  # in each form that is measured; the fastest counts, because other work on a machine only adds
+# in each form that is measured; the fastest counts, because other work on a machine only adds
+RUNS = 7
 CLEARLY = 1.1  # times as fast: the clock is not that exact, and a dense layer needs more memory
-EXACT = 1e-5  # of the largest output, in float64: far below the rounding of float32, far above that of float64
+# of the largest output, in float64: far below the rounding of float32, far above that of float64
+EXACT = 1e-5
 
 Undo = Callable[[], None]
 Change = Callable[[nn.Module], Undo]  # done to a model in place
 
 
 def deploy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of the model for inference on inputs like the example, whose outputs differ by rounding alone.
+    """A copy of the model for inference on inputs like the example, whose outputs differ by
+    rounding alone.
 
-    The copy is compared with the model on the example and on noise of its size, also in float64 where the model runs
-    in it. A change that makes a difference is taken back and told as a warning; a model whose outputs cannot be
-    compared, because they hold no tensors or differ from call to call, stays as it is.
+    The copy is compared with the model on the example and on noise of its size, also in float64
+    where the model runs in it. A change that makes a difference is taken back and told as a
+    warning; a model whose outputs cannot be compared, because they hold no tensors or differ from
+    call to call, stays as it is.
 
     Args:
-        model: called as model(example). Of a compiled or data-parallel model the module within is taken.
-        example: float [B, C, H, W] on the model's device; its content does not matter, its size and batch do: what
-            is measured to be faster is so for them.
-    Returns: the copy, in eval mode and without gradients. What was done is logged ("xzoo.deploy", INFO).
-    Raises: ModelError if the model does not run on the example, has layers without sizes, or cannot be copied.
+        model: called as model(example). Of a compiled or data-parallel model the module within is
+            taken.
+        example: float [B, C, H, W] on the model's device; its content does not matter, its size and
+            batch do: what is measured to be faster is so for them.
+    Returns: the copy, in eval mode and without gradients. What was done is logged ("xzoo.deploy",
+    INFO). Raises: ModelError if the model does not run on the example, has layers without sizes, or
+    cannot be copied.
     """
     model = unwrapped(model)
     refuse_unsized(model)
     fast = copy_of(model, _own).eval().requires_grad_(False)
     proof = Proof(fast, example)
     if not proof.trials:
-        _logger.warning("nothing is changed: the model's outputs hold no tensors, or differ from call to call")
+        _logger.warning(
+            "nothing is changed: the model's outputs hold no tensors, or differ from call to call"
+        )
         return fast
     for name, remedy in computed_tensors(model).items():
         _logger.warning("layer %s stays as it is: %s", name, remedy)
-    folded, norms = _fold_norms(proof), sum(isinstance(part, _BatchNorm) for part in model.modules())
+    folded, norms = (
+        _fold_norms(proof),
+        sum(isinstance(part, _BatchNorm) for part in model.modules()),
+    )
     with _same_random_numbers(example):
         fused, (said, form) = _fuse_activations(proof), _choose_format(proof, example)
         _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
@@ -94,8 +110,8 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
 class Proof:
     """What a model gives before anything is changed; `holds` tells whether it still does.
 
-    `models` are the model and, where it runs in float64, a copy of it: both are changed alike. In float64 a mistake
-    shows beside no rounding; in the model's own type also those of kernels do.
+    `models` are the model and, where it runs in float64, a copy of it: both are changed alike. In
+    float64 a mistake shows beside no rounding; in the model's own type also those of kernels do.
     """
 
     def __init__(self, model: nn.Module, example: Tensor):
@@ -107,7 +123,8 @@ class Proof:
             outputs = _outputs(model, x)
             self.trials.append((model, x, outputs, [_rounding(y) for y in outputs]))
         self._add_float64(noise)
-        # A model with a memory or dice of its own, or without a tensor in its result, proves nothing.
+        # A model with a memory or dice of its own, or without a tensor in its result, proves
+        # nothing.
         if not any(outputs for _, _, outputs, _ in self.trials) or not self.holds():
             self.trials = []
 
@@ -117,7 +134,8 @@ class Proof:
         try:
             exact = copy_of(model, _own).double()
             wanted = _outputs(exact, exact_x)
-        except Exception:  # of whatever class: a fixed type in the model's code, a device without float64
+        except Exception:
+            # of whatever class: a fixed type in the model's code, a device without float64
             return
         if x.dtype == torch.float64 or [y.shape for y in outputs] != [y.shape for y in wanted]:
             return
@@ -129,7 +147,9 @@ class Proof:
     def holds(self) -> bool:
         return all(self._same(*trial) for trial in self.trials)
 
-    def _same(self, model: nn.Module, x: Tensor, wanted: list[Tensor], allowed: list[float]) -> bool:
+    def _same(
+        self, model: nn.Module, x: Tensor, wanted: list[Tensor], allowed: list[float]
+    ) -> bool:
         try:
             outputs = _outputs(model, x)
         except Exception:  # of whatever class: a change took away what the model's code reads
@@ -140,7 +160,8 @@ class Proof:
             if y.dtype.is_floating_point or y.is_complex():
                 if not torch.isclose(y, expected, rtol=0, atol=atol, equal_nan=True).all():
                     return False
-            elif model is not self.models[0] and not torch.equal(y, expected):  # else a rank may change by rounding
+            elif model is not self.models[0] and not torch.equal(y, expected):
+                # else a rank may change by rounding
                 return False
         return True
 
@@ -165,10 +186,12 @@ def _change(proof: Proof, changes: Mapping[str, Change], done: str) -> list[str]
 
 
 def _fold_norms(proof: Proof) -> int:
-    """Fold every batch norm of a model in eval mode that directly follows its layer, in place; returns how many.
+    """Fold every batch norm of a model in eval mode that directly follows its layer, in place;
+    returns how many.
 
-    Those stay that follow something else (a sum, an activation: DenseNet's first in each layer), or a layer that is
-    called, read or trained in more than one place. A model that torch.fx cannot trace stays as it is.
+    Those stay that follow something else (a sum, an activation: DenseNet's first in each layer), or
+    a layer that is called, read or trained in more than one place. A model that torch.fx cannot
+    trace stays as it is.
     """
     changes: dict[str, Change] = {}
     for layer, norm in _pairs(proof.models[0], "folded", reads_matter=True):
@@ -179,7 +202,9 @@ def _fold_norms(proof: Proof) -> int:
 
 
 def _fuse_activations(proof: Proof) -> int:
-    """Let every X-layer do the relu or relu6 module that directly follows it, in place; returns how many do."""
+    """Let every X-layer do the relu or relu6 module that directly follows it, in place; returns how
+    many do.
+    """
     changes: dict[str, Change] = {}
     for layer, act in _pairs(proof.models[0], "fused", reads_matter=False):
         parts = [proof.models[0].get_submodule(name) for name in (layer, act)]
@@ -189,16 +214,19 @@ def _fuse_activations(proof: Proof) -> int:
 
 
 def _pairs(model: nn.Module, what: str, reads_matter: bool) -> Iterator[tuple[str, str]]:
-    """Names of two modules, of which the second alone gets the first one's result; each called once, under one name,
-    and with parameters of its own, which no code but its own reads. Modules between them that do nothing count as
-    absent."""
+    """Names of two modules, of which the second alone gets the first one's result; each called
+    once, under one name, and with parameters of its own, which no code but its own reads. Modules
+    between them that do nothing count as absent."""
     tracer = _Tracer()
-    # A copy, because code that stores what it computed would store fx's proxies (levit's biases); tensors are shared.
+    # A copy, because code that stores what it computed would store fx's proxies (levit's biases);
+    # tensors are shared.
     shadow = copy_of(model, lambda tensor: tensor)
     try:
         nodes = tracer.trace(shadow, _defaults(shadow)).nodes
     except Exception as error:  # of whatever class the model's own code raises on a proxy
-        _logger.warning("nothing is %s: torch.fx cannot trace the model (%s)", what, first_line(error))
+        _logger.warning(
+            "nothing is %s: torch.fx cannot trace the model (%s)", what, first_line(error)
+        )
         return
     modules = dict(model.named_modules(remove_duplicate=False))
     names = Counter(map(id, modules.values()))
@@ -208,13 +236,23 @@ def _pairs(model: nn.Module, what: str, reads_matter: bool) -> Iterator[tuple[st
 
     def alone(node: fx.Node) -> bool:
         part = modules[str(node.target)]
-        if calls[id(part)] > 1 or names[id(part)] > 1 or any(owners[id(p)] > 1 for p in part.parameters()):
+        if (
+            calls[id(part)] > 1
+            or names[id(part)] > 1
+            or any(owners[id(p)] > 1 for p in part.parameters())
+        ):
             return False
         tensors = (*part._parameters.values(), *part._buffers.values())
-        return not reads_matter or not (str(node.target) in read or tracer.read & set(map(id, tensors)))
+        return not reads_matter or not (
+            str(node.target) in read or tracer.read & set(map(id, tensors))
+        )
 
     def before(node: fx.Node) -> Any:
-        return node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
+        return (
+            node.args[0]
+            if node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+            else None
+        )
 
     for node in nodes:
         first = before(node)
@@ -245,18 +283,31 @@ class _Tracer(fx.Tracer):
 
 
 def _defaults(model: nn.Module) -> dict[str, Any] | None:
-    """The arguments after the first of model(example): a proxy in their place would take the other branch."""
+    """The arguments after the first of model(example): a proxy in their place would take the other
+    branch.
+    """
     values = [(p.name, p.default) for p in inspect.signature(model.forward).parameters.values()][1:]
-    plain = {name: value for name, value in values if value is None or type(value) in (bool, int, float, str)}
+    plain = {
+        name: value
+        for name, value in values
+        if value is None or type(value) in (bool, int, float, str)
+    }
     return plain or None
 
 
 def _plain(part: nn.Module) -> bool:
-    """Whether it computes what its class says, from tensors of its own: no hooks, no parametrization, no adapters."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._modules if type(part) in FOLDS_INTO else ())
+    """Whether it computes what its class says, from tensors of its own: no hooks, no
+    parametrization, no adapters.
+    """
+    hooks = (
+        part._forward_hooks,
+        part._forward_pre_hooks,
+        part._modules if type(part) in FOLDS_INTO else (),
+    )
     patched = [name for name in ("forward", *TENSORS) if vars(part).get(name) is not None]
     tensors = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
-    usual = all(type(t) in (Tensor, nn.Parameter) for t in tensors)  # not quantized, sharded, without sizes
+    # not quantized, sharded, without sizes
+    usual = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
     return usual and not any(hooks) and not patched and set(part._parameters) <= {"weight", "bias"}
 
 
@@ -268,12 +319,19 @@ def _folds(layer: nn.Module, norm: nn.Module, dims: int) -> bool:
     mean: Any = norm.running_mean
     known = mean is not None and norm.running_var is not None and not norm.training
     weight: Any = layer.weight
-    return known and len(mean) == len(weight) and weight.is_floating_point() and not getattr(layer, "activation", "")
+    return (
+        known
+        and len(mean) == len(weight)
+        and weight.is_floating_point()
+        and not getattr(layer, "activation", "")
+    )
 
 
 @torch.no_grad()
 def _fold(layer_name: str, norm_name: str, model: nn.Module) -> Undo:
-    """weight * s and (bias - mean) * s + beta, s = gamma / sqrt(var + eps); in float64, so that it is rounded once."""
+    """weight * s and (bias - mean) * s + beta, s = gamma / sqrt(var + eps); in float64, so that it
+    is rounded once.
+    """
     layer: Any = model.get_submodule(layer_name)
     norm: Any = model.get_submodule(norm_name)
     before = layer.weight, layer.bias
@@ -312,12 +370,16 @@ def _fuse(layer_name: str, act_name: str, model: nn.Module) -> Undo:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy; of a weight that a hook computed from others, its value now (copy.deepcopy refuses those)."""
+    """A copy; of a weight that a hook computed from others, its value now (copy.deepcopy refuses
+    those).
+    """
     return copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
 
 
 def _noise(model: nn.Module, example: Tensor) -> Tensor:
-    """Noise like the example, which may be all zero and hide every mistake; the example where noise is no input."""
+    """Noise like the example, which may be all zero and hide every mistake; the example where noise
+    is no input.
+    """
     if not example.is_floating_point():
         return example
     draw = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
@@ -330,7 +392,9 @@ def _noise(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _dims(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """The dimensions of what each batch norm gets, 0 where they differ from call to call; the first run of all."""
+    """The dimensions of what each batch norm gets, 0 where they differ from call to call; the first
+    run of all.
+    """
     dims: dict[str, int] = {}
 
     def note(name: str, part: nn.Module, args: tuple[Any, ...]) -> None:
@@ -342,7 +406,9 @@ def _dims(model: nn.Module, example: Tensor) -> dict[str, int]:
     try:
         _outputs(model, example)
     except Exception as error:
-        raise ModelError(f"the model does not run on an example of {list(example.shape)}: {error}") from error
+        raise ModelError(
+            f"the model does not run on an example of {list(example.shape)}: {error}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -350,7 +416,9 @@ def _dims(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Copies of all tensors in what the model gives for x, with the same random numbers at each call."""
+    """Copies of all tensors in what the model gives for x, with the same random numbers at each
+    call.
+    """
     with torch.no_grad(), _same_random_numbers(x):
         return [y.detach().clone() for y in _tensors(model(x.clone()))]
 
@@ -380,7 +448,9 @@ def _tensors(found: Any) -> Iterator[Tensor]:
 
 
 def _rounding(y: Tensor) -> float:
-    """Half of the digits of its type, of the largest output: what the rounding of a deep network stays below."""
+    """Half of the digits of its type, of the largest output: what the rounding of a deep network
+    stays below.
+    """
     if not (y.is_floating_point() or y.is_complex()):
         return 0.0
     return math.sqrt(torch.finfo(y.dtype).eps) * _largest(y)
@@ -396,7 +466,9 @@ def _apart(y: Tensor, exact: Tensor) -> float:
 
 
 def _choose_format(proof: Proof, example: Tensor) -> tuple[str, torch.memory_format]:
-    """Put the model into the memory format in which it is faster; by how much in words, and the format."""
+    """Put the model into the memory format in which it is faster; by how much in words, and the
+    format.
+    """
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if example.dim() != 4:
         return "contiguous", torch.contiguous_format
@@ -409,9 +481,13 @@ def _choose_format(proof: Proof, example: Tensor) -> tuple[str, torch.memory_for
                 spent[name] = min(spent[name], _seconds(candidate, example))
     best = min(spent, key=spent.__getitem__)
     del models
-    if not _change(proof, {f"the format {best}": functools.partial(_format, formats[best])}, "taken"):
+    if not _change(
+        proof, {f"the format {best}": functools.partial(_format, formats[best])}, "taken"
+    ):
         return "in the memory format that it had", torch.contiguous_format
-    return f"{best}, {max(spent.values()) / spent[best]:.2f} times as fast as the other", formats[best]
+    return f"{best}, {max(spent.values()) / spent[best]:.2f} times as fast as the other", formats[
+        best
+    ]
 
 
 def _format(form: torch.memory_format, model: nn.Module) -> Undo:
@@ -426,7 +502,9 @@ def _format(form: torch.memory_format, model: nn.Module) -> Undo:
 
 
 def _in_format(model: nn.Module, form: torch.memory_format) -> nn.Module:
-    """The dense layers' weights, and so the activations, in this format. A kernel reads an X-layer's as one row."""
+    """The dense layers' weights, and so the activations, in this format. A kernel reads an
+    X-layer's as one row.
+    """
     model.to(memory_format=form)
     for part in model.modules():
         if isinstance(part, ExpanderConv2d):
@@ -436,7 +514,9 @@ def _in_format(model: nn.Module, form: torch.memory_format) -> nn.Module:
 
 
 def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> tuple[int, int]:
-    """Put the dense layer in the place of each X-layer that it clearly beats there; how many, of how many."""
+    """Put the dense layer in the place of each X-layer that it clearly beats there; how many, of
+    how many.
+    """
     model = proof.models[0]
     places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
     read = read_by_methods(model, TENSORS)
@@ -451,7 +531,8 @@ def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> 
     dense = copy.deepcopy(model)
     for name in names:
         _dense(form, name, dense)
-    # Within runs of whole models: a layer that is called again and again finds its weights in the cache.
+    # Within runs of whole models: a layer that is called again and again finds its weights in the
+    # cache.
     least, theirs = (dict.fromkeys(names, math.inf) for _ in range(2))
     with torch.inference_mode():
         for _ in range(RUNS):

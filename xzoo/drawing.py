@@ -1,8 +1,9 @@
-"""Pictures of graphs and models, from measurements: `python -m xzoo.drawing FOLDER` draws the README's.
+"""Pictures of graphs and models, from measurements: `python -m xzoo.drawing FOLDER` draws the
+README's.
 
-Every function returns a matplotlib Figure, made without pyplot, so that nothing global is touched and a
-notebook, a test and the command line can all use it. Colours are those of Okabe and Ito, told apart by
-the colour-blind; a kind of graph has the same colour, marker and name in every picture.
+Every function returns a matplotlib Figure, made without pyplot, so that nothing global is touched
+and a notebook, a test and the command line can all use it. Colours are those of Okabe and Ito, told
+apart by the colour-blind; a kind of graph has the same colour, marker and name in every picture.
 
 Not here: the measurements themselves (theory.py).
 """
@@ -48,7 +49,8 @@ LABEL = {
 
 
 def draw_stacks(stacks: Mapping[str, Sequence[Graph]], output: int = 0) -> "Figure":
-    """Columns of channels joined by edges, as on the slides, with all that one output depends on coloured.
+    """Columns of channels joined by edges, as on the slides, with all that one output depends on
+    coloured.
 
     One panel for each title -> stack; up to some 32 channels a layer stay legible.
 
@@ -69,21 +71,29 @@ def draw_stacks(stacks: Mapping[str, Sequence[Graph]], output: int = 0) -> "Figu
 
 
 def draw_adjacency(graph: Graph, title: str = "") -> "Figure":
-    """One layer as a bipartite drawing (of some of its outputs, if there are many) beside its 0/1 matrix."""
+    """One layer as a bipartite drawing (of some of its outputs, if there are many) beside its 0/1
+    matrix.
+    """
     figure = _figure(10, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_lines(left, graph)
     matrix = np.repeat(graph.matrix(), graph.share, axis=0)
-    right.imshow(matrix, cmap=_white_to("biregular"), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    right.imshow(
+        matrix, cmap=_white_to("biregular"), aspect="auto", interpolation="nearest", vmin=0, vmax=1
+    )
     right.set(xlabel="input channel", ylabel="output channel")
     density = f"{graph.degree} of {graph.n_in} inputs for each output"
-    right.set_title(f"matrix: {density}" + (f", share {graph.share}" if graph.share > 1 else ""), fontsize=11)
+    right.set_title(
+        f"matrix: {density}" + (f", share {graph.share}" if graph.share > 1 else ""), fontsize=11
+    )
     figure.suptitle(title, fontsize=13)
     return figure
 
 
 def draw_spectrum(graph: Graph, title: str = "") -> "Figure":
-    """Histogram of all singular values of the quotient graph, with both bounds and the two largest marked."""
+    """Histogram of all singular values of the quotient graph, with both bounds and the two largest
+    marked.
+    """
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     _draw_histogram(axes, graph)
@@ -100,7 +110,9 @@ def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
 
 
 def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Figure":
-    """Normalised second singular value of every layer against both bounds and a group layer's value."""
+    """Normalised second singular value of every layer against both bounds and a group layer's
+    value.
+    """
     from .lettering import drawable
 
     figure = _figure(min(14, 6 + 0.12 * len(measured)), 4.6)
@@ -115,7 +127,14 @@ def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Fi
     for label, colour, heights in bounds:
         axes.hlines(heights, place - 0.4, place + 0.4, color=colour, linewidth=1.6, label=label)
     size = 30 if len(found) < 60 else 12
-    axes.scatter(place, [each.normalised for each in found], size, COLOUR["biregular"], zorder=3, label="layer")
+    axes.scatter(
+        place,
+        [each.normalised for each in found],
+        size,
+        COLOUR["biregular"],
+        zorder=3,
+        label="layer",
+    )
     axes.set(ylim=(0, 1.08), ylabel="second / first singular value", xlim=(-0.7, len(found) - 0.3))
     ticks = place[:: max(1, len(found) // 24 + (len(found) > 24))]
     names = [drawable(cut(shown(layer), 60)) for layer in measured]
@@ -126,31 +145,40 @@ def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Fi
 
 
 def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> list[Path]:
-    """Write three pictures of a model's X-layers into `folder` (made if absent) and return their paths.
+    """Write three pictures of a model's X-layers into `folder` (made if absent) and return their
+    paths.
 
-    `spectrum.png`: every layer against both bounds; `reach.png`: growth of reachability through the longest
-    run; `graph.png`: the layer with the fewest edges, as a drawing and as a matrix.
+    `spectrum.png`: every layer against both bounds; `reach.png`: growth of reachability through the
+    longest run; `graph.png`: the layer with the fewest edges, as a drawing and as a matrix.
 
     Raises: ModelError for a model without X-layers.
     """
     drawn = theory.graphs_of(model)
     if not drawn:
-        raise ModelError(f"{name} has no X-layers to draw; give an X-Net, or expand it first (xzoo.expand)")
+        raise ModelError(
+            f"{name} has no X-layers to draw; give an X-Net, or expand it first (xzoo.expand)"
+        )
     name = cut(shown(name), 80)
     run = max(theory.runs(model), key=lambda run: len(run.names))
     span = run.names[0] if len(run.names) == 1 else f"{run.names[0]} ... {run.names[-1]}"
     state = f"complete after {run.reach.depth}" if run.reach.complete else "not complete"
     smallest = min(drawn, key=lambda layer: drawn[layer].neighbours.size)
     pictures = {
-        "spectrum": draw_layers({layer: theory.spectrum(graph) for layer, graph in drawn.items()}, name),
-        "reach": draw_reach({span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"),
+        "spectrum": draw_layers(
+            {layer: theory.spectrum(graph) for layer, graph in drawn.items()}, name
+        ),
+        "reach": draw_reach(
+            {span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"
+        ),
         "graph": draw_adjacency(drawn[smallest], f"{name}: {cut(shown(smallest), 60)}"),
     }
     return _save(pictures, folder)
 
 
 def draw_readme(folder: str | Path) -> list[Path]:
-    """Draw graph.png, spectrum.png, reach.png and mixing.png of the README into `folder`; half a minute."""
+    """Draw graph.png, spectrum.png, reach.png and mixing.png of the README into `folder`; half a
+    minute.
+    """
     pictures = {
         "graph": _readme_graph(),
         "spectrum": _readme_spectrum(),
@@ -173,7 +201,9 @@ def _readme_graph() -> "Figure":
 
 
 def _readme_spectrum() -> "Figure":
-    """Left: all values of one graph. Right: the second value against compression, for kinds and shares."""
+    """Left: all values of one graph. Right: the second value against compression, for kinds and
+    shares.
+    """
     n = 512
     figure = _figure(11, 4.4)
     left, right = figure.subplots(1, 2)
@@ -190,10 +220,14 @@ def _readme_spectrum() -> "Figure":
             compressions,
             [each.normalised for each in found],
             color=COLOUR[kind],
-            linestyle={"group": "-", "random": "none", "biregular": "-" if share == 1 else "--"}[kind],
+            linestyle={"group": "-", "random": "none", "biregular": "-" if share == 1 else "--"}[
+                kind
+            ],
             marker=MARKER[kind],
             # The random graphs lie under the biregular ones: a larger, hollow marker shows both.
-            markerfacecolor="white" if (kind, share) in (("random", 1), ("biregular", 4)) else COLOUR[kind],
+            markerfacecolor="white"
+            if (kind, share) in (("random", 1), ("biregular", 4))
+            else COLOUR[kind],
             markersize=9 if kind == "random" else 6,
             label=label,
         )
@@ -203,7 +237,11 @@ def _readme_spectrum() -> "Figure":
             right.plot(compressions, bound, color=INK, linewidth=1.3, linestyle=":", label=name)
     right.set_xscale("log", base=2)
     right.set_xticks(compressions, [str(c) for c in compressions])
-    right.set(xlabel="compression, inputs / degree", ylabel="second / first singular value", ylim=(0, 1.05))
+    right.set(
+        xlabel="compression, inputs / degree",
+        ylabel="second / first singular value",
+        ylim=(0, 1.05),
+    )
     right.set_title("The smaller, the better one layer mixes (512 channels)", fontsize=12)
     right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.93))
     return figure
@@ -214,10 +252,16 @@ def _readme_reach() -> "Figure":
     figure = _figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     kinds = ("biregular", "shuffle", "random", "group")
-    _draw_growth(left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=10)) for kind in kinds})
+    _draw_growth(
+        left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=10)) for kind in kinds}
+    )
     left.set_title("512 channels, degree 4", fontsize=12)
     widths = [2**e for e in range(6, 13)]
-    for degree, marker, colour in ((3, "o", "#08306b"), (4, "s", COLOUR["biregular"]), (8, "^", "#6baed6")):
+    for degree, marker, colour in (
+        (3, "o", "#08306b"),
+        (4, "s", COLOUR["biregular"]),
+        (8, "^", "#6baed6"),
+    ):
         depths = [theory.sensitivity_depth(theory.stack("biregular", n, degree)) for n in widths]
         line = [depth or math.nan for depth in depths]
         right.plot(widths, line, marker=marker, color=colour, label=f"degree {degree}")
@@ -232,21 +276,33 @@ def _readme_reach() -> "Figure":
 
 
 def _readme_mixing() -> "Figure":
-    """How far the edges between two sets of k channels are from expected: random sets, and the worst found."""
+    """How far the edges between two sets of k channels are from expected: random sets, and the
+    worst found.
+    """
     n, degree = 512, 16
     figure = _figure(7.5, 4.6)
     axes = figure.subplots()
     draw = np.random.default_rng(0)
     sizes = np.arange(degree // 2, n, degree // 2)
-    for kind, worst in (("group", "consecutive channels"), ("biregular", "sets by singular vectors")):
+    for kind, worst in (
+        ("group", "consecutive channels"),
+        ("biregular", "sets by singular vectors"),
+    ):
         graph = Graph.sample(kind, n, n, degree)
-        outputs, inputs = _adverse_order(graph) if kind == "biregular" else (np.arange(n), np.arange(n))
+        outputs, inputs = (
+            _adverse_order(graph) if kind == "biregular" else (np.arange(n), np.arange(n))
+        )
         adverse = [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
-        chance = [theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size]) for size in sizes]
+        chance = [
+            theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size])
+            for size in sizes
+        ]
         colour, name = COLOUR[kind], LABEL[kind]
         bound = [each.sharp for each in adverse]
         second = theory.spectrum(graph).second
-        axes.plot(sizes, bound, color=colour, linewidth=1.4, label=f"{name}: bound, lambda = {second:.1f}")
+        axes.plot(
+            sizes, bound, color=colour, linewidth=1.4, label=f"{name}: bound, lambda = {second:.1f}"
+        )
         for found, fill, label in ((adverse, colour, worst), (chance, "white", "random sets")):
             deviation = [abs(each.edges - each.expected) for each in found]
             axes.scatter(
@@ -259,14 +315,24 @@ def _readme_mixing() -> "Figure":
                 linewidths=0.8,
                 label=label,
             )
-    axes.set(xlim=(0, n), ylim=(0, None), xlabel="k, channels in each set", ylabel="|edges - expected|")
+    axes.set(
+        xlim=(0, n), ylim=(0, None), xlabel="k, channels in each set", ylabel="|edges - expected|"
+    )
     axes.set_title("Edges between k inputs and k outputs, 512 channels, degree 16", fontsize=12)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 
 def _adverse_order(graph: Graph) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Outputs and inputs by their entries in the second singular vectors: the first k of each mix badly."""
+    """Outputs and inputs by their entries in the second singular vectors: the first k of each mix
+    badly.
+    """
     left, _, right = np.linalg.svd(np.repeat(graph.matrix(), graph.share, axis=0))
     return np.argsort(-left[:, 1]), np.argsort(-right[1])
 
@@ -289,7 +355,9 @@ def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str
         bright = [(start, end) for start, end, on_path in ends if on_path]
         width = 1.1 if len(bright) < 200 else 0.35  # a dense layer would be a wall of ink
         axes.add_collection(LineCollection(pale, colors=PALE, linewidths=0.7, zorder=1))
-        axes.add_collection(LineCollection(bright, colors=colour, linewidths=width, alpha=0.7, zorder=2))
+        axes.add_collection(
+            LineCollection(bright, colors=colour, linewidths=width, alpha=0.7, zorder=2)
+        )
         chosen = {int(i) for o in chosen for i in rows[o]}
         marked.insert(0, chosen)
     for column, (width, on_path) in enumerate(zip(widths, marked, strict=True)):
@@ -298,7 +366,9 @@ def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str
         heights = [_height(channel, width) for channel in range(width)]
         axes.scatter([column] * width, heights, 42, fill, edgecolors=edge, linewidths=1.1, zorder=3)
     axes.set(xlim=(-0.2, len(stack) + 0.2), ylim=(-0.04, 1.04), yticks=[])
-    axes.set_xticks(range(len(widths)), ["input", *(f"layer {i}" for i in range(1, len(widths)))], fontsize=10)
+    axes.set_xticks(
+        range(len(widths)), ["input", *(f"layer {i}" for i in range(1, len(widths)))], fontsize=10
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return len(chosen)
@@ -308,7 +378,8 @@ def _draw_lines(axes: "Axes", graph: Graph) -> None:
     """Outputs over inputs; of a wide layer every k-th output is drawn, with all of its edges."""
     from matplotlib.collections import LineCollection
 
-    drawn = max(4, min(32, 1000 // graph.degree))  # a thousand lines are as many as the eye can tell apart
+    # a thousand lines are as many as the eye can tell apart
+    drawn = max(4, min(32, 1000 // graph.degree))
     outputs = range(0, graph.n_out, -(-graph.n_out // drawn))
     rows = [graph.neighbours[o // graph.share] for o in outputs]
     lines = [
@@ -317,10 +388,21 @@ def _draw_lines(axes: "Axes", graph: Graph) -> None:
         for i in row
     ]
     axes.add_collection(
-        LineCollection(lines, colors=COLOUR["biregular"], linewidths=0.8, alpha=max(0.08, min(0.6, 90 / len(lines))))
+        LineCollection(
+            lines,
+            colors=COLOUR["biregular"],
+            linewidths=0.8,
+            alpha=max(0.08, min(0.6, 90 / len(lines))),
+        )
     )
     for width, height in ((graph.n_in, 0), (graph.n_out, 1)):
-        axes.scatter([_height(c, width) for c in range(width)], [height] * width, min(30, 900 / width), INK, zorder=3)
+        axes.scatter(
+            [_height(c, width) for c in range(width)],
+            [height] * width,
+            min(30, 900 / width),
+            INK,
+            zorder=3,
+        )
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.06, 1.06), xticks=[])
     axes.set_yticks([0, 1], [f"{graph.n_in}\ninputs", f"{graph.n_out}\noutputs"])
     axes.tick_params(length=0)
@@ -329,7 +411,13 @@ def _draw_lines(axes: "Axes", graph: Graph) -> None:
 
 def _draw_histogram(axes: "Axes", graph: Graph) -> None:
     values, found = theory.all_singular_values(graph), theory.spectrum(graph)
-    axes.hist(values[1:], bins=min(48, len(values)), color=COLOUR["biregular"], alpha=0.8, label="singular values")
+    axes.hist(
+        values[1:],
+        bins=min(48, len(values)),
+        color=COLOUR["biregular"],
+        alpha=0.8,
+        label="singular values",
+    )
     axes.axvline(
         found.ramanujan,
         color=INK,

@@ -27,6 +27,8 @@ class DataError(XzooError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, of whatever library; the name of its class where it says nothing."""
+    """The first line of what an error says, of whatever library; the name of its class where it
+    says nothing.
+    """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

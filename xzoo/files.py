@@ -1,4 +1,6 @@
-"""Files that are written whole or not at all; whether one can be, found out before the work; why not, in words."""
+"""Files that are written whole or not at all; whether one can be, found out before the work; why
+not, in words.
+"""
 
 import errno
 import os
@@ -35,10 +37,11 @@ def reason(error: OSError) -> str:
 
 
 def why(error: BaseException, draft: Path) -> str | None:
-    """Why writing `draft` has just failed; None where neither the operating system nor the disk is the cause.
+    """Why writing `draft` has just failed; None where neither the operating system nor the disk is
+    the cause.
 
-    Libraries turn a full disk into errors of their own (torch's "unexpected pos 901760 vs 901656"), so the disk is
-    asked for more.
+    Libraries turn a full disk into errors of their own (torch's "unexpected pos 901760 vs 901656"),
+    so the disk is asked for more.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -59,15 +62,19 @@ def why(error: BaseException, draft: Path) -> str | None:
 
 
 def _draft_of(path: Path) -> Path:
-    """Beside it and of this process alone: a move from another file system is a copy that a kill can cut in two."""
+    """Beside it and of this process alone: a move from another file system is a copy that a kill
+    can cut in two.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends
+    well.
 
-    Raises: XzooError when it cannot be written (full disk, permissions); what was there before stays.
+    Raises: XzooError when it cannot be written (full disk, permissions); what was there before
+    stays.
     """
     path = Path(path)
     draft = _draft_of(path)
@@ -79,7 +86,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
             os.replace(draft, path)
         except XzooError:
             raise
-        # torch's writer turns a full disk into a RuntimeError, safetensors into an error of its own.
+        # torch's writer turns a full disk into a RuntimeError, safetensors into an error of its
+        # own.
         except (OSError, RuntimeError, SafetensorError) as error:
             cause = why(error, draft)
             if cause is None:
@@ -93,7 +101,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """A temporary folder, empty, that takes the place of the folder `path` when the block ends well.
+    """A temporary folder, empty, that takes the place of the folder `path` when the block ends
+    well.
 
     Raises: XzooError when it cannot be written, as `atomic`; what was there before stays.
     """
@@ -135,7 +144,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_file(path: Path | str, option: str = "") -> None:
-    """Raise XzooError unless a file can be written there, into a folder that exists; before the work, not after it.
+    """Raise XzooError unless a file can be written there, into a folder that exists; before the
+    work, not after it.
 
     Args:
         path: where it will be; a file that is there may be replaced, anything else may not.
@@ -143,11 +153,15 @@ def check_file(path: Path | str, option: str = "") -> None:
     """
     path = Path(path)
     if problem := _problem(path, path.parent):
-        raise XzooError(f"cannot write {path}: {problem}; give another{option and f' with {option}'}")
+        raise XzooError(
+            f"cannot write {path}: {problem}; give another{option and f' with {option}'}"
+        )
 
 
 def check_folder(path: Path | str, option: str = "") -> None:
-    """Raise XzooError unless files can be written into that folder, which may be absent, and is so afterwards."""
+    """Raise XzooError unless files can be written into that folder, which may be absent, and is so
+    afterwards.
+    """
     path = Path(path)
     made: list[Path] = []
     try:
@@ -164,7 +178,9 @@ def check_folder(path: Path | str, option: str = "") -> None:
             with suppress(OSError, ValueError):  # of those that were not made, too
                 place.rmdir()
     if problem:
-        raise XzooError(f"cannot write to {path}: {problem}; give another folder{option and f' with {option}'}")
+        raise XzooError(
+            f"cannot write to {path}: {problem}; give another folder{option and f' with {option}'}"
+        )
 
 
 def _problem(path: Path, folder: Path) -> str | None:

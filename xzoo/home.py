@@ -11,10 +11,11 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """XZOO_HOME, else the platform's cache folder, else a private folder for temporary files; it need not exist.
+    """XZOO_HOME, else the platform's cache folder, else a private folder for temporary files; it
+    need not exist.
 
-    The last where there is no home folder, as for a container's user that has no account, or where nothing can be
-    written to it. What is in a cache folder that can only be read is still read.
+    The last where there is no home folder, as for a container's user that has no account, or where
+    nothing can be written to it. What is in a cache folder that can only be read is still read.
     """
     try:
         if given := os.environ.get("XZOO_HOME"):
@@ -29,7 +30,9 @@ def home() -> Path:
                 return private()
     except RuntimeError:  # no home folder, and no account that names one
         return private()
-    there = next((folder for folder in (cache / "xzoo", *(cache / "xzoo").parents) if _is_dir(folder)), None)
+    there = next(
+        (folder for folder in (cache / "xzoo", *(cache / "xzoo").parents) if _is_dir(folder)), None
+    )
     if there == cache / "xzoo" or (there is not None and os.access(there, os.W_OK | os.X_OK)):
         return cache / "xzoo"
     return private()
@@ -43,9 +46,11 @@ def _is_dir(path: Path) -> bool:
 
 
 def private(parent: str | None = None) -> Path:
-    """A folder that this user alone can enter, in `parent` or where temporary files are; the same for all processes.
+    """A folder that this user alone can enter, in `parent` or where temporary files are; the same
+    for all processes.
 
-    Where another user has taken its name: a new one, for this process. Where none can be made, it does not exist.
+    Where another user has taken its name: a new one, for this process. Where none can be made, it
+    does not exist.
     """
     try:
         place = parent or tempfile.gettempdir()
@@ -60,7 +65,8 @@ def _private(place: str, user: int) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.lstat()
-        ours = os.name != "posix" or (state.st_uid == user and not state.st_mode & 0o077)  # Windows: the user's place
+        # Windows: the user's place
+        ours = os.name != "posix" or (state.st_uid == user and not state.st_mode & 0o077)
         if stat.S_ISDIR(state.st_mode) and ours:
             return folder
         own = Path(tempfile.mkdtemp(prefix=f"xzoo-{user}-", dir=place))

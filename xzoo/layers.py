@@ -6,8 +6,9 @@ Both take the arguments of their dense namesakes in nn, in the same order, and t
     ExpanderLinear(512, 512, degree=64, share=4, graph="ramanujan", seed=1)
 
 A layer's function is its state dict: weights mean nothing on another graph, so `neighbours` is a
-persistent buffer, is checked whenever it is loaded, and may never be absent beside `weight`. Numbers that
-changed in place since (averaged by a loop over a state dict, say) are found out at the next forward pass.
+persistent buffer, is checked whenever it is loaded, and may never be absent beside `weight`.
+Numbers that changed in place since (averaged by a loop over a state dict, say) are found out at the
+next forward pass.
 """
 
 import hashlib
@@ -34,39 +35,58 @@ class _Expander(nn.Module):
     bias: Tensor | None
     neighbours: Tensor
     activation: str  # done to the result: xzoo.deploy sets it where it took over what follows
-    name: str  # in the model that it was made for, to be told in errors; "" where nobody gave it one
+    # in the model that it was made for, to be told in errors; "" where nobody gave it one
+    name: str
 
     # A seed is of any size, and TorchScript's integers have 64 bits with a sign.
     __jit_ignored_attributes__ = ["seed", "_seen"]  # noqa: RUF012
 
     def _set_graph(
-        self, n_in: int, n_out: int, degree: int | None, alias: int | None, share: int, graph: str, seed: int
+        self,
+        n_in: int,
+        n_out: int,
+        degree: int | None,
+        alias: int | None,
+        share: int,
+        graph: str,
+        seed: int,
     ) -> None:
         if (degree is None) == (alias is None):
             raise GraphError(
-                f"degree={degree}, expandSize={alias}: give one of them, the number of inputs that each output reads"
+                f"degree={degree}, expandSize={alias}: give one of them, the number of inputs that "
+                "each output reads"
             )
         self.degree: int = alias if degree is None else degree  # type: ignore[assignment]
         self.share, self.graph, self.seed, self.activation, self.name = share, graph, seed, "", ""
         graphs.check(graph, n_in, n_out, self.degree, share, seed)
         self._n_in, self._n_out = n_in, n_out
 
-    def _store(self, kernel_size: tuple[int, ...], bias: bool, device: Any, dtype: torch.dtype | None) -> None:
-        self.weight = nn.Parameter(torch.empty(self._n_out, self.degree, *kernel_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self._n_out, device=device, dtype=dtype)) if bias else None
+    def _store(
+        self, kernel_size: tuple[int, ...], bias: bool, device: Any, dtype: torch.dtype | None
+    ) -> None:
+        self.weight = nn.Parameter(
+            torch.empty(self._n_out, self.degree, *kernel_size, device=device, dtype=dtype)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(self._n_out, device=device, dtype=dtype)) if bias else None
+        )
         # A buffer, so that no optimizer moves it and no count of parameters includes it.
         shape = (self._n_out // self.share, self.degree)
         self.register_buffer("neighbours", torch.empty(shape, dtype=torch.int32, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the graph of (graph, seed) anew, and weight and bias as nn.Conv2d and nn.Linear would at this fan-in.
+        """Draw the graph of (graph, seed) anew, and weight and bias as nn.Conv2d and nn.Linear
+        would at this fan-in.
 
-        Uniform between -b and b, b = 1 / sqrt(fan-in), fan-in = degree * kernel height * kernel width.
+        Uniform between -b and b, b = 1 / sqrt(fan-in), fan-in = degree * kernel height * kernel
+        width.
         """
         if self.neighbours.is_meta:  # nothing to fill, and drawing a large graph takes a second
             return
-        rows = graphs.sample(self.graph, self._n_in, self._n_out, self.degree, self.share, self.seed)
+        rows = graphs.sample(
+            self.graph, self._n_in, self._n_out, self.degree, self.share, self.seed
+        )
         with torch.no_grad():
             self.neighbours.copy_(torch.from_numpy(rows))
         self._remember_graph()
@@ -74,7 +94,8 @@ class _Expander(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
 
-    # What is known to be a graph: the tensor, torch's count of its changes, and a hash of what it held then.
+    # What is known to be a graph: the tensor, torch's count of its changes, and a hash of what it
+    # held then.
     _seen: tuple[Tensor, int, bytes] | None = None
 
     def _remember_graph(self) -> None:
@@ -84,9 +105,9 @@ class _Expander(nn.Module):
     def _check_unchanged(self) -> None:
         """GraphError where `neighbours` holds other numbers than when it was drawn or loaded.
 
-        Another tensor in its place (torch.func.functional_call, a move to a device) has to be a graph; the same
-        tensor has to hold the same numbers. That costs a comparison of two integers, unless something changed. A
-        compiled graph does not ask.
+        Another tensor in its place (torch.func.functional_call, a move to a device) has to be a
+        graph; the same tensor has to hold the same numbers. That costs a comparison of two
+        integers, unless something changed. A compiled graph does not ask.
         """
         if torch.compiler.is_compiling():
             return
@@ -106,14 +127,20 @@ class _Expander(nn.Module):
             self._check_graph(neighbours)
         except GraphError as error:
             raise GraphError(
-                f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers to average or "
+                f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers "
+                "to average or "
                 "step: leave integers out of the loop, or load the graph anew with load_state_dict"
             ) from None
         self._remember_graph()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # The numbers themselves: writes through .data pass torch's count by, and what is saved is the truth.
-        if self._seen is not None and self._seen[0] is self.neighbours and not self.neighbours.is_meta:
+        # The numbers themselves: writes through .data pass torch's count by, and what is saved is
+        # the truth.
+        if (
+            self._seen is not None
+            and self._seen[0] is self.neighbours
+            and not self.neighbours.is_meta
+        ):
             self._seen = (self.neighbours, -2, self._seen[2])
         self._check_unchanged()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -134,27 +161,36 @@ class _Expander(nn.Module):
                 self._seen = None
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ):
         key = f"{prefix}neighbours"
         neighbours = state_dict.get(key)
         try:
             if neighbours is None and f"{prefix}weight" in state_dict:
-                raise GraphError("missing, and the weights beside it mean nothing on another graph; use the whole file")
+                raise GraphError(
+                    "missing, and the weights beside it mean nothing on another graph; use the "
+                    "whole file"
+                )
             if isinstance(neighbours, Tensor) and not neighbours.is_meta:
                 if self._is_average_of_own_graph(neighbours):
                     neighbours = self.neighbours.clone()
                 self._check_graph(neighbours)
                 # A file may hold a narrower type, which assign=True would keep.
                 state_dict[key] = neighbours.to(torch.int32)
-        except GraphError as error:  # collected: load_state_dict raises them in every mode, as it does wrong sizes
+        except GraphError as error:
+            # collected: load_state_dict raises them in every mode, as it does wrong sizes
             errors.append(f"{key}: {error}")
         else:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
             if neighbours is not None and not self.neighbours.is_meta:
                 self._remember_graph()
 
     def _is_average_of_own_graph(self, neighbours: Tensor) -> bool:
-        """Whether these floats are the layer's own graph but for rounding, as in an average of state dicts.
+        """Whether these floats are the layer's own graph but for rounding, as in an average of
+        state dicts.
 
         Of another graph even a share of one in a thousand shows: indices differ by one or more.
         """
@@ -166,11 +202,15 @@ class _Expander(nn.Module):
     def _check_graph(self, neighbours: Tensor) -> None:
         if neighbours.shape != self.neighbours.shape:
             raise GraphError(
-                f"has shape {list(neighbours.shape)}; this layer needs {list(self.neighbours.shape)}: build it with "
+                f"has shape {list(neighbours.shape)}; this layer needs "
+                f"{list(self.neighbours.shape)}: build it with "
                 "the degree and share of the file"
             )
         if neighbours.is_floating_point():  # numpy knows no bfloat16
-            raise GraphError(f"has dtype {neighbours.dtype}; a graph is integers, and a cast may have changed them")
+            raise GraphError(
+                f"has dtype {neighbours.dtype}; a graph is integers, and a cast may have changed "
+                "them"
+            )
         graphs.validate(neighbours.numpy(force=True), self._n_in)
 
     def _graph_repr(self) -> str:
@@ -178,27 +218,36 @@ class _Expander(nn.Module):
         return f"{text}, activation={self.activation!r}" if self.activation else text
 
     def dense_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The matrix of the layer, [out, in, ...], differentiable: its weights where there is an edge, else zero.
+        """The matrix of the layer, [out, in, ...], differentiable: its weights where there is an
+        edge, else zero.
 
-        A parametrization of `weight`, which cannot ask for the layer's, gives the compact one that it is computing:
-        torch.linalg.matrix_norm(layer.dense_weight(weight).flatten(1), 2) is the spectral norm.
+        A parametrization of `weight`, which cannot ask for the layer's, gives the compact one that
+        it is computing: torch.linalg.matrix_norm(layer.dense_weight(weight).flatten(1), 2) is the
+        spectral norm.
         """
-        return ops.dense.scatter(self.weight if weight is None else weight, self.neighbours, self._n_in)
+        return ops.dense.scatter(
+            self.weight if weight is None else weight, self.neighbours, self._n_in
+        )
 
-    # What torch computes a weight by takes the compact tensor for the layer's matrix. That is right output by output
-    # (weight_norm, pruning), and wrong for what goes by the whole matrix: refused, at once and at each later use.
+    # What torch computes a weight by takes the compact tensor for the layer's matrix. That is right
+    # output by output (weight_norm, pruning), and wrong for what goes by the whole matrix: refused,
+    # at once and at each later use.
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> Any:
-        if _needs_the_matrix(hook):  # of the older kind, which hooks the layer when it has replaced the weight
+        # of the older kind, which hooks the layer when it has replaced the weight
+        if _needs_the_matrix(hook):
             stored: Any = hook
-            original = self._parameters.get(f"{stored.name}_orig", self._parameters.get(f"{stored.name}_v"))
+            original = self._parameters.get(
+                f"{stored.name}_orig", self._parameters.get(f"{stored.name}_v")
+            )
             stored.remove(self)
             self.register_parameter(stored.name, original)
             raise ModelError(_matrix_wanted(type(stored).__name__))
         return super().register_forward_pre_hook(hook, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "parametrizations" and type(value) is nn.ModuleDict:  # of the newer kind: empty yet
+        # of the newer kind: empty yet
+        if name == "parametrizations" and type(value) is nn.ModuleDict:
             value = _Parametrizations(self)
         super().__setattr__(name, value)
 
@@ -223,7 +272,8 @@ class _Parametrizations(nn.ModuleDict):
     def _restore(self, name: str, module: Any) -> None:
         """Make the tensor the layer's parameter again: torch has replaced it before it gets here."""
         original = getattr(module, "original1", None)  # of weight_norm; 0 are its lengths
-        if isinstance(module[0], _Orthogonal):  # has overwritten it: what it computes is all that is left
+        # has overwritten it: what it computes is all that is left
+        if isinstance(module[0], _Orthogonal):
             original = nn.Parameter(module().detach())
         elif original is None:
             original = module.original
@@ -244,33 +294,37 @@ def _refuse_matrix(module: nn.Module, args: Any) -> None:
 
 
 def _needs_the_matrix(part: Any) -> bool:
-    # weight_norm goes by output (dim=0), or over all weights (None, stored as -1): zeros add nothing to either.
+    # weight_norm goes by output (dim=0), or over all weights (None, stored as -1): zeros add
+    # nothing to either.
     along_inputs = isinstance(part, WeightNorm | _WeightNorm) and part.dim not in (0, -1)
     return along_inputs or isinstance(part, SpectralNorm | _SpectralNorm | _Orthogonal)
 
 
 def _matrix_wanted(kind: str) -> str:
     return (
-        f"{kind.lstrip('_')} on an X-layer would go by its compact weight [out, degree], not by its matrix: use it on "
-        "xzoo.to_dense(layer), or register a parametrization that goes by layer.dense_weight(weight)"
+        f"{kind.lstrip('_')} on an X-layer would go by its compact weight [out, degree], not by "
+        "its matrix: use it on "
+        "xzoo.to_dense(layer), or register a parametrization that goes by "
+        "layer.dense_weight(weight)"
     )
 
 
 class ExpanderConv2d(_Expander):
     """2-D convolution in which each output channel reads `degree` input channels.
 
-    Shape: x [B, C_in, H, W] -> [B, C_out, H', W'], sizes as nn.Conv2d's. Holds weight [C_out, degree, kh, kw],
-    bias [C_out] or None, neighbours [C_out / share, degree] int32.
+    Shape: x [B, C_in, H, W] -> [B, C_out, H', W'], sizes as nn.Conv2d's. Holds weight [C_out,
+    degree, kh, kw], bias [C_out] or None, neighbours [C_out / share, degree] int32.
 
     Args:
         in_channels ... dtype: nn.Conv2d's own, but `groups` must be 1.
         degree: input channels that each output reads; `expandSize` is the authors' word for it.
-        share: consecutive outputs that read the same inputs; divides out_channels. 1 is the paper's layer.
+        share: consecutive outputs that read the same inputs; divides out_channels. 1 is the paper's
+            layer.
         graph: kind of graph, one of xzoo.graphs.KINDS.
         seed: of the graph. (Weights come from torch's generator, as everywhere in torch.)
 
-    Raises: GraphError where no such graph exists; ModelError for other groups; what nn.Conv2d raises.
-    Source: Prabhu et al., "Deep Expander Networks", ECCV 2018.
+    Raises: GraphError where no such graph exists; ModelError for other groups; what nn.Conv2d
+    raises. Source: Prabhu et al., "Deep Expander Networks", ECCV 2018.
     """
 
     groups = 1  # asked for by code that inspects convolutions
@@ -298,16 +352,25 @@ class ExpanderConv2d(_Expander):
         super().__init__()
         if groups != 1:
             raise ModelError(
-                f"groups={groups}: a graph takes the place of groups; use groups=1, and for a group convolution "
+                f"groups={groups}: a graph takes the place of groups; use groups=1, and for a "
+                "group convolution "
                 f"graph='group' with degree={max(1, in_channels // max(1, groups))}"
             )
         self._set_graph(in_channels, out_channels, degree, expandSize, share, graph, seed)
         # nn.Conv2d knows which arguments make sense and brings them into one form.
         dense = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta"
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            padding_mode=padding_mode,
+            device="meta",
         )
         self.in_channels, self.out_channels = in_channels, out_channels
-        geometry: Any = (dense.kernel_size, dense.stride, dense.dilation)  # pairs, for all that their type says
+        # pairs, for all that their type says
+        geometry: Any = (dense.kernel_size, dense.stride, dense.dilation)
         self.kernel_size, self.stride, self.dilation = geometry
         self.padding, self.padding_mode = dense.padding, padding_mode
         # Padding that the convolution itself cannot do goes before it.
@@ -316,7 +379,9 @@ class ExpanderConv2d(_Expander):
         self._pad = [left, right, top, bottom] if before else None
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
         self._conv_padding = (0, 0) if before else (top, left)
-        self._sizes_wanted = f"ExpanderConv2d of {in_channels} inputs: x is not [B, {in_channels}, H, W]"
+        self._sizes_wanted = (
+            f"ExpanderConv2d of {in_channels} inputs: x is not [B, {in_channels}, H, W]"
+        )
         self._store(dense.kernel_size, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -326,11 +391,21 @@ class ExpanderConv2d(_Expander):
         if self._pad is not None:
             x = F.pad(x, self._pad, self._pad_mode)
         return ops.conv2d(
-            x, self.weight, self.neighbours, self.bias, self.stride, self._conv_padding, self.dilation, self.activation
+            x,
+            self.weight,
+            self.neighbours,
+            self.bias,
+            self.stride,
+            self._conv_padding,
+            self.dilation,
+            self.activation,
         )
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}"
+        )
         if self.padding != (0, 0):
             text += f", padding={self.padding!r}"
         if self.dilation != (1, 1):
@@ -343,8 +418,9 @@ class ExpanderConv2d(_Expander):
 class ExpanderLinear(_Expander):
     """y = x W^T + b in which each output reads `degree` inputs.
 
-    Shape: x [..., in] -> [..., out]. Holds weight [out, degree], bias [out] or None, neighbours [out / share, degree]
-    int32. The arguments are nn.Linear's, then those of the graph as in ExpanderConv2d; so are the errors.
+    Shape: x [..., in] -> [..., out]. Holds weight [out, degree], bias [out] or None, neighbours
+    [out / share, degree] int32. The arguments are nn.Linear's, then those of the graph as in
+    ExpanderConv2d; so are the errors.
     """
 
     def __init__(
@@ -364,7 +440,9 @@ class ExpanderLinear(_Expander):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._set_graph(in_features, out_features, degree, expandSize, share, graph, seed)
-        self._sizes_wanted = f"ExpanderLinear of {in_features} inputs: x is not [..., {in_features}]"
+        self._sizes_wanted = (
+            f"ExpanderLinear of {in_features} inputs: x is not [..., {in_features}]"
+        )
         self._store((), bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -374,11 +452,16 @@ class ExpanderLinear(_Expander):
         return ops.linear(x, self.weight, self.neighbours, self.bias, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._graph_repr()}"
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"{self._graph_repr()}"
+        )
 
 
 def _changes(tensor: Tensor) -> int:
-    """How often torch has seen a tensor change in place; -1 where it does not count: made in inference mode."""
+    """How often torch has seen a tensor change in place; -1 where it does not count: made in
+    inference mode.
+    """
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -387,5 +470,7 @@ def _digest(neighbours: Tensor) -> bytes:
 
 
 def _is_symbolic(tensor: Tensor) -> bool:
-    """Whether a tensor has no numbers to look at: a fake one, or one that a transform holds several of."""
+    """Whether a tensor has no numbers to look at: a fake one, or one that a transform holds several
+    of.
+    """
     return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -1,8 +1,10 @@
-"""Texts in pictures as they are: no formulas read into them, and every character from a font that has it.
+"""Texts in pictures as they are: no formulas read into them, and every character from a font that
+has it.
 
-matplotlib reads what stands between two dollar signs as TeX, and draws a box for what its font lacks. Here a text is
-never TeX. Its characters come from matplotlib's own font or from any other that is installed; one that no font has is
-escaped, and a class with such a name is drawn as its number (`class_labels`).
+matplotlib reads what stands between two dollar signs as TeX, and draws a box for what its font
+lacks. Here a text is never TeX. Its characters come from matplotlib's own font or from any other
+that is installed; one that no font has is escaped, and a class with such a name is drawn as its
+number (`class_labels`).
 """
 
 import functools
@@ -43,7 +45,8 @@ class Picture(Figure):
 
 
 def letter(figure: Figure) -> None:
-    """Make all texts of the figure plain, in fonts that have their characters, whatever the user's matplotlibrc says.
+    """Make all texts of the figure plain, in fonts that have their characters, whatever the user's
+    matplotlibrc says.
 
     Names of ticks have to be `drawable` before: matplotlib sets them anew when it draws.
     """
@@ -64,9 +67,10 @@ def drawable(name: str) -> str:
 def class_labels(classes: Sequence[str], most: int) -> list[str]:
     """A text for each class, all different to the eye.
 
-    It is the name: in quotes where it is empty, ends in blanks or looks like a number of ours, without its middle
-    where it is longer than `most` characters. Names that look the same have the number of their class before them,
-    counted from 1; a name that no font can draw is its number alone.
+    It is the name: in quotes where it is empty, ends in blanks or looks like a number of ours,
+    without its middle where it is longer than `most` characters. Names that look the same have the
+    number of their class before them, counted from 1; a name that no font can draw is its number
+    alone.
     """
     labels = []
     for number, name in enumerate(classes, 1):
@@ -74,8 +78,13 @@ def class_labels(classes: Sequence[str], most: int) -> list[str]:
         if text != text.strip() or not text or NUMBERED.match(text):
             text = f'"{text}"'
         labels.append(f"#{number}" if _lacking(text) else cut(text, most))
-    # By their outlines, which take milliseconds: an accent in one character or two, letters of two alphabets.
-    looks = labels if all(label.isascii() for label in labels) else [_outline(label) for label in labels]
+    # By their outlines, which take milliseconds: an accent in one character or two, letters of two
+    # alphabets.
+    looks = (
+        labels
+        if all(label.isascii() for label in labels)
+        else [_outline(label) for label in labels]
+    )
     seen = Counter(looks)
     return [
         f"#{number} {label}" if seen[look] > 1 else label
@@ -91,7 +100,9 @@ def _outline(text: str) -> bytes:
 
 @contextmanager
 def spared(what: object, console: Console) -> Iterator[None]:
-    """What fails in this block is told in one line and ends nothing: a run is worth more than its pictures."""
+    """What fails in this block is told in one line and ends nothing: a run is worth more than its
+    pictures.
+    """
     try:
         yield
     except Exception as error:  # of matplotlib, its fonts, Pillow, the disk
@@ -134,9 +145,15 @@ def _family_of(character: str) -> str | None:
 
 @functools.cache
 def _installed() -> list[str]:
-    """Fonts of the system and those added to matplotlib: without serifs, upright and regular ones first."""
-    own = Path(matplotlib.get_data_path())  # fonts for formulas, and one that has a box for everything
-    files = {*font_manager.findSystemFonts(), *(font.fname for font in font_manager.fontManager.ttflist)}
+    """Fonts of the system and those added to matplotlib: without serifs, upright and regular ones
+    first.
+    """
+    # fonts for formulas, and one that has a box for everything
+    own = Path(matplotlib.get_data_path())
+    files = {
+        *font_manager.findSystemFonts(),
+        *(font.fname for font in font_manager.fontManager.ttflist),
+    }
 
     def order(file: str) -> tuple[bool, bool, str]:
         name = Path(file).stem.lower()
@@ -147,10 +164,14 @@ def _installed() -> list[str]:
 
 @functools.cache
 def _codes(file: str) -> NDArray[np.uint32]:
-    """Code points of a font, ascending; none of a font that matplotlib cannot use, or that draws a box for all."""
+    """Code points of a font, ascending; none of a font that matplotlib cannot use, or that draws a
+    box for all.
+    """
     try:
         font = FT2Font(file)
-        if not font.scalable or re.search("last ?resort|blank|fallback sil", font.family_name.lower()):
+        if not font.scalable or re.search(
+            "last ?resort|blank|fallback sil", font.family_name.lower()
+        ):
             return np.empty(0, np.uint32)
         return np.sort(np.fromiter(font.get_charmap(), np.uint32))
     except Exception:  # FreeType's classes for a broken file
@@ -168,12 +189,15 @@ def _known(file: str, character: str) -> str | None:
     try:
         font = FT2Font(file)
         font.load_char(ord(character))
-        if not len(font.get_path()[0]) and not character.isspace():  # coloured emoji have no outline
+        # coloured emoji have no outline
+        if not len(font.get_path()[0]) and not character.isspace():
             return None
         manager = font_manager.fontManager
         if file not in {known.fname for known in manager.ttflist}:  # its list is of an earlier day
             manager.addfont(file)
-        found = font_manager.findfont(FontProperties(family=[font.family_name]), fallback_to_default=False)
+        found = font_manager.findfont(
+            FontProperties(family=[font.family_name]), fallback_to_default=False
+        )
     except Exception:  # a font that FreeType or matplotlib does not take is as good as none
         return None
     return font.family_name if _has(str(found), character) else None

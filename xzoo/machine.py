@@ -1,7 +1,8 @@
-"""What computes here: CPUs and threads that this process may use, how long threads wait awake, devices by name.
+"""What computes here: CPUs and threads that this process may use, how long threads wait awake,
+devices by name.
 
-Imported before torch by the package itself, since OpenMP's library reads its environment when it is loaded; so torch
-is imported within functions.
+Imported before torch by the package itself, since OpenMP's library reads its environment when it is
+loaded; so torch is imported within functions.
 """
 
 import ctypes
@@ -24,17 +25,19 @@ if TYPE_CHECKING:
 
 # With them a caller says how many threads there shall be.
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# How often a thread looks before it sleeps: some 0.3 ms, longer than the pauses between a network's layers. By
-# default it is 30 times as often, which is best on a machine that has nothing else to do. Where other processes run,
-# threads then burn the time that those they wait for need.
+# How often a thread looks before it sleeps: some 0.3 ms, longer than the pauses between a network's
+# layers. By default it is 30 times as often, which is best on a machine that has nothing else to
+# do. Where other processes run, threads then burn the time that those they wait for need.
 SPINS = "10000"
 LOOKS = 10  # at the machine's load, 2 ms apart: one look finds by chance what runs for a moment
 
 
 def wait_briefly(root: Path | str = "/") -> None:
-    """Let the threads of the `xzoo` command sleep soon while they wait, where other processes keep the machine busy.
+    """Let the threads of the `xzoo` command sleep soon while they wait, where other processes keep
+    the machine busy.
 
-    A program that imports xzoo is left alone. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's come first.
+    A program that imports xzoo is left alone. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's come
+    first.
     """
     if "torch" in sys.modules or not _is_command() or "OMP_WAIT_POLICY" in os.environ:
         return
@@ -60,13 +63,15 @@ def _is_busy(root: Path | str) -> bool:
 def keep_memory() -> None:
     """Keep memory that is freed in this process, for the tensors of the next training step.
 
-    glibc returns each large block to the system when it is freed. The next step then faults every page in again, and
-    the system zeroes it: a third of a step of x_vgg16_2 (batch 256, AMD Zen 3). Results do not change. For commands
-    alone, since it holds for all of the process; MALLOC_* variables of the user's come first, and other C libraries
-    are left as they are.
+    glibc returns each large block to the system when it is freed. The next step then faults every
+    page in again, and the system zeroes it: a third of a step of x_vgg16_2 (batch 256, AMD Zen 3).
+    Results do not change. For commands alone, since it holds for all of the process; MALLOC_*
+    variables of the user's come first, and other C libraries are left as they are.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    mallopt = None if chosen or sys.platform != "linux" else getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = (
+        None if chosen or sys.platform != "linux" else getattr(ctypes.CDLL(None), "mallopt", None)
+    )
     if mallopt is not None:
         for setting, value in _KEEPING.items():
             mallopt(setting, value)
@@ -86,18 +91,23 @@ def _is_command() -> bool:
 
 
 def quota(root: Path | str = "/") -> float | None:
-    """CPUs that this process's control groups allow it (as `docker --cpus` sets), or None without such a limit.
+    """CPUs that this process's control groups allow it (as `docker --cpus` sets), or None without
+    such a limit.
 
-    Versions 1 and 2 of Linux's cgroups; the smallest of a group's own limit and those of the groups that it is in.
+    Versions 1 and 2 of Linux's cgroups; the smallest of a group's own limit and those of the groups
+    that it is in.
 
     Args:
-        root: where proc/self/cgroup, proc/self/mountinfo and the folders that they name are looked for.
+        root: where proc/self/cgroup, proc/self/mountinfo and the folders that they name are looked
+            for.
     """
     root = Path(root)
     try:
         # Names in them may be of any bytes.
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
-        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        mounts = (root / "proc/self/mountinfo").read_text(
+            encoding="utf-8", errors="surrogateescape"
+        )
     except OSError:  # not Linux
         return None
     limits = []
@@ -118,13 +128,15 @@ def _folders(root: Path, mounts: str, group: str, unified: bool) -> Iterator[Pat
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or len(kind) < 3:
             continue
-        wanted = kind[0] == "cgroup2" if unified else kind[0] == "cgroup" and "cpu" in kind[2].split(",")
+        wanted = (
+            kind[0] == "cgroup2" if unified else kind[0] == "cgroup" and "cpu" in kind[2].split(",")
+        )
         if not wanted:
             continue
         top, place = (_unescaped(text) for text in fields[3:5])
         at, inside = root / place.lstrip("/"), PurePosixPath(group)
-        # In a container the group may be named as the host sees it, where only its own folder is mounted: the parts
-        # that are not there are passed over.
+        # In a container the group may be named as the host sees it, where only its own folder is
+        # mounted: the parts that are not there are passed over.
         inside = inside.relative_to(top if inside.is_relative_to(top) else "/")
         for folder in (inside, *inside.parents):
             yield at / folder
@@ -149,7 +161,8 @@ def _limit(folder: Path) -> float | None:
 
 
 def cores(root: Path | str = "/") -> int:
-    """CPU cores that this process may use: `taskset` and a container's quota make them fewer than there are.
+    """CPU cores that this process may use: `taskset` and a container's quota make them fewer than
+    there are.
 
     Args:
         root: as of `quota`, a share of a core counting as one.
@@ -167,10 +180,11 @@ def _affinity() -> int:
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Within, torch has no more threads than there are `cores`, unless its caller chose their number.
+    """Within, torch has no more threads than there are `cores`, unless its caller chose their
+    number.
 
-    torch counts the machine's cores, also where a container's quota leaves half of one; threads that wait for each
-    other while they are held back are slower than one.
+    torch counts the machine's cores, also where a container's quota leaves half of one; threads
+    that wait for each other while they are held back are slower than one.
     """
     import torch
 
@@ -190,15 +204,17 @@ _untouched: list[int] = []  # torch's own number, where `own_threads` came back 
 
 
 def _chosen(threads: int) -> bool:
-    """Whether the environment or the caller, by torch.set_num_threads, chose this number of torch's threads."""
+    """Whether the environment or the caller, by torch.set_num_threads, chose this number of torch's
+    threads.
+    """
     import torch
 
     if any(os.environ.get(name) for name in CHOSEN_BY):
         return True
     if threads in _untouched:
         return False
-    # torch.set_num_threads turns this off, and nothing else does. A build without MKL does not tell: there the caller
-    # chose what is not the number of CPUs.
+    # torch.set_num_threads turns this off, and nothing else does. A build without MKL does not
+    # tell: there the caller chose what is not the number of CPUs.
     with suppress(AttributeError, OSError):
         library = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
         return not ctypes.CDLL(str(library)).mkl_serv_get_dynamic()
@@ -209,7 +225,9 @@ def _chosen(threads: int) -> bool:
 
 
 def device_named(name: str) -> "torch.device":
-    """A device by name, "auto" being the first there is of cuda, mps and cpu. Raises: XzooError if there is none."""
+    """A device by name, "auto" being the first there is of cuda, mps and cpu. Raises: XzooError if
+    there is none.
+    """
     import torch
 
     if name == "auto":
@@ -240,5 +258,8 @@ def hardware(device: "torch.device") -> str:
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            name,
+        )
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

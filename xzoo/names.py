@@ -1,7 +1,8 @@
-"""Names from outside (classes, files, folders, recipes), in any script and any encoding: in a line, in a file, hashed.
+"""Names from outside (classes, files, folders, recipes), in any script and any encoding: in a line,
+in a file, hashed.
 
-Python stands in for a byte of a file name that is no UTF-8 by a surrogate, which no encoder takes. How names are drawn
-in pictures is in lettering.py.
+Python stands in for a byte of a file name that is no UTF-8 by a surrogate, which no encoder takes.
+How names are drawn in pictures is in lettering.py.
 """
 
 import re
@@ -11,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Of the characters that nobody sees, those that join letters and emoji belong to the spelling of many languages.
+# Of the characters that nobody sees, those that join letters and emoji belong to the spelling of
+# many languages.
 _JOINERS = "\u200c\u200d"
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control and format characters, surrogates, ends of lines and paragraphs
+# control and format characters, surrogates, ends of lines and paragraphs
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def shown(name: object, encoding: str = "utf-8") -> str:
     r"""The name in one line, of what `encoding` has; all else as Python escapes it.
 
-    Escaped are what would break a line or move the cursor (`\n`, `\x1b`), what nobody sees (`\u200b`), bytes that are
-    no UTF-8 (`\udce9` for the byte E9), and what the encoding lacks. A backslash stays one, for the sake of Windows.
+    Escaped are what would break a line or move the cursor (`\n`, `\x1b`), what nobody sees
+    (`\u200b`), bytes that are no UTF-8 (`\udce9` for the byte E9), and what the encoding lacks. A
+    backslash stays one, for the sake of Windows.
     """
     text = rejoined(str(name))
     if not text.isprintable():
@@ -37,7 +41,9 @@ def is_unseen(character: str) -> bool:
 
 
 def escaped(name: str) -> str:
-    r"""`shown` with `\\` for a backslash, so that no two names become one and each can be read back."""
+    r"""`shown` with `\\` for a backslash, so that no two names become one and each can be read
+    back.
+    """
     return shown(name.replace("\\", "\\\\"))
 
 
@@ -50,7 +56,9 @@ def encoded(text: str) -> bytes:
 
 
 def to_yaml(values: Any) -> str:
-    """YAML in which every text stays one, whatever it looks like (`yes`, `null`, `1e3`), for readers of 1.1 and 1.2."""
+    """YAML in which every text stays one, whatever it looks like (`yes`, `null`, `1e3`), for
+    readers of 1.1 and 1.2.
+    """
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -71,13 +79,17 @@ def rejoined(name: str) -> str:
 
 
 def say(console: "Console", text: str) -> None:
-    """Print one line as it is: no markup, no `:cat:` made an emoji, and nothing that the console cannot show."""
+    """Print one line as it is: no markup, no `:cat:` made an emoji, and nothing that the console
+    cannot show.
+    """
     line = shown(text, console.encoding)
     console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def cut(text: str, most: int) -> str:
-    """At most so many characters, without the middle of a longer text: names in a series differ at their ends."""
+    """At most so many characters, without the middle of a longer text: names in a series differ at
+    their ends.
+    """
     if len(text) <= most:
         return text
     tail = (most - 1) // 2
@@ -93,7 +105,9 @@ def code(text: str) -> str:
 
 
 def markdown(text: object) -> str:
-    r"""A text in Markdown, as it is: neither HTML nor emphasis, links, code, formulas or the end of a table's cell."""
+    r"""A text in Markdown, as it is: neither HTML nor emphasis, links, code, formulas or the end of
+    a table's cell.
+    """
     plain = shown(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # An underscore between letters means nothing there.
     return re.sub(r"[\\`*\[\]|$~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", plain)

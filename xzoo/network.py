@@ -1,12 +1,14 @@
-"""Servers within a time: a dead network costs seconds and one line, not minutes and a page of retries.
+"""Servers within a time: a dead network costs seconds and one line, not minutes and a page of
+retries.
 
     with network.bounded() as contact:
         ...                     # whatever asks the Hub's client or torch.hub, however deep inside
         contact.failure         # what went wrong with a server, in words, or None
 
-Inside, each request has `patience()` seconds until its answer begins, a server that was dead once is not asked again,
-and none is asked again and again. A download that has begun goes on for as long as bytes come. Only the calling
-context is bounded: other threads that share the client are served as before, and afterwards nothing is left behind.
+Inside, each request has `patience()` seconds until its answer begins, a server that was dead once
+is not asked again, and none is asked again and again. A download that has begun goes on for as long
+as bytes come. Only the calling context is bounded: other threads that share the client are served
+as before, and afterwards nothing is left behind.
 """
 
 import contextvars
@@ -26,7 +28,8 @@ from .errors import first_line
 ANSWER = 5.0  # seconds for a server to begin its answer
 STALL = 30.0  # seconds without a byte that end a download whose client gives none itself
 
-_BUSY = (408, 429, 500, 502, 503, 504)  # statuses after which the Hub's client would ask five times more
+# statuses after which the Hub's client would ask five times more
+_BUSY = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass
@@ -39,14 +42,17 @@ class Contact:
 
 _contact: contextvars.ContextVar[Contact | None] = contextvars.ContextVar("contact", default=None)
 _lock = threading.Lock()
-_watched: dict[int, int] = {}  # by identity, what has a watched function, and how many calls are inside
+# by identity, what has a watched function, and how many calls are inside
+_watched: dict[int, int] = {}
 
 
 @contextmanager
 def bounded() -> Iterator[Contact]:
-    """Bound what the Hub's client and torch.hub do inside; in a block that is bounded already, nothing changes.
+    """Bound what the Hub's client and torch.hub do inside; in a block that is bounded already,
+    nothing changes.
 
-    A request that fails raises what the client raises in offline mode, so that it takes what is in its cache.
+    A request that fails raises what the client raises in offline mode, so that it takes what is in
+    its cache.
     """
     outer = _contact.get()
     if outer is not None:
@@ -59,7 +65,8 @@ def bounded() -> Iterator[Contact]:
     with ExitStack() as stack:
         try:
             stack.enter_context(_watching(get_session(), "send", _send))
-        except (ImportError, ValueError) as error:  # no client for HTTPS_PROXY; what is in the cache needs none
+        except (ImportError, ValueError) as error:
+            # no client for HTTPS_PROXY; what is in the cache needs none
             contact.failure = f"the proxy that is set cannot be used ({_proxies()}): {error}"
         stack.enter_context(_watching(torch.hub, "urlopen", _urlopen))
         token = _contact.set(contact)
@@ -70,19 +77,25 @@ def bounded() -> Iterator[Contact]:
 
 
 def failure() -> str | None:
-    """What went wrong with a server inside of this `bounded` block; None where nothing did, and outside."""
+    """What went wrong with a server inside of this `bounded` block; None where nothing did, and
+    outside.
+    """
     contact = _contact.get()
     return contact.failure if contact else None
 
 
 def unreachable() -> bool:
-    """Whether a server could not be reached inside of this `bounded` block: asking again is of no use."""
+    """Whether a server could not be reached inside of this `bounded` block: asking again is of no
+    use.
+    """
     contact = _contact.get()
     return contact is not None and bool(contact.dead)
 
 
 def patience() -> float:
-    """Seconds for a server to begin its answer: HF_HUB_ETAG_TIMEOUT where it is set, for slow lines, or 5."""
+    """Seconds for a server to begin its answer: HF_HUB_ETAG_TIMEOUT where it is set, for slow
+    lines, or 5.
+    """
     from huggingface_hub import constants
 
     given = constants.HF_HUB_ETAG_TIMEOUT
@@ -91,7 +104,9 @@ def patience() -> float:
 
 @contextmanager
 def _watching(owner: Any, name: str, watch: Callable[..., Any]) -> Iterator[None]:
-    """watch(function, ...) in place of owner's function; several threads may be inside, and the last one tidies up."""
+    """watch(function, ...) in place of owner's function; several threads may be inside, and the
+    last one tidies up.
+    """
     key, own = id(owner), name in vars(owner)
     with _lock:
         if not _watched.get(key):
@@ -130,18 +145,25 @@ def _send(send: Callable[..., Any], request: Any, *, stream: bool = False, **opt
         if not stream:
             response.read()
     except OfflineModeIsEnabled:
-        contact.failure = "offline mode is on (HF_HUB_OFFLINE); unset it once to fetch what is missing"
+        contact.failure = (
+            "offline mode is on (HF_HUB_OFFLINE); unset it once to fetch what is missing"
+        )
         raise
     except (TimeoutError, httpx.TransportError) as error:
         contact.failure = _told(error, str(request.url), seconds)
-        if isinstance(error, TimeoutError | httpx.TimeoutException | httpx.ConnectError | httpx.ProxyError):
+        if isinstance(
+            error, TimeoutError | httpx.TimeoutException | httpx.ConnectError | httpx.ProxyError
+        ):
             contact.dead[server] = contact.failure
         raise OfflineModeIsEnabled(contact.failure) from error
     if response.status_code in _BUSY:
         response.close()
-        contact.failure = f"{server} answered {response.status_code} {response.reason_phrase}".rstrip()
+        contact.failure = (
+            f"{server} answered {response.status_code} {response.reason_phrase}".rstrip()
+        )
         raise OfflineModeIsEnabled(contact.failure)
-    # Without it the client uses plain HTTP, whose stalls end and whose downloads resume; xet's have no such bounds.
+    # Without it the client uses plain HTTP, whose stalls end and whose downloads resume; xet's have
+    # no such bounds.
     response.headers.pop("X-Xet-Hash", None)
     return response
 
@@ -156,7 +178,10 @@ def _urlopen(urlopen: Callable[..., Any], request: Any, *arguments: Any, **optio
     _refuse_dead(contact, server)
     seconds = patience()
     try:
-        return _in_time(seconds, functools.partial(urlopen, request, *arguments, **{"timeout": STALL, **options}))
+        return _in_time(
+            seconds,
+            functools.partial(urlopen, request, *arguments, **{"timeout": STALL, **options}),
+        )
     except urllib.error.HTTPError as error:
         contact.failure = f"{server} answered {error.code} {error.reason}"
         raise
@@ -176,8 +201,8 @@ def _refuse_dead(contact: Contact, server: str) -> None:
 def _in_time(seconds: float, work: Callable[[], Any]) -> Any:
     """What work() returns or raises. Raises: TimeoutError after so many seconds.
 
-    In a thread, which is left behind: neither the look-up of a name nor a server with many addresses has an end of
-    its own, and each of the addresses gets all the seconds.
+    In a thread, which is left behind: neither the look-up of a name nor a server with many
+    addresses has an end of its own, and each of the addresses gets all the seconds.
     """
     answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -205,19 +230,28 @@ def _told(error: BaseException, url: str, seconds: float) -> str:
     place = urllib.parse.urlsplit(url)
     through = _through(place)
     causes = [error]
-    while (next_ := causes[-1].__cause__ or causes[-1].__context__ or getattr(causes[-1], "reason", None)) is not None:
+    while (
+        next_ := causes[-1].__cause__
+        or causes[-1].__context__
+        or getattr(causes[-1], "reason", None)
+    ) is not None:
         if not isinstance(next_, BaseException) or next_ in causes:
             break
         causes.append(next_)
     for cause in causes:
         if isinstance(cause, socket.gaierror):
-            return f"the name {place.hostname} cannot be looked up{through.replace('through', 'or that of')}"
+            return (
+                f"the name {place.hostname} cannot be looked "
+                f"up{through.replace('through', 'or that of')}"
+            )
         if isinstance(cause, ssl.SSLError):
             reason = getattr(cause, "verify_message", "") or cause.reason or str(cause)
             return f"no secure connection to {place.netloc}{through}: {reason}"
         if isinstance(cause, ConnectionRefusedError):
             return f"{place.netloc} refuses connections{through}"
-    if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
+    if any(
+        isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes
+    ):
         return f"{place.netloc} did not answer within {seconds:g} seconds{through}"
     return f"{place.netloc} broke off{through}: {first_line(error)}"
 
@@ -231,7 +265,11 @@ def _through(place: urllib.parse.SplitResult) -> str:
 
 
 def _proxies() -> str:
-    found = {f"{scheme}_proxy": proxy for scheme, proxy in urllib.request.getproxies().items() if scheme != "no"}
+    found = {
+        f"{scheme}_proxy": proxy
+        for scheme, proxy in urllib.request.getproxies().items()
+        if scheme != "no"
+    }
     return ", ".join(f"{name.upper()}={_nameless(proxy)}" for name, proxy in found.items())
 
 

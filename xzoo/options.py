@@ -1,7 +1,7 @@
 """What a parser of options complains of, in one line with the nearest name.
 
-jsonargparse tells the truth in many lines, one for each type that a value might have been. Needs nothing but the
-standard library, so that the command line starts quickly.
+jsonargparse tells the truth in many lines, one for each type that a value might have been. Needs
+nothing but the standard library, so that the command line starts quickly.
 """
 
 import difflib
@@ -38,7 +38,11 @@ def explain(message: str, options: Collection[str], classes: Collection[str] = (
         of = f"{class_path[1].rpartition('.')[2]} has no option" if class_path else "unknown key"
         return f"{of} {unknown[1]}; {nearest(unknown[1], known)}"
     if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        known = [option[len(unknown[1]) + 3 :] for option in options if option.startswith(f"--{unknown[1]}.")]
+        known = [
+            option[len(unknown[1]) + 3 :]
+            for option in options
+            if option.startswith(f"--{unknown[1]}.")
+        ]
         return f"{unknown[1]} has no option {unknown[2]}; {nearest(unknown[2], known)}"
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"no class is called {unknown[1]}; {nearest(unknown[1], classes)}"
@@ -63,4 +67,8 @@ def _of_value(message: str) -> str | None:
 
 def _arguments(class_path: str) -> list[str]:
     found = pydoc.locate(class_path)
-    return [name for name in inspect.signature(found).parameters if name != "self"] if callable(found) else []
+    return (
+        [name for name in inspect.signature(found).parameters if name != "self"]
+        if callable(found)
+        else []
+    )

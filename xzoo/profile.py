@@ -1,4 +1,6 @@
-"""Counting the weights and multiply-accumulates that a model really has; and the name of what computes them."""
+"""Counting the weights and multiply-accumulates that a model really has; and the name of what
+computes them.
+"""
 
 import copy
 from collections.abc import Callable
@@ -41,34 +43,42 @@ class Profile:
 
 
 def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Profile:
-    """Count weights, parameters and MACs of one image of `input_size` (C, H, W); the model is left as it is.
+    """Count weights, parameters and MACs of one image of `input_size` (C, H, W); the model is left
+    as it is.
 
-    Without input_size the size of the model's pretrained_cfg is taken. Runs on torch's meta device: nothing is
-    computed, and no tensor is copied. MACs are those of convolutions and matrix products with a weight; the products
-    between activations (attention) are not counted, nor those that compute a weight (parametrizations). Tied
-    parameters count once; of a parametrized weight the tensors that it is computed from count as parameters.
+    Without input_size the size of the model's pretrained_cfg is taken. Runs on torch's meta device:
+    nothing is computed, and no tensor is copied. MACs are those of convolutions and matrix products
+    with a weight; the products between activations (attention) are not counted, nor those that
+    compute a weight (parametrizations). Tied parameters count once; of a parametrized weight the
+    tensors that it is computed from count as parameters.
 
-    Raises: ModelError where the model has no size of its own and none is given, where layers have no sizes yet, and
-        where the model does not run on the meta device with this size.
+    Raises: ModelError where the model has no size of its own and none is given, where layers have
+        no sizes yet, and where the model does not run on the meta device with this size.
     """
     model = unwrapped(model)
     refuse_unsized(model)
     if input_size is None:
         input_size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
         if input_size is None:
-            raise ModelError("profile() of a model without pretrained_cfg: give input_size, such as (3, 224, 224)")
+            raise ModelError(
+                "profile() of a model without pretrained_cfg: give input_size, such as (3, 224, "
+                "224)"
+            )
     shadow = copy_of(model, _without_memory).eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             shadow(torch.empty(1, *input_size, device="meta", dtype=_dtype(model)))
     except Exception as error:  # of whatever class the model's code raises
         raise ModelError(
-            f"profile() cannot run {type(model).__name__} on torch's meta device with an image of {list(input_size)}: "
+            f"profile() cannot run {type(model).__name__} on torch's meta device with an image of "
+            f"{list(input_size)}: "
             f"{first_line(error)}"
         ) from error
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
-    computed = [name for name, module in shadow.named_modules() if isinstance(module, ParametrizationList)]
+    computed = [
+        name for name, module in shadow.named_modules() if isinstance(module, ParametrizationList)
+    ]
 
     def products(name: str) -> int:
         return sum(flops.get(name, {}).get(op, 0) for op in _PRODUCTS) // 2
@@ -86,7 +96,8 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
         layers=tuple(
             _layer(name, module, macs(name))
             for name, module in shadow.named_modules()
-            if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() >= 2
+            if isinstance(getattr(module, "weight", None), torch.Tensor)
+            and module.weight.dim() >= 2
         ),
     )
 
@@ -104,7 +115,10 @@ def refuse_unsized(model: nn.Module) -> None:
     """Raise ModelError for a lazy layer that has not yet seen an input."""
     for name, layer in model.named_modules():
         if any(isinstance(p, UninitializedParameter) for p in layer._parameters.values()):
-            raise ModelError(f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass first")
+            raise ModelError(
+                f"layer {name} is a {type(layer).__name__} without sizes yet: run a forward pass "
+                "first"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -119,10 +133,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy that holds tensor(t) for each tensor t of the model's modules; ModelError if it cannot be made."""
+    """A deep copy that holds tensor(t) for each tensor t of the model's modules; ModelError if it
+    cannot be made.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        for held in (
+            *module._parameters.values(),
+            *module._buffers.values(),
+            *vars(module).values(),
+        ):
             if isinstance(held, Tensor) and id(held) not in memo:
                 memo[id(held)] = tensor(held)
     try:
@@ -144,8 +164,9 @@ def _layer(name: str, module: nn.Module, macs: int) -> Layer:
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
-    """Its size and type on the meta device. Without gradients: torch's counter hooks those that pass between modules,
-    and a parameter given to a module (cait's class token) has none to hook."""
+    """Its size and type on the meta device. Without gradients: torch's counter hooks those that
+    pass between modules, and a parameter given to a module (cait's class token) has none to hook.
+    """
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 

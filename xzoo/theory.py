@@ -6,9 +6,10 @@ The two theorems of the paper, as numbers of the graphs that are really there:
     Theorem 2 (mixing)       between any two vertex sets run about as many edges as between random ones:
                              `mixing`, `random_mixing`; the smaller the second singular value, the closer
 
-Source: Prabhu, Varma and Namboodiri, "Deep Expander Networks", ECCV 2018. Both hold for graphs of equal
-degrees on equal sides; the bipartite forms are quoted where they are used. A guarantee that follows
-from the spectrum is 1.7 to 6 times deeper than what `reach` counts, so depth is counted and not bounded.
+Source: Prabhu, Varma and Namboodiri, "Deep Expander Networks", ECCV 2018. Both hold for graphs of
+equal degrees on equal sides; the bipartite forms are quoted where they are used. A guarantee that
+follows from the spectrum is 1.7 to 6 times deeper than what `reach` counts, so depth is counted and
+not bounded.
 
 Not here: drawing at random (graphs.py) and pictures (drawing.py).
 """
@@ -37,7 +38,9 @@ class Graph:
     share: int = 1
 
     @classmethod
-    def sample(cls, kind: str, n_in: int, n_out: int, degree: int, share: int = 1, seed: int = 0) -> "Graph":
+    def sample(
+        cls, kind: str, n_in: int, n_out: int, degree: int, share: int = 1, seed: int = 0
+    ) -> "Graph":
         """The graph that `graphs.sample` draws from the same arguments."""
         return cls(graphs.sample(kind, n_in, n_out, degree, share, seed), n_in, share)
 
@@ -70,11 +73,14 @@ class Spectrum:
     first: float  # sqrt(d_l * d_r) of a biregular graph
     second: float  # lambda in Theorem 2
     ramanujan: float  # sqrt(d_l - 1) + sqrt(d_r - 1): the least that large sparse graphs can have
-    random_matrix: float  # sqrt(d_l (1 - p)) + sqrt(d_r (1 - p)), p = degree / n_in: the smaller at large p
+    # sqrt(d_l (1 - p)) + sqrt(d_r (1 - p)), p = degree / n_in: the smaller at large p
+    random_matrix: float
 
     @property
     def normalised(self) -> float:
-        """second / first: 0 where every output reads everything, 1 where parts are not connected at all."""
+        """second / first: 0 where every output reads everything, 1 where parts are not connected at
+        all.
+        """
         return self.second / self.first
 
     @property
@@ -94,7 +100,8 @@ class Mixing:
 
     edges: int
     expected: float  # degree * |S| * |T| / n_in
-    bound: float  # of |edges - expected|: lambda * sqrt(|S| * |T|), lambda the layer's second singular value
+    # of |edges - expected|: lambda * sqrt(|S| * |T|), lambda the layer's second singular value
+    bound: float
     sharp: float  # the same times sqrt((1 - |S| / n_in) * (1 - |T| / n_out)): still a bound
 
     @property
@@ -105,11 +112,16 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Reach:
-    """How the outputs of a stack come to depend on its inputs; ends with the layer that completes it."""
+    """How the outputs of a stack come to depend on its inputs; ends with the layer that completes
+    it.
+    """
 
-    connected: tuple[float, ...]  # after each layer: the part of all pairs (input, output) that is connected
-    least: tuple[float, ...]  # after each layer: the part of the inputs that the least connected output sees
-    depth: int | None  # sensitivity depth: layers until all is connected; None where the stack ends before
+    # after each layer: the part of all pairs (input, output) that is connected
+    connected: tuple[float, ...]
+    # after each layer: the part of the inputs that the least connected output sees
+    least: tuple[float, ...]
+    # sensitivity depth: layers until all is connected; None where the stack ends before
+    depth: int | None
     lost: int  # inputs of the stack that no output depends on
 
     @property
@@ -127,10 +139,12 @@ class Run:
 
 
 def spectrum(graph: Graph) -> Spectrum:
-    """Second singular value and both bounds; relative error below 1e-6, a 4096 x 4096 graph in a second.
+    """Second singular value and both bounds; relative error below 1e-6, a 4096 x 4096 graph in a
+    second.
 
-    The random-matrix value is the edge of the spectrum of a matrix of independent entries of variance p (1 - p).
-    It is a heuristic: for growing degrees only second = O(sqrt(larger degree)) is proved (Zhu, arXiv 2005.08103).
+    The random-matrix value is the edge of the spectrum of a matrix of independent entries of
+    variance p (1 - p). It is a heuristic: for growing degrees only second = O(sqrt(larger degree))
+    is proved (Zhu, arXiv 2005.08103).
     """
     first, second = graphs.singular_values(graph.neighbours, graph.n_in)
     absent = 1 - graph.degree / graph.n_in
@@ -159,11 +173,13 @@ def all_singular_values(graph: Graph) -> NDArray[np.float64]:
 def mixing(graph: Graph, inputs: ArrayLike, outputs: ArrayLike) -> Mixing:
     """Count the edges between given vertex sets and compare them with Theorem 2.
 
-    Source: Haemers, "Interlacing eigenvalues and graphs", Linear Algebra Appl. 226, 1995, for biregular graphs.
-    A layer is one where every input is read equally often; elsewhere the bound is a yardstick.
+    Source: Haemers, "Interlacing eigenvalues and graphs", Linear Algebra Appl. 226, 1995, for
+    biregular graphs. A layer is one where every input is read equally often; elsewhere the bound is
+    a yardstick.
 
     Args:
-        inputs, outputs: indices of the *layer's* inputs (below n_in) and outputs (below n_out), none twice.
+        inputs, outputs: indices of the *layer's* inputs (below n_in) and outputs (below n_out),
+            none twice.
     Raises: GraphError for indices out of range or repeated.
     """
     members = _members("inputs", inputs, graph.n_in), _members("outputs", outputs, graph.n_out)
@@ -171,7 +187,9 @@ def mixing(graph: Graph, inputs: ArrayLike, outputs: ArrayLike) -> Mixing:
 
 
 def random_mixing(graph: Graph, pairs: int = 1000, seed: int = 0) -> list[Mixing]:
-    """`mixing` of random pairs of sets, with sizes drawn evenly on a logarithmic scale from 1 to all."""
+    """`mixing` of random pairs of sets, with sizes drawn evenly on a logarithmic scale from 1 to
+    all.
+    """
     draw = np.random.default_rng(seed)
 
     def sets(n: int) -> NDArray[np.bool_]:
@@ -186,8 +204,12 @@ def worst_mixing(graph: Graph, pairs: int = 1000, seed: int = 0) -> Mixing:
     return max(random_mixing(graph, pairs, seed), key=lambda found: found.ratio)
 
 
-def stack(kind: str, n: int, degree: int, layers: int = 40, share: int = 1, seed: int = 0) -> Iterator[Graph]:
-    """`layers` graphs on n + n channels, one after the other drawn afresh from seeds that `seed` gives."""
+def stack(
+    kind: str, n: int, degree: int, layers: int = 40, share: int = 1, seed: int = 0
+) -> Iterator[Graph]:
+    """`layers` graphs on n + n channels, one after the other drawn afresh from seeds that `seed`
+    gives.
+    """
     for number in range(layers):
         yield Graph.sample(kind, n, n, degree, share, graphs.layer_seed(seed, str(number)))
 
@@ -195,14 +217,15 @@ def stack(kind: str, n: int, degree: int, layers: int = 40, share: int = 1, seed
 def reach(stacked: Iterable[Graph]) -> Reach:
     """Follow every input through a stack of graphs, up to the layer that connects everything.
 
-    Later graphs of an iterator are never drawn, because no layer can undo a complete dependence: each of
-    its outputs reads one channel at least. 8,192 channels take 0.1 s a layer at degree 8.
+    Later graphs of an iterator are never drawn, because no layer can undo a complete dependence:
+    each of its outputs reads one channel at least. 8,192 channels take 0.1 s a layer at degree 8.
 
     Raises: GraphError for an empty stack, or where a graph's inputs are not the outputs before it.
     """
     connected: list[float] = []
     least: list[float] = []
-    depends = everything = np.empty((0, 0), dtype=np.uint64)  # row c: the inputs that channel c depends on
+    # row c: the inputs that channel c depends on
+    depends = everything = np.empty((0, 0), dtype=np.uint64)
     n = 0
     for graph in stacked:
         if not connected:
@@ -211,7 +234,8 @@ def reach(stacked: Iterable[Graph]) -> Reach:
             everything = np.bitwise_or.reduce(depends, axis=0)
         elif graph.n_in != len(depends):
             raise GraphError(
-                f"graph {len(connected) + 1} of the stack has {graph.n_in} inputs; it needs {len(depends)}, "
+                f"graph {len(connected) + 1} of the stack has {graph.n_in} inputs; it needs "
+                f"{len(depends)}, "
                 "the outputs of the graph before it"
             )
         depends = np.repeat(_unions(depends, graph.neighbours, everything), graph.share, axis=0)
@@ -227,7 +251,9 @@ def reach(stacked: Iterable[Graph]) -> Reach:
 
 
 def sensitivity_depth(stacked: Iterable[Graph]) -> int | None:
-    """Layers after which every output depends on every input (Theorem 1); None if the stack ends before."""
+    """Layers after which every output depends on every input (Theorem 1); None if the stack ends
+    before.
+    """
     return reach(stacked).depth
 
 
@@ -249,11 +275,12 @@ def graphs_of(model: nn.Module) -> dict[str, Graph]:
 def runs(model: nn.Module) -> list[Run]:
     """Every maximal run of X-layers of which each reads the outputs of the one before it.
 
-    The order of `named_modules` is taken for the order of computation, as it is in the zoo's models. A run
-    ends at a layer that mixes all channels (a dense convolution or linear layer, grouped ones included) and
-    where the next X-layer has another number of inputs, as after a concatenation. Depthwise convolutions,
-    norms, activations and pooling keep channels apart and do not end it. Shortcuts and concatenations are
-    left out: they can only add dependences, so what a run connects is connected in the model.
+    The order of `named_modules` is taken for the order of computation, as it is in the zoo's
+    models. A run ends at a layer that mixes all channels (a dense convolution or linear layer,
+    grouped ones included) and where the next X-layer has another number of inputs, as after a
+    concatenation. Depthwise convolutions, norms, activations and pooling keep channels apart and do
+    not end it. Shortcuts and concatenations are left out: they can only add dependences, so what a
+    run connects is connected in the model.
     """
     found: list[dict[str, Graph]] = []
     last: Graph | None = None
@@ -283,21 +310,28 @@ def _members(side: str, indices: ArrayLike, n: int) -> NDArray[np.bool_]:
     """Indices as a vector [n] of True and False."""
     chosen = np.asarray(indices)
     if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
-        raise GraphError(f"{side}={indices!r} is not a list of indices; use integers from 0 to {n - 1}")
+        raise GraphError(
+            f"{side}={indices!r} is not a list of indices; use integers from 0 to {n - 1}"
+        )
     if chosen.size and (chosen.min() < 0 or chosen.max() >= n):
-        raise GraphError(f"{side} from {chosen.min()} to {chosen.max()}: the layer has {side} 0 to {n - 1}")
+        raise GraphError(
+            f"{side} from {chosen.min()} to {chosen.max()}: the layer has {side} 0 to {n - 1}"
+        )
     members = np.zeros(n, dtype=bool)
     members[chosen.astype(np.intp)] = True
     if members.sum() != chosen.size:
         different = members.sum()
-        raise GraphError(f"{side} has {chosen.size} indices and {different} different ones; give none twice")
+        raise GraphError(
+            f"{side} has {chosen.size} indices and {different} different ones; give none twice"
+        )
     return members
 
 
 def _mixing(graph: Graph, inputs: NDArray[np.bool_], outputs: NDArray[np.bool_]) -> list[Mixing]:
     """One result for each row of inputs [pairs, n_in] and outputs [pairs, n_out]."""
     second = math.sqrt(graph.share) * graphs.singular_values(graph.neighbours, graph.n_in)[1]
-    read = inputs.astype(np.float32) @ graph.matrix().T  # [pairs, blocks]: members of S that each block reads
+    # [pairs, blocks]: members of S that each block reads
+    read = inputs.astype(np.float32) @ graph.matrix().T
     taken = outputs.reshape(len(outputs), graph.blocks, graph.share).sum(axis=2)
     edges = (read.astype(np.int64) * taken).sum(axis=1)
     results = []
@@ -310,7 +344,9 @@ def _mixing(graph: Graph, inputs: NDArray[np.bool_], outputs: NDArray[np.bool_])
 
 
 def _packed_identity(n: int) -> Packed:
-    """[n, words]: bit i of row i alone is set. Sixty-four inputs to a word: 8,192 of them take 8 MB."""
+    """[n, words]: bit i of row i alone is set. Sixty-four inputs to a word: 8,192 of them take 8
+    MB.
+    """
     words = np.zeros((n, -(-n // 64)), dtype=np.uint64)
     channel = np.arange(n)
     words[channel, channel // 64] = np.uint64(1) << (channel % 64).astype(np.uint64)
@@ -323,6 +359,7 @@ def _unions(depends: Packed, neighbours: graphs.Neighbours, everything: Packed) 
     unfinished = np.arange(len(neighbours))
     for column in range(1, neighbours.shape[1]):
         unions[unfinished] |= depends[neighbours[unfinished, column]]
-        if column & (column - 1) == 0:  # at 1, 2, 4, ...: at large degrees most rows are full after a few
+        # at 1, 2, 4, ...: at large degrees most rows are full after a few
+        if column & (column - 1) == 0:
             unfinished = unfinished[(unions[unfinished] != everything).any(axis=1)]
     return unions

@@ -1,14 +1,16 @@
 """Trained weights by tag: where they are, and never a byte of them that is not the one meant.
 
-weights.json has a row for each tag, such as "x_vgg16_2.cifar10_q75": the Hub's repository and commit, and size and
-sha256 of config.json and model.safetensors; `xzoo publish` writes it. `fetch` takes the first place that has them:
+weights.json has a row for each tag, such as "x_vgg16_2.cifar10_q75": the Hub's repository and
+commit, and size and sha256 of config.json and model.safetensors; `xzoo publish` writes it. `fetch`
+takes the first place that has them:
 
     embedded    hub_cards/ in the wheel, or beside the package in a checkout
     cache       XZOO_HOME/hub, or cache_dir
     Hub         HF_ENDPOINT, with HF_TOKEN if there is one; never under HF_HUB_OFFLINE=1
 
-The Hub's client checks sizes alone, and nothing in its cache; so every file is hashed at every load, and what was
-hashed is what is parsed. Only safetensors are: no pickle can get in. Not here: building models (models/).
+The Hub's client checks sizes alone, and nothing in its cache; so every file is hashed at every
+load, and what was hashed is what is parsed. Only safetensors are: no pickle can get in. Not here:
+building models (models/).
 """
 
 import hashlib
@@ -43,7 +45,9 @@ _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Pin:
-    """What a file has to be; of a commit that nobody pinned the digest is the Hub's own, perhaps git's sha1."""
+    """What a file has to be; of a commit that nobody pinned the digest is the Hub's own, perhaps
+    git's sha1.
+    """
 
     digest: str
     size: int
@@ -54,7 +58,9 @@ class Pin:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of weights.json. Without repo and commit the weights are only in a folder, of a checkout or a wheel."""
+    """A row of weights.json. Without repo and commit the weights are only in a folder, of a
+    checkout or a wheel.
+    """
 
     name: str
     files: Mapping[str, Pin]
@@ -84,10 +90,11 @@ class Checkpoint:
 
 
 def entries() -> dict[str, Entry]:
-    """The rows whose weights can be had, in the table's order: an architecture's first tag is its default.
+    """The rows whose weights can be had, in the table's order: an architecture's first tag is its
+    default.
 
-    Larger ones that nobody has published yet are in a checkout, and not in the wheel: there they do not exist.
-    Raises: XzooError if the table is broken.
+    Larger ones that nobody has published yet are in a checkout, and not in the wheel: there they do
+    not exist. Raises: XzooError if the table is broken.
     """
     try:
         table = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -104,7 +111,10 @@ def _entry(name: str, row: Mapping[str, Any]) -> Entry:
             raise ValueError(f"{what} {value!r}")
     if row.get("commit") is not None and not _COMMIT.fullmatch(row["commit"]):
         raise ValueError(f"commit {row['commit']!r} is not 40 hexadecimal digits")
-    pins = {file: Pin(row["files"][file]["sha256"], row["files"][file]["size"]) for file in (CONFIG, WEIGHTS)}
+    pins = {
+        file: Pin(row["files"][file]["sha256"], row["files"][file]["size"])
+        for file in (CONFIG, WEIGHTS)
+    }
     return Entry(name, pins, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
 
 
@@ -115,10 +125,16 @@ def write(name: str, row: Mapping[str, Any]) -> None:
     files.write_text(TABLE, json.dumps(dict(sorted(table.items())), indent=1) + "\n")
 
 
-def row(folder: Path, repo: str | None = None, commit: str | None = None, version: str | None = None) -> dict[str, Any]:
+def row(
+    folder: Path, repo: str | None = None, commit: str | None = None, version: str | None = None
+) -> dict[str, Any]:
     """What weights.json says of a model folder."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    cfg = {key: value for key, value in config["pretrained_cfg"].items() if not key.startswith("label_")}
+    cfg = {
+        key: value
+        for key, value in config["pretrained_cfg"].items()
+        if not key.startswith("label_")
+    }
     sizes = {}
     for name in (CONFIG, WEIGHTS):
         data = (folder / name).read_bytes()
@@ -147,7 +163,9 @@ def embedded(name: str) -> Path | None:
 
 
 def timm_rows() -> dict[str, dict[str, Any]]:
-    """The table as timm's rows of default_cfgs, so that its own create_model finds the pinned commit."""
+    """The table as timm's rows of default_cfgs, so that its own create_model finds the pinned
+    commit.
+    """
     rows = {}
     for name, entry in entries().items():
         there = embedded(name)
@@ -155,21 +173,28 @@ def timm_rows() -> dict[str, dict[str, Any]]:
         if entry.repo:
             # Named, or timm would take a pickle where the Hub does not answer.
             source |= {"hf_hub_id": f"{entry.repo}@{entry.commit}", "hf_hub_filename": WEIGHTS}
-        cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.cfg.items()}  # as timm's own
+        # as timm's own
+        cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.cfg.items()}
         rows[name] = cfg | source
     return rows
 
 
-def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | None = None) -> Checkpoint:
+def fetch(
+    entry: Entry, revision: str | None = None, cache_dir: Path | str | None = None
+) -> Checkpoint:
     """Find, verify and read the weights of a row.
 
     Args:
-        revision: another commit of its repository. Nobody has pinned that one: it is held against what the Hub says.
+        revision: another commit of its repository. Nobody has pinned that one: it is held against
+            what the Hub says.
         cache_dir: of the Hub's client, in place of XZOO_HOME/hub.
-    Raises: ModelError that says what is wrong and what to do. Nothing that was not verified is returned.
+    Raises: ModelError that says what is wrong and what to do. Nothing that was not verified is
+    returned.
     """
     if revision is not None and not _COMMIT.fullmatch(revision):
-        raise ModelError(f"revision={revision!r}: give a commit, 40 hexadecimal digits; branches and tags move")
+        raise ModelError(
+            f"revision={revision!r}: give a commit, 40 hexadecimal digits; branches and tags move"
+        )
     other = revision is not None and revision != entry.commit
     folder = None if other else embedded(entry.name)
     if folder is not None:
@@ -178,10 +203,18 @@ def fetch(entry: Entry, revision: str | None = None, cache_dir: Path | str | Non
         if all(name in there and pin.fits(there[name]) for name, pin in entry.files.items()):
             return _parsed(entry, there, folder / WEIGHTS, "embedded")
         if entry.repo is None:
-            raise ModelError(f"{folder} is damaged: its files are not those of {entry.name}; install xzoo again")
-        _logger.warning("%s is damaged: its files are not those of %s; taking them from the Hub", folder, entry.name)
+            raise ModelError(
+                f"{folder} is damaged: its files are not those of {entry.name}; install xzoo again"
+            )
+        _logger.warning(
+            "%s is damaged: its files are not those of %s; taking them from the Hub",
+            folder,
+            entry.name,
+        )
     if entry.repo is None or entry.commit is None:
-        raise ModelError(f"revision={revision}: {entry.name} is not on the Hub, and has no commits; leave it out")
+        raise ModelError(
+            f"revision={revision}: {entry.name} is not on the Hub, and has no commits; leave it out"
+        )
     hub = Hub(entry.repo, revision or entry.commit, Path(cache_dir or home() / "hub"))
     found, sources = {}, set()
     with network.bounded():  # of both files at once: a server that is dead is asked once
@@ -197,20 +230,32 @@ def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str
         config = json.loads(contents[CONFIG])
         state = safetensors.torch.load(contents[WEIGHTS])
         if config["architecture"] != entry.architecture:
-            raise ModelError(f"{path}: these are weights of {config['architecture']}, not of {entry.architecture}")
+            raise ModelError(
+                f"{path}: these are weights of {config['architecture']}, not of "
+                f"{entry.architecture}"
+            )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, XzooError):
             raise
-        raise ModelError(f"{path} is no model that can be read: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"{path} is no model that can be read: {type(error).__name__}: {error}"
+        ) from error
     check_fingerprint(config, state, str(path))
-    _logger.info("weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(contents[WEIGHTS]))
+    _logger.info(
+        "weights of %s: %s (%s), sha256 %s", entry.name, path, source, _sha256(contents[WEIGHTS])
+    )
     return Checkpoint(entry, config, state, path, source)
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) of all graphs of a model, by name, whatever integers they are stored in; "" without any."""
+    """sha256 (hex) of all graphs of a model, by name, whatever integers they are stored in; ""
+    without any.
+    """
     drawn = {key: value for key, value in state.items() if key.rpartition(".")[2] == "neighbours"}
-    prints = [f"{key} {graphs.fingerprint(drawn[key].to(torch.int32).numpy(force=True))}\n" for key in sorted(drawn)]
+    prints = [
+        f"{key} {graphs.fingerprint(drawn[key].to(torch.int32).numpy(force=True))}\n"
+        for key in sorted(drawn)
+    ]
     return _sha256("".join(prints).encode()) if prints else ""
 
 
@@ -218,7 +263,10 @@ def check_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], wh
     """Raise ModelError where the graphs are others than those that config.json was written for."""
     wanted = (config.get("xzoo") or {}).get("fingerprint")
     if wanted is not None and wanted != fingerprint(state):
-        raise ModelError(f"{what}: its graphs are not those that {CONFIG} was written for (fingerprint {wanted[:12]})")
+        raise ModelError(
+            f"{what}: its graphs are not those that {CONFIG} was written for (fingerprint "
+            f"{wanted[:12]})"
+        )
 
 
 # ---- the Hub
@@ -238,7 +286,9 @@ class Hub:
         from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
         if self.offline:
-            raise ModelError(f"{self.repo} at {self.commit} is asked of the Hub, and HF_HUB_OFFLINE is set")
+            raise ModelError(
+                f"{self.repo} at {self.commit} is asked of the Hub, and HF_HUB_OFFLINE is set"
+            )
         try:
             with network.bounded():
                 url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
@@ -248,11 +298,15 @@ class Hub:
         # The client makes paths of the ETag, and takes any.
         if found.commit_hash != self.commit or not found.etag or found.size is None:
             raise ModelError(
-                f"{self.endpoint} says nothing of use about {self.repo}/{name} at {self.commit}: is it the Hub, or "
+                f"{self.endpoint} says nothing of use about {self.repo}/{name} at {self.commit}: "
+                "is it the Hub, or "
                 "the sign-in page of a network?"
             )
         if not (_SHA256.fullmatch(found.etag) or _COMMIT.fullmatch(found.etag)):
-            raise ModelError(f"{self.endpoint} gives {self.repo}/{name} an ETag that is no hash; nothing was taken")
+            raise ModelError(
+                f"{self.endpoint} gives {self.repo}/{name} an ETag that is no hash; nothing was "
+                "taken"
+            )
         return Pin(found.etag, found.size)
 
     def file(self, name: str, pin: Pin) -> tuple[bytes, Path, str]:
@@ -265,11 +319,17 @@ class Hub:
             _logger.warning("%s is damaged, and is fetched again", cached)
         if self.offline:
             state = f"damaged in {self.cache}" if cached else f"not in {self.cache}"
-            raise ModelError(f"{self.repo}/{name} is {state}, and HF_HUB_OFFLINE is set; unset it once to fetch it")
-        stated = self.stated(name)
-        if stated.size != pin.size or (len(stated.digest) == 64 == len(pin.digest) and stated.digest != pin.digest):
             raise ModelError(
-                f"{self.endpoint} has another {name} in {self.repo} at {self.commit[:12]} than this xzoo was made "
+                f"{self.repo}/{name} is {state}, and HF_HUB_OFFLINE is set; unset it once to fetch "
+                "it"
+            )
+        stated = self.stated(name)
+        if stated.size != pin.size or (
+            len(stated.digest) == 64 == len(pin.digest) and stated.digest != pin.digest
+        ):
+            raise ModelError(
+                f"{self.endpoint} has another {name} in {self.repo} at {self.commit[:12]} than "
+                "this xzoo was made "
                 f"for ({stated.size} bytes, {pin.size} expected); nothing was taken"
             )
         for last in (False, True):
@@ -278,7 +338,9 @@ class Hub:
             except Exception as error:
                 if last or network.unreachable() or not _passes(error):
                     raise self._error(name, error) from error
-                _logger.warning("%s/%s: %s; once more", self.repo, name, network.failure() or first_line(error))
+                _logger.warning(
+                    "%s/%s: %s; once more", self.repo, name, network.failure() or first_line(error)
+                )
                 continue
             data = path.read_bytes()
             if pin.fits(data):
@@ -288,21 +350,28 @@ class Hub:
                 place.unlink(missing_ok=True)
             _logger.warning("%s/%s came damaged", self.repo, name)
         raise ModelError(
-            f"{self.repo}/{name} came damaged twice from {self.endpoint}; nothing was kept, try again later"
+            f"{self.repo}/{name} came damaged twice from {self.endpoint}; nothing was kept, try "
+            "again later"
         )
 
     def _cached(self, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
 
         with suppress(OSError, ValueError):  # not there
-            found = hf_hub_download(self.repo, name, revision=self.commit, cache_dir=self.cache, local_files_only=True)
+            found = hf_hub_download(
+                self.repo, name, revision=self.commit, cache_dir=self.cache, local_files_only=True
+            )
             return Path(found)
         return None
 
     def _download(self, name: str, force: bool) -> Path:
         from huggingface_hub import hf_hub_download
 
-        where: dict[str, Any] = {"revision": self.commit, "cache_dir": self.cache, "endpoint": self.endpoint}
+        where: dict[str, Any] = {
+            "revision": self.commit,
+            "cache_dir": self.cache,
+            "endpoint": self.endpoint,
+        }
         with network.bounded():
             return Path(hf_hub_download(self.repo, name, force_download=force, **where))
 
@@ -316,8 +385,11 @@ class Hub:
         return ModelError(text or f"cannot get {what} from {self.endpoint}: {first_line(error)}")
 
 
-def explained(error: BaseException, repo: str, revision: str | None = None, file: str | None = None) -> str | None:
-    """What kept the Hub's client from a repository, in one line that says what to do; None for other errors.
+def explained(
+    error: BaseException, repo: str, revision: str | None = None, file: str | None = None
+) -> str | None:
+    """What kept the Hub's client from a repository, in one line that says what to do; None for
+    other errors.
 
     Within network.bounded(), which knows what was wrong with the network.
     """
@@ -327,9 +399,15 @@ def explained(error: BaseException, repo: str, revision: str | None = None, file
     endpoint, what = constants.ENDPOINT, f"{repo}/{file}" if file else repo
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run `hf auth login`"
+        return (
+            f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run "
+            "`hf auth login`"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{endpoint} has no repository {repo}, or it is private: then set HF_TOKEN or run `hf auth login`"
+        return (
+            f"{endpoint} has no repository {repo}, or it is private: then set HF_TOKEN or run `hf "
+            "auth login`"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         commit = "commit" if _COMMIT.fullmatch(revision or "") else "revision"
         return f"{repo} has no {commit} {revision}" if revision else f"{repo} has no such revision"
@@ -344,14 +422,27 @@ def explained(error: BaseException, repo: str, revision: str | None = None, file
         return f"the token of the Hub is not plain ASCII ({error.reason}); set HF_TOKEN again"
     causes = (error, error.__cause__)
     if any(isinstance(cause, errors.FileMetadataError) for cause in causes):
-        return f"cannot get {what}: {endpoint} does not answer as the Hub does; is it the sign-in page of a network?"
-    unanswered = (httpx.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, urllib.error.URLError)
+        return (
+            f"cannot get {what}: {endpoint} does not answer as the Hub does; is it the sign-in "
+            "page of a network?"
+        )
+    unanswered = (
+        httpx.HTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        urllib.error.URLError,
+    )
     failure = network.failure()
-    if any(isinstance(cause, unanswered) for cause in causes) or (failure and failure.startswith("the proxy")):
+    if any(isinstance(cause, unanswered) for cause in causes) or (
+        failure and failure.startswith("the proxy")
+    ):
         failure = failure or first_line(error)
         if "HF_HUB_OFFLINE" in failure:
             return f"{what} is not in the cache, and {failure}"
-        return f"cannot get {what} from {endpoint}, and it is not in the cache: {failure}; check the connection"
+        return (
+            f"cannot get {what} from {endpoint}, and it is not in the cache: {failure}; check the "
+            "connection"
+        )
     return None
 
 
@@ -362,7 +453,9 @@ def _passes(error: Exception) -> bool:
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     truncated = isinstance(error, OSError) and "Consistency check" in str(error)
-    broken = isinstance(error, httpx.TransportError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+    broken = isinstance(
+        error, httpx.TransportError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError
+    )
     return truncated or broken or (status is not None and status >= 500)
 
 

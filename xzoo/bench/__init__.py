@@ -1,4 +1,6 @@
-"""`xzoo bench`: how fast layers and models are, what a training loop costs, and what trained weights are worth."""
+"""`xzoo bench`: how fast layers and models are, what a training loop costs, and what trained
+weights are worth.
+"""
 
 from .figures import Figure, check_file, machine, ratios, threads, write_csv
 from .finetune import finetuning

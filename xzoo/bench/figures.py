@@ -1,8 +1,9 @@
 """A figure, what it was measured on, and the file of figures.
 
-A busy machine makes every time a matter of luck. So the forms that are compared take turns within one run, a figure is
-the ratio of neighbours in that alternation, and what is told is the median of the ratios with their quartiles. Where
-there is nothing to compare with, it is a rate, which means something on its machine alone.
+A busy machine makes every time a matter of luck. So the forms that are compared take turns within
+one run, a figure is the ratio of neighbours in that alternation, and what is told is the median of
+the ratios with their quartiles. Where there is nothing to compare with, it is a rate, which means
+something on its machine alone.
 """
 
 import csv
@@ -103,7 +104,10 @@ class Figure:
             "against": self.against,
             "median": row["median"] + unit,
             "quartiles": f"{row['quartile 1']} - {row['quartile 3']}",
-            **{key: row[key] for key in ("n", "ideal", "of ideal", "bar", "met", "ours", "faults", "note")},
+            **{
+                key: row[key]
+                for key in ("n", "ideal", "of ideal", "bar", "met", "ours", "faults", "note")
+            },
         }
 
     def _text(self, value: float) -> str:
@@ -111,7 +115,9 @@ class Figure:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
-    """Of each value of `ours` to its neighbour in `theirs`; both in the order in which they took turns."""
+    """Of each value of `ours` to its neighbour in `theirs`; both in the order in which they took
+    turns.
+    """
     return tuple(a / b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -122,7 +128,11 @@ def faster(times: dict[str, Times]) -> str:
 
 def lasting(seconds: float) -> str:
     """In the unit that suits it."""
-    unit, size = next(pair for pair in (("s", 1), ("ms", 1e-3), ("us", 1e-6)) if seconds >= pair[1] or pair[0] == "us")
+    unit, size = next(
+        pair
+        for pair in (("s", 1), ("ms", 1e-3), ("us", 1e-6))
+        if seconds >= pair[1] or pair[0] == "us"
+    )
     return f"{seconds / size:.3g} {unit}"
 
 
@@ -143,7 +153,9 @@ def check_file(path: Path, kinds: Sequence[str] = ()) -> None:
     For before an hour of measuring rather than after it.
     """
     if kinds and path.suffix not in kinds:
-        raise XzooError(f"cannot draw {path}: no picture is called {path.suffix}; use {' or '.join(kinds)}")
+        raise XzooError(
+            f"cannot draw {path}: no picture is called {path.suffix}; use {' or '.join(kinds)}"
+        )
     files.check_file(path)
 
 
@@ -170,20 +182,31 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def watched(cases: Sequence[T], what: Callable[[T], str], work: Callable[[T], float]) -> Iterator[T]:
-    """The cases, each after a line on stderr that names it and tells how long all that are left will take.
+def watched(
+    cases: Sequence[T], what: Callable[[T], str], work: Callable[[T], float]
+) -> Iterator[T]:
+    """The cases, each after a line on stderr that names it and tells how long all that are left
+    will take.
 
     Args:
-        work: multiply-accumulates of a case; how long those take is guessed at first and then known.
+        work: multiply-accumulates of a case; how long those take is guessed at first and then
+            known.
     """
     total, done, begun = sum(map(work, cases)), 0.0, time.perf_counter()
     inline = sys.stderr.isatty()
     for number, case in enumerate(cases, 1):
-        pace = (time.perf_counter() - begun) / done if done else 1 / (MACS * torch.get_num_threads())
+        pace = (
+            (time.perf_counter() - begun) / done if done else 1 / (MACS * torch.get_num_threads())
+        )
         left = (total - done) * pace
         time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
         line = f"{number} of {len(cases)}: {what(case)} (about {time_left} left)"
-        print(f"\r\x1b[2K{line}" if inline else line, end="" if inline else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[2K{line}" if inline else line,
+            end="" if inline else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
         yield case
         done += work(case)
     if inline:

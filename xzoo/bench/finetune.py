@@ -2,10 +2,10 @@
 
     xzoo bench --finetune DATA --model x_vgg16_2.cifar10_q75 --csv recipes/finetune.csv
 
-DATA is what `xzoo finetune` reads, with a part to train on and one to validate on. Runs with and without the trained
-weights take turns, with the same seed, image size and training time: on a few images per class, drawn anew with each
-seed, then on all. Each run adds a row to the table; a row that is there is not measured again, so that the same command
-resumes.
+DATA is what `xzoo finetune` reads, with a part to train on and one to validate on. Runs with and
+without the trained weights take turns, with the same seed, image size and training time: on a few
+images per class, drawn anew with each seed, then on all. Each run adds a row to the table; a row
+that is there is not measured again, so that the same command resumes.
 """
 
 import csv
@@ -43,7 +43,8 @@ COLUMNS = (
 def finetuning(
     data: str, model: str, table: Path | str, minutes: float = 2.0, seeds: int = 3, each: int = 10
 ) -> Iterator[dict[str, str]]:
-    """Train with and without a network's weights on the same images; yields each new row of the table.
+    """Train with and without a network's weights on the same images; yields each new row of the
+    table.
 
     Args:
         data: folder of images, or whatever else `xzoo finetune` reads, with a part to validate on.
@@ -52,26 +53,49 @@ def finetuning(
         minutes: of training in each run.
         seeds: runs of each kind.
         each: training images per class in the smaller comparison.
-    Raises: XzooError, before any training, for a model without weights, data without a validation part, numbers below
-        one, or a table that cannot be written.
+    Raises: XzooError, before any training, for a model without weights, data without a validation
+        part, numbers below one, or a table that cannot be written.
     """
     table = Path(table)
     check_file(table, "--csv")
     cfg = get_pretrained_cfg(model)
     if cfg is None or not cfg.has_weights:
-        raise XzooError(f"model={model!r} has no trained weights; give the name of one that has, as x_vgg16_2")
+        raise XzooError(
+            f"model={model!r} has no trained weights; give the name of one that has, as x_vgg16_2"
+        )
     if seeds < 1 or each < 1 or not minutes > 0:
-        raise XzooError(f"seeds={seeds}, each={each}, minutes={minutes:g}: 1 or more, 1 or more, and over 0")
+        raise XzooError(
+            f"seeds={seeds}, each={each}, minutes={minutes:g}: 1 or more, 1 or more, and over 0"
+        )
     if not list_images(data).val:
-        raise XzooError(f"{data} has no part to validate on; the runs have to be compared on the same images")
-    return _runs(data, model, table, cfg.input_size[1], itertools.product((each, None), range(seeds)), minutes)
+        raise XzooError(
+            f"{data} has no part to validate on; the runs have to be compared on the same images"
+        )
+    return _runs(
+        data,
+        model,
+        table,
+        cfg.input_size[1],
+        itertools.product((each, None), range(seeds)),
+        minutes,
+    )
 
 
 def _runs(
-    data: str, model: str, table: Path, side: int, cases: Iterator[tuple[int | None, int]], minutes: float
+    data: str,
+    model: str,
+    table: Path,
+    side: int,
+    cases: Iterator[tuple[int | None, int]],
+    minutes: float,
 ) -> Iterator[dict[str, str]]:
     for (count, seed), pretrained in itertools.product(cases, (True, False)):
-        row = {"model": model, "pretrained": str(pretrained).lower(), "data": Path(data).name, "seed": str(seed)}
+        row = {
+            "model": model,
+            "pretrained": str(pretrained).lower(),
+            "data": Path(data).name,
+            "seed": str(seed),
+        }
         with tempfile.TemporaryDirectory() as scratch:
             place = data
             if count is not None:
@@ -90,14 +114,24 @@ def _runs(
                 img_size=side,
                 out=f"{scratch}/run",
             )
-        row |= {"minutes": f"{minutes:g}", "img_size": str(side), "top1": f"{100 * result.accuracy:.2f}"}
-        row |= {"n_val": str(result.images), "epochs": str(result.epochs), "on": hardware(torch.device("cpu"))}
+        row |= {
+            "minutes": f"{minutes:g}",
+            "img_size": str(side),
+            "top1": f"{100 * result.accuracy:.2f}",
+        }
+        row |= {
+            "n_val": str(result.images),
+            "epochs": str(result.epochs),
+            "on": hardware(torch.device("cpu")),
+        }
         _write(table, [*known, row])
         yield row
 
 
 def draw_few(data: str, to: Path, count: int, seed: int) -> None:
-    """Make a folder with `count` training images of each class of DATA, and all that it validates on."""
+    """Make a folder with `count` training images of each class of DATA, and all that it validates
+    on.
+    """
     listing = list_images(data)
     order = np.random.default_rng(seed).permutation(len(listing.train))
     train: dict[int, list[bytes]] = {label: [] for label in range(len(listing.classes))}

@@ -1,7 +1,8 @@
-"""One layer at a time: how fast it is beside dense, masked and grouped forms; the rule of `auto`; what `share` buys.
+"""One layer at a time: how fast it is beside dense, masked and grouped forms; the rule of `auto`;
+what `share` buys.
 
-Ours is the operation of xzoo.ops as a layer calls it, by the backend that `auto` takes, into fresh outputs. Dense is
-torch's own on a weight that lies ready, in the faster of its two memory formats.
+Ours is the operation of xzoo.ops as a layer calls it, by the backend that `auto` takes, into fresh
+outputs. Dense is torch's own on a weight that lies ready, in the faster of its two memory formats.
 """
 
 import re
@@ -23,12 +24,15 @@ from ..ops.tune import PRODUCTS, LayerShape, Tensors, Times, alternate, tensors
 from .figures import Figure, faster, lasting, ratios, watched
 
 ROUNDS = 3  # to find the faster memory format, before the pairs that count
-LARGEST = 2**27  # numbers in an intermediate result: the gather-multiply-sum of a large batch has no place
+# numbers in an intermediate result: the gather-multiply-sum of a large batch has no place
+LARGEST = 2**27
 CALL = 30e6  # multiply-accumulates that would take as long as calling an operation does
 
 
 class LayerCase(NamedTuple):
-    """A layer, one of its products, and the least part of `ideal` wanted with vectors of 16 and of 8 floats."""
+    """A layer, one of its products, and the least part of `ideal` wanted with vectors of 16 and of
+    8 floats.
+    """
 
     layer: LayerShape
     product: str = "forward"
@@ -41,18 +45,26 @@ class LayerCase(NamedTuple):
     def work(self) -> float:
         """Of one call of each form."""
         kernel, n_in, n_out, size, stride, *_ = self.layer
-        return 5 * (n_in * n_out * max(kernel, 1) ** 2 * self.layer.batch * (size // stride) ** 2 + CALL)
+        return 5 * (
+            n_in * n_out * max(kernel, 1) ** 2 * self.layer.batch * (size // stride) ** 2 + CALL
+        )
 
 
 def name(layer: LayerShape) -> str:
-    """Such as "3x3 256->256 14x14 b16 d64 s1"; with a stride "/2" after the pixels, and "last" at the end."""
+    """Such as "3x3 256->256 14x14 b16 d64 s1"; with a stride "/2" after the pixels, and "last" at
+    the end.
+    """
     kernel, n_in, n_out, size, stride, degree, share, batch, last = layer
-    kind = f"{kernel}x{kernel} {n_in}->{n_out} {size}x{size}" if kernel else f"linear {n_in}->{n_out}"
+    kind = (
+        f"{kernel}x{kernel} {n_in}->{n_out} {size}x{size}" if kernel else f"linear {n_in}->{n_out}"
+    )
     step = f"/{stride}" if stride > 1 else ""
     return f"{kind}{step} b{batch} d{degree} s{share}{' last' if last else ''}"
 
 
-_NAME = re.compile(r"(?:(\d+)x\1|linear) (\d+)->(\d+)(?: (\d+)x\4(?:/(\d+))?)? b(\d+) d(\d+) s(\d+)( last)?")
+_NAME = re.compile(
+    r"(?:(\d+)x\1|linear) (\d+)->(\d+)(?: (\d+)x\4(?:/(\d+))?)? b(\d+) d(\d+) s(\d+)( last)?"
+)
 
 
 def named(text: str) -> LayerShape | None:
@@ -60,8 +72,12 @@ def named(text: str) -> LayerShape | None:
     found = _NAME.fullmatch(text)
     if found is None or (found[1] is None) != (found[4] is None) or int(found[1] or 1) % 2 == 0:
         return None
-    kernel, n_in, n_out, size, stride, batch, degree, share = (int(number or 0) for number in found.groups()[:-1])
-    layer = LayerShape(kernel, n_in, n_out, size or 1, stride or 1, degree, share, batch, bool(found[9]))
+    kernel, n_in, n_out, size, stride, batch, degree, share = (
+        int(number or 0) for number in found.groups()[:-1]
+    )
+    layer = LayerShape(
+        kernel, n_in, n_out, size or 1, stride or 1, degree, share, batch, bool(found[9])
+    )
     graphs.check("biregular", n_in, n_out, degree, share, 0)
     return layer
 
@@ -73,7 +89,11 @@ def _many(rows: str, product: str, bars: tuple[float, float] | None) -> list[Lay
     found = []
     for row in rows.splitlines():
         sizes, _, shares = row.strip().partition(" s")
-        found += [LayerCase(layer, product, bars) for s in shares.split(",") if (layer := named(f"{sizes} s{s}"))]
+        found += [
+            LayerCase(layer, product, bars)
+            for s in shares.split(",")
+            if (layer := named(f"{sizes} s{s}"))
+        ]
     return found
 
 
@@ -87,8 +107,12 @@ CASES = (
     ),
     *_many("3x3 256->256 8x8 b128 d64 s1", "forward", (0.90, 0.75)),
     *_many("3x3 64->64 32x32 b128 d8 s1", "forward", (0.60, 0.50)),
-    *_many("3x3 128->256 16x16/2 b128 d16 s1\n3x3 256->256 28x28/2 b16 d64 s1", "forward", (0.55, 0.42)),
-    *_many("3x3 256->256 14x14 b16 d64 s1\n3x3 256->256 14x14 b16 d128 s1", "forward", (0.70, 0.62)),
+    *_many(
+        "3x3 128->256 16x16/2 b128 d16 s1\n3x3 256->256 28x28/2 b16 d64 s1", "forward", (0.55, 0.42)
+    ),
+    *_many(
+        "3x3 256->256 14x14 b16 d64 s1\n3x3 256->256 14x14 b16 d128 s1", "forward", (0.70, 0.62)
+    ),
     *_many(
         """3x3 256->256 14x14 b1 d64 s1
         3x3 256->256 14x14 b1 d128 s1
@@ -143,7 +167,11 @@ CASES = (
     *_many("linear 3072->768 b1 d307 s4", "forward", (0.5, 0.5)),
     *_many("linear 3072->768 b64 d307 s1", "forward", (0.70, 0.6)),
     *_many("linear 3072->768 b64 d307 s4", "forward", (0.95, 0.7)),
-    *(case for b in (4, 16, 128, 512) for case in _many(f"linear 3072->768 b{b} d307 s1,4", "forward", None)),
+    *(
+        case
+        for b in (4, 16, 128, 512)
+        for case in _many(f"linear 3072->768 b{b} d307 s1,4", "forward", None)
+    ),
     *(
         case
         for product, bars in (("input_grad", (0.70, 0.55)), ("weight_grad", (0.55, 0.65)))
@@ -179,23 +207,29 @@ CASES = (
 
 
 def layers(selected: Sequence[str] = (), pairs: int = 15) -> Iterator[Figure]:
-    """Measure layers against the dense, masked, grouped and (linear) gathered forms of the same sizes.
+    """Measure layers against the dense, masked, grouped and (linear) gathered forms of the same
+    sizes.
 
     Args:
-        selected: texts, of which the name of a case has to contain one, or sizes such as "3x3 64->64 8x8 b16 d8 s1";
-            empty for all.
+        selected: texts, of which the name of a case has to contain one, or sizes such as "3x3
+            64->64 8x8 b16 d8 s1"; empty for all.
         pairs: how often each form is measured.
-    Raises: XzooError, GraphError for a text that is in no case's name and gives no sizes of a layer.
+    Raises: XzooError, GraphError for a text that is in no case's name and gives no sizes of a
+    layer.
     """
     _check_pairs(pairs)
     cases: dict[LayerCase, None] = {}
     for text in selected:
         own = named(text)
         found = (
-            [LayerCase(own, product) for product in PRODUCTS] if own else [case for case in CASES if text in str(case)]
+            [LayerCase(own, product) for product in PRODUCTS]
+            if own
+            else [case for case in CASES if text in str(case)]
         )
         if not found:
-            raise XzooError(f"layer {text!r}: no case is called so; give sizes such as '{name(CASES[0].layer)}'")
+            raise XzooError(
+                f"layer {text!r}: no case is called so; give sizes such as '{name(CASES[0].layer)}'"
+            )
         cases |= dict.fromkeys(found)
     return _layers(list(cases or CASES), pairs)
 
@@ -239,8 +273,9 @@ def ours(drawn: Tensors, product: str) -> Callable[[], Tensor]:
 
 
 def rivals(drawn: Tensors, case: LayerCase) -> dict[str, Callable[[], Tensor]]:
-    """Forms of a layer as sparse as this one: the authors' masked one, a group convolution, and of a linear layer a
-    gather of each output's inputs, multiplied and summed. The memory format is that of `drawn`.
+    """Forms of a layer as sparse as this one: the authors' masked one, a group convolution, and of
+    a linear layer a gather of each output's inputs, multiplied and summed. The memory format is
+    that of `drawn`.
     """
     layer, product = case.layer, case.product
     weight = definition.scatter(drawn.weight, drawn.neighbours, layer.n_in)
@@ -272,9 +307,13 @@ def library(drawn: Tensors, product: str, weight: Tensor, groups: int = 1) -> Te
             return F.conv2d(x, weight, None, stride, padding, dilation, groups)
         wanted = [product == "input_grad", product == "weight_grad", False]
         geometry = (stride, padding, dilation, False, [0, 0], groups)
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)[not wanted[0]]
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)[
+            not wanted[0]
+        ]
     if groups > 1:  # [groups, B, degree] @ [groups, degree, outputs of a group]
-        parts = x.unflatten(1, (groups, -1)).transpose(0, 1) @ weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        parts = x.unflatten(1, (groups, -1)).transpose(0, 1) @ weight.unflatten(
+            0, (groups, -1)
+        ).transpose(1, 2)
         return parts.transpose(0, 1).flatten(1)
     if product == "forward":
         return F.linear(x, weight)
@@ -312,16 +351,41 @@ def _check_pairs(pairs: int) -> None:
 
 # ---- the rule of `auto`
 
-# From layers of the models, with every second one at a compression of 2, where a sparse kernel gains little or loses.
+# From layers of the models, with every second one at a compression of 2, where a sparse kernel
+# gains little or loses.
 POLICY = tuple(
     layer
     for text in (
-        *("3x3 64->64 32x32 b128 d32 s1", "3x3 128->128 16x16 b64 d16 s1", "3x3 256->256 8x8 b128 d128 s1"),
-        *("3x3 512->512 4x4 b128 d32 s1", "3x3 512->512 2x2 b64 d256 s1", "3x3 512->512 2x2 b1 d32 s1"),
-        *("3x3 256->256 14x14 b1 d128 s1", "3x3 128->256 28x28/2 b16 d16 s1", "3x3 512->512 7x7 b16 d256 s1"),
-        *("3x3 64->64 56x56 b1 d8 s1", "1x1 256->64 56x56 b16 d128 s4", "1x1 512->128 28x28 b16 d64 s4"),
-        *("1x1 1024->256 14x14 b16 d512 s1", "1x1 256->1024 14x14 b1 d64 s4", "1x1 512->2048 7x7 b16 d256 s4"),
-        *("1x1 512->512 14x14 b16 d64 s4", "1x1 24->96 16x16 b64 d12 s1", "linear 3072->768 b64 d307 s4"),
+        *(
+            "3x3 64->64 32x32 b128 d32 s1",
+            "3x3 128->128 16x16 b64 d16 s1",
+            "3x3 256->256 8x8 b128 d128 s1",
+        ),
+        *(
+            "3x3 512->512 4x4 b128 d32 s1",
+            "3x3 512->512 2x2 b64 d256 s1",
+            "3x3 512->512 2x2 b1 d32 s1",
+        ),
+        *(
+            "3x3 256->256 14x14 b1 d128 s1",
+            "3x3 128->256 28x28/2 b16 d16 s1",
+            "3x3 512->512 7x7 b16 d256 s1",
+        ),
+        *(
+            "3x3 64->64 56x56 b1 d8 s1",
+            "1x1 256->64 56x56 b16 d128 s4",
+            "1x1 512->128 28x28 b16 d64 s4",
+        ),
+        *(
+            "1x1 1024->256 14x14 b16 d512 s1",
+            "1x1 256->1024 14x14 b1 d64 s4",
+            "1x1 512->2048 7x7 b16 d256 s4",
+        ),
+        *(
+            "1x1 512->512 14x14 b16 d64 s4",
+            "1x1 24->96 16x16 b64 d12 s1",
+            "linear 3072->768 b64 d307 s4",
+        ),
         *("linear 512->512 b128 d256 s1", "linear 512->512 b1 d128 s4"),
     )
     if (layer := named(text))
@@ -329,7 +393,8 @@ POLICY = tuple(
 
 
 def policy(pairs: int = 15) -> Iterator[Figure]:
-    """Time of what `auto` takes over that of the library's fastest dense path, for 20 shapes and each product.
+    """Time of what `auto` takes over that of the library's fastest dense path, for 20 shapes and
+    each product.
 
     A layer's input comes in the memory format in which it is faster, on both sides.
     Raises: XzooError for pairs below 1.
@@ -344,7 +409,10 @@ def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
         forms = _formats(tensors(case.layer))
         candidates = {form: ours(each, case.product) for form, each in forms.items()}
         best = faster(alternate(candidates, ROUNDS))
-        calls = {"auto": candidates[best], "dense": _faster_dense(forms["contiguous"], case.product)[1]}
+        calls = {
+            "auto": candidates[best],
+            "dense": _faster_dense(forms["contiguous"], case.product)[1],
+        }
         times = alternate(calls, pairs)
         figure = Figure(
             str(case),
@@ -375,12 +443,15 @@ CLASSES = (
 
 
 def share(pairs: int = 15) -> Iterator[Figure]:
-    """For each share and class of layer: the graph's second singular value, and the speed forwards and in training.
+    """For each share and class of layer: the graph's second singular value, and the speed forwards
+    and in training.
 
     Raises: XzooError for pairs below 1.
     """
     _check_pairs(pairs)
-    return _share([layer for text in CLASSES for s in SHARES if (layer := named(f"{text} s{s}"))], pairs)
+    return _share(
+        [layer for text in CLASSES for s in SHARES if (layer := named(f"{text} s{s}"))], pairs
+    )
 
 
 def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
@@ -389,14 +460,23 @@ def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
         found = theory.spectrum(theory.Graph(drawn.neighbours.numpy(), layer.n_in, layer.share))
         of = {"first singular value": found.first, "bound of random graphs": found.bound}
         for against, value in of.items():
-            yield Figure(f"second singular value, {name(layer)}", against, "x", (found.second / value,), part="share")
+            yield Figure(
+                f"second singular value, {name(layer)}",
+                against,
+                "x",
+                (found.second / value,),
+                part="share",
+            )
         times: dict[str, tuple[Times, Times]] = {}
         for product in PRODUCTS:
             calls = {"ours": ours(drawn, product), "dense": _faster_dense(drawn, product)[1]}
             both = alternate(calls, pairs)
             times[product] = both["ours"], both["dense"]
         # A step in training is all three.
-        steps = [[sum(round) for round in zip(*(t[i].seconds for t in times.values()), strict=True)] for i in (0, 1)]
+        steps = [
+            [sum(round) for round in zip(*(t[i].seconds for t in times.values()), strict=True)]
+            for i in (0, 1)
+        ]
         speeds = {"forward": [t.seconds for t in times["forward"]], "training": steps}
         for what, (mine, theirs) in speeds.items():
             yield Figure(
@@ -413,14 +493,19 @@ def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
 # ---- threads
 
 SCALING = (
-    *("3x3 512->512 4x4 b128 d16 s1", "3x3 256->256 14x14 b16 d64 s1", "3x3 256->256 14x14 b1 d64 s1"),
+    *(
+        "3x3 512->512 4x4 b128 d16 s1",
+        "3x3 256->256 14x14 b16 d64 s1",
+        "3x3 256->256 14x14 b1 d64 s1",
+    ),
     *("1x1 256->1024 14x14 b16 d64 s4", "1x1 1024->256 14x14 b16 d256 s4"),
 )
 SCALED = 0.95  # least part of what threads gain a dense operation
 
 
 def scaling(pairs: int = 15) -> Iterator[Figure]:
-    """What this number of threads gains our kernels, over what it gains the dense operation, by the clock.
+    """What this number of threads gains our kernels, over what it gains the dense operation, by the
+    clock.
 
     Raises: XzooError on one thread, and for pairs below 1.
     """
@@ -441,7 +526,9 @@ def _scaling(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
     for case in watched(cases, str, lambda case: case.work * pairs):
         drawn = tensors(case.layer)
         forms = {"ours": ours(drawn, case.product), "dense": _faster_dense(drawn, case.product)[1]}
-        calls = {(form, n): partial(on, n, call) for form, call in forms.items() for n in (1, count)}
+        calls = {
+            (form, n): partial(on, n, call) for form, call in forms.items() for n in (1, count)
+        }
         try:
             times = alternate(calls, pairs)
         finally:

@@ -1,7 +1,9 @@
-"""Whole models: an X-Net beside its dense twin, its masked form and its rival of group convolutions.
+"""Whole models: an X-Net beside its dense twin, its masked form and its rival of group
+convolutions.
 
-Every form is given what the others are: for inference xzoo.deploy (norms folded, the faster memory format), for a
-training step (forward, cross-entropy, backward, SGD with momentum) the faster memory format.
+Every form is given what the others are: for inference xzoo.deploy (norms folded, the faster memory
+format), for a training step (forward, cross-entropy, backward, SGD with momentum) the faster memory
+format.
 """
 
 import copy
@@ -29,7 +31,8 @@ from ..ops.tune import alternate
 from ..profile import profile
 from .figures import Figure, faster, lasting, ratios, watched
 
-# What has to be reached in inference and in training with vectors of 16 floats; NARROW of it with 8.
+# What has to be reached in inference and in training with vectors of 16 floats; NARROW of it with
+# 8.
 BARS: dict[str, tuple[float, float] | None] = {
     "x_vgg16": (2.3, 1.9),
     "x_vgg16_2": None,
@@ -43,7 +46,8 @@ BARS: dict[str, tuple[float, float] | None] = {
 }
 NARROW = 0.8
 MEMORY = ("x_vgg16", 15)  # times less than its dense twin: parameters, gradients, momentum
-BATCHES = {"small": (1, 64, 128), "large": (1, 16, 16)}  # two of inference and one of training, by the images
+# two of inference and one of training, by the images
+BATCHES = {"small": (1, 64, 128), "large": (1, 16, 16)}
 SMALL = 64  # pixels up to which images are small
 SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9}  # too slow a rate to move a time
 SETUP = 100e9  # multiply-accumulates that would take as long as building the forms does
@@ -56,19 +60,26 @@ class ModelCase(NamedTuple):
     training: bool
 
     def __str__(self) -> str:
-        return f"{self.model}, {'training step' if self.training else 'inference'}, batch {self.batch}"
+        return (
+            f"{self.model}, {'training step' if self.training else 'inference'}, batch {self.batch}"
+        )
 
 
 def models(
-    selected: Sequence[str] = (), pairs: int = 5, batch_size: int | None = None, compiled: bool = False
+    selected: Sequence[str] = (),
+    pairs: int = 5,
+    batch_size: int | None = None,
+    compiled: bool = False,
 ) -> Iterator[Figure]:
-    """Measure models against their dense twins and rivals, in inference and in a training step, and their memory.
+    """Measure models against their dense twins and rivals, in inference and in a training step, and
+    their memory.
 
     Args:
-        selected: names, such as "x_resnet50", with options of the model if need be: "x_resnet18 compression=8";
-            empty for the default set.
+        selected: names, such as "x_resnet50", with options of the model if need be: "x_resnet18
+            compression=8"; empty for the default set.
         pairs: how often each form is measured.
-        batch_size: of everything; None for 1 and 64 in inference and 128 in training, at 224 pixels 1, 16 and 16.
+        batch_size: of everything; None for 1 and 64 in inference and 128 in training, at 224 pixels
+            1, 16 and 16.
         compiled: give the dense twin torch.compile as well, and take it where it is faster.
     Raises: XzooError for values that measure nothing; ModelError for unknown models and options.
     """
@@ -81,14 +92,18 @@ def models(
     return _models(names, pairs, batch_size, compiled)
 
 
-def _models(names: Sequence[str], pairs: int, batch_size: int | None, compiled: bool) -> Iterator[Figure]:
+def _models(
+    names: Sequence[str], pairs: int, batch_size: int | None, compiled: bool
+) -> Iterator[Figure]:
     for name in names:
         batch = batch_size or BATCHES[_kind(name)][2]
         for what, against in _memories(name, batch).items():
             bar = MEMORY[1] if name == MEMORY[0] and what == STATE else None
             mine, theirs = against
             held = f"{mine / 1e6:.1f} MB"
-            yield Figure(f"{name}, {what}", "dense", "x", (theirs / mine,), bar, part="memory", ours=held)
+            yield Figure(
+                f"{name}, {what}", "dense", "x", (theirs / mine,), bar, part="memory", ours=held
+            )
     cases = []
     for name in names:
         one, many, training = (batch_size,) * 3 if batch_size else BATCHES[_kind(name)]
@@ -137,33 +152,56 @@ def _measure(case: ModelCase, pairs: int, compiled: bool) -> Iterator[Figure]:
 
 
 def _forms(name: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """The models that are compared, and by name of the layer the masks that "masked" has to be given yet."""
+    """The models that are compared, and by name of the layer the masks that "masked" has to be
+    given yet.
+    """
     ours = _create(name)
     masked = to_dense(copy.deepcopy(ours))
     masks = {
-        key: definition.scatter(torch.ones_like(layer.weight), layer.neighbours, layer._n_in).detach()
+        key: definition.scatter(
+            torch.ones_like(layer.weight), layer.neighbours, layer._n_in
+        ).detach()
         for key, layer in ours.named_modules()
         if isinstance(layer, ExpanderConv2d | ExpanderLinear)
     }
     forms = {"ours": ours, "dense": _create(name, compression=1)}
-    return forms | {"masked": masked, "group": _with_torchs_groups(_create(name, graph="group"))}, masks
+    return forms | {
+        "masked": masked,
+        "group": _with_torchs_groups(_create(name, graph="group")),
+    }, masks
 
 
 def _with_torchs_groups(model: nn.Module) -> nn.Module:
-    """A model of group graphs with torch's own group convolutions, in place; its linear layers stay, torch has none."""
-    convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, ExpanderConv2d)}
+    """A model of group graphs with torch's own group convolutions, in place; its linear layers
+    stay, torch has none.
+    """
+    convolutions = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, ExpanderConv2d)
+    }
     for name, layer in convolutions.items():
-        same = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+        same = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "padding_mode",
+        )
         arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
         groups = layer.in_channels // layer.degree
         new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
-        new.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "neighbours"})
+        new.load_state_dict(
+            {key: value for key, value in layer.state_dict().items() if key != "neighbours"}
+        )
         model.set_submodule(name, new)
     return model
 
 
 class _Masked(nn.Module):
-    """The authors' form: a dense weight that is multiplied by a mask of zeros and ones in every forward pass."""
+    """The authors' form: a dense weight that is multiplied by a mask of zeros and ones in every
+    forward pass.
+    """
 
     mask: Tensor
 
@@ -215,13 +253,17 @@ def _training_steps(
             candidates[key] = _step(own, own, images.to(memory_format=form), labels)
             if name == "dense" and compiled:
                 key = f"{key} compiled"
-                candidates[key] = _step(own, torch.compile(own), images.to(memory_format=form), labels)
+                candidates[key] = _step(
+                    own, torch.compile(own), images.to(memory_format=form), labels
+                )
         formats[name] = faster(alternate(candidates, CHOOSE))
         calls[name] = candidates[formats[name]]
     return calls, f"{formats['ours']}, dense {formats['dense']}"
 
 
-def _step(model: nn.Module, called: Callable[..., Any], images: Tensor, labels: Tensor) -> Callable[[], None]:
+def _step(
+    model: nn.Module, called: Callable[..., Any], images: Tensor, labels: Tensor
+) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
 
     def step() -> None:
@@ -252,16 +294,18 @@ class Memory(NamedTuple):
 
 
 def memory(model: nn.Module, images: Tensor, labels: Tensor) -> Memory:
-    """What is held between the forward and the backward pass of a step of SGD with momentum, after the first step.
+    """What is held between the forward and the backward pass of a step of SGD with momentum, after
+    the first step.
 
-    The model is trained by two steps; on the meta device nothing is computed. An activation is what autograd keeps,
-    each storage once, parameters and buffers apart.
+    The model is trained by two steps; on the meta device nothing is computed. An activation is what
+    autograd keeps, each storage once, parameters and buffers apart.
     """
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its address
+        # held, so that no other storage gets its address
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
@@ -270,7 +314,9 @@ def memory(model: nn.Module, images: Tensor, labels: Tensor) -> Memory:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = F.cross_entropy(model(images), labels)
     parameters = list(model.parameters())
-    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    states = [
+        t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)
+    ]
     activations = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
     del loss
     return Memory(
@@ -309,7 +355,8 @@ def _create(name: str, **arguments: Any) -> nn.Module:
     for option in options:
         if not (found := re.fullmatch(r"(compression|share|spatial_share|seed)=(\d+)", option)):
             raise XzooError(
-                f"option {option!r} of {architecture}: give compression, share, spatial_share or seed=NUMBER"
+                f"option {option!r} of {architecture}: give compression, share, spatial_share or "
+                "seed=NUMBER"
             )
         arguments = {found[1]: int(found[2])} | arguments
     return create_model(architecture, **arguments)
@@ -318,7 +365,9 @@ def _create(name: str, **arguments: Any) -> nn.Module:
 @cache
 def _macs(name: str) -> tuple[int, int]:
     """Multiply-accumulates of ours and of the dense twin's for one image."""
-    ours, dense = (profile(_create(name, device="meta", **kwargs)).macs for kwargs in ({}, {"compression": 1}))
+    ours, dense = (
+        profile(_create(name, device="meta", **kwargs)).macs for kwargs in ({}, {"compression": 1})
+    )
     return ours, dense
 
 
@@ -330,7 +379,9 @@ def _kind(name: str) -> str:
 
 
 def _work(case: ModelCase, pairs: int) -> float:
-    """Forms and rounds, in multiply-accumulates of the dense twin's; a training step is three forward passes."""
+    """Forms and rounds, in multiply-accumulates of the dense twin's; a training step is three
+    forward passes.
+    """
     rounds = 4 * (pairs + 2) + (8 * (2 + CHOOSE) if case.training else 4 * 13)
     return SETUP + rounds * _macs(case.model)[1] * case.batch * (3 if case.training else 1) * 0.8
 

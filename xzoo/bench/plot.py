@@ -1,4 +1,6 @@
-"""The picture of a benchmark: how many times as fast as dense, against how many times fewer multiplications."""
+"""The picture of a benchmark: how many times as fast as dense, against how many times fewer
+multiplications.
+"""
 
 import math
 import re
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURES = (".png", ".svg", ".pdf")
-# What is drawn alike: label, a pattern that is in a figure's name (the first that is counts), colour, marker.
+# What is drawn alike: label, a pattern that is in a figure's name (the first that is counts),
+# colour, marker.
 KINDS = {
     "model": (
         ("inference, batch 1", r"inference, batch 1$", "#0072b2", "o"),
@@ -32,13 +35,15 @@ KINDS = {
         ("weight gradient", r"weight grad", "#777777", "x"),
     ),
 }
-APART = {"model": 1.012, "layer": 1.03}  # how far to the right of a kind's points the next kind's are
+# how far to the right of a kind's points the next kind's are
+APART = {"model": 1.012, "layer": 1.03}
 NAME_APART = 0.04  # parts of the picture's width between names of models
 TITLE = {"model": "whole models", "layer": "single layers"}
 
 
 def draw(figures: Iterable[Figure], path: Path) -> None:
-    """Write a picture of the ratios of models and layers to dense ones, with quartiles and the ideal line.
+    """Write a picture of the ratios of models and layers to dense ones, with quartiles and the
+    ideal line.
 
     Raises: XzooError where there is no such figure, or the file cannot be written.
     """
@@ -64,21 +69,40 @@ def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
     reached = [value for figure in figures for value in figure.quartiles]
     left, right = min(1.5, *ideals) / 1.12, max(3.0, *ideals) * 1.15
     bottom, top = min(0.8, *reached) / 1.1, max(right, *reached) * 1.05
-    axes.plot([left, right], [left, right], color="#222222", linewidth=1.3, label="ideal: as the multiplications fall")
+    axes.plot(
+        [left, right],
+        [left, right],
+        color="#222222",
+        linewidth=1.3,
+        label="ideal: as the multiplications fall",
+    )
     axes.axhline(1, color="#222222", linewidth=1.3, linestyle=":", label="dense")
     kinds = KINDS[part]
     for place, (label, _, colour, marker) in enumerate(kinds):
         mine = [figure for figure in figures if _kind(kinds, figure.what) == place]
         if mine:
             # Each kind a little to the right of that before, as many have one ideal.
-            x = [(figure.ideal or 1.0) * APART[part] ** (place - (len(kinds) - 1) / 2) for figure in mine]
+            x = [
+                (figure.ideal or 1.0) * APART[part] ** (place - (len(kinds) - 1) / 2)
+                for figure in mine
+            ]
             low, middle, high = zip(*(figure.quartiles for figure in mine), strict=True)
             spread = np.abs(np.array([low, high]) - middle)
-            style: dict[str, Any] = {"fmt": marker, "color": colour, "markersize": 6, "elinewidth": 1, "alpha": 0.85}
+            style: dict[str, Any] = {
+                "fmt": marker,
+                "color": colour,
+                "markersize": 6,
+                "elinewidth": 1,
+                "alpha": 0.85,
+            }
             axes.errorbar(x, middle, spread, label=label, **style)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
     for axis, ends in ((axes.xaxis, (left, right)), (axes.yaxis, (bottom, top))):
-        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if ends[0] <= tick <= ends[1]]
+        ticks = [
+            tick
+            for tick in (0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+            if ends[0] <= tick <= ends[1]
+        ]
         axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
         axis.set_minor_locator(NullLocator())
     axes.set_xlabel("multiplications fall")
@@ -86,11 +110,18 @@ def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", fontsize=8.5, framealpha=1, edgecolor="none")
     if part == "model":
-        _names(axes, {figure.what.partition(",")[0]: figure.ideal or 1.0 for figure in figures}, left, right)
+        _names(
+            axes,
+            {figure.what.partition(",")[0]: figure.ideal or 1.0 for figure in figures},
+            left,
+            right,
+        )
 
 
 def _names(axes: "Axes", places: dict[str, float], left: float, right: float) -> None:
-    """The models' names above the picture, apart from each other, each with a line to its place on the axis."""
+    """The models' names above the picture, apart from each other, each with a line to its place on
+    the axis.
+    """
     width, shown = math.log(right / left), -1.0
     for name, ideal in sorted(places.items(), key=lambda item: item[1]):
         shown = max(math.log(ideal / left) / width, shown + NAME_APART)
@@ -101,7 +132,13 @@ def _names(axes: "Axes", places: dict[str, float], left: float, right: float) ->
             xytext=(shown, 1.04),
             xycoords=("data", "axes fraction"),
             textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#bbbbbb",
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
             rotation=90,
             fontsize=8,
             ha="center",
@@ -110,4 +147,6 @@ def _names(axes: "Axes", places: dict[str, float], left: float, right: float) ->
 
 
 def _kind(kinds: Sequence[tuple[str, str, str, str]], what: str) -> int | None:
-    return next((place for place, (_, pattern, *_) in enumerate(kinds) if re.search(pattern, what)), None)
+    return next(
+        (place for place, (_, pattern, *_) in enumerate(kinds) if re.search(pattern, what)), None
+    )

@@ -32,8 +32,8 @@ from ..train.task import Classifier, rate
 from .figures import Figure, ratios, threads
 
 WARM = 2  # turns of both forms before the first that counts
-# Steps in a turn. The CPU has done a step when it returns; a device is waited for at both ends of a turn, which a turn
-# of one step would pay for in full.
+# Steps in a turn. The CPU has done a step when it returns; a device is waited for at both ends of a
+# turn, which a turn of one step would pay for in full.
 TURN_CPU, TURN_DEVICE = 1, 20
 # Of recipes/cifar10.yaml; the averaged weights are left out, as they are work and not the loop's.
 OPTIMIZER: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
@@ -42,10 +42,17 @@ SMOOTHING = 0.1
 LOG_EVERY = 50
 IMAGES = {32: 6_400, 64: 3_200}  # of a repetition, by their side: about 0.1 s on one core
 PHOTO, PHOTO_BATCH = (375, 500), 16  # height and width of most images of ImageNet
-VIEW: dict[str, Any] = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": None}
+VIEW: dict[str, Any] = {
+    "scale": (0.08, 1.0),
+    "ratio": (3 / 4, 4 / 3),
+    "hflip": 0.5,
+    "color_jitter": None,
+}
 
 
-def loop(model: str = "x_vgg16_c16", batch_size: int = 128, pairs: int = 20, photos: int = 200) -> Iterator[Figure]:
+def loop(
+    model: str = "x_vgg16_c16", batch_size: int = 128, pairs: int = 20, photos: int = 200
+) -> Iterator[Figure]:
     """Measure the training loop, the augmentation in memory, and the loader of an image folder.
 
     Args:
@@ -55,7 +62,11 @@ def loop(model: str = "x_vgg16_c16", batch_size: int = 128, pairs: int = 20, pho
         photos: JPEG files that are drawn for the loader.
     Raises: XzooError for values that measure nothing; ModelError for an unknown model.
     """
-    for name, value, least in (("pairs", pairs, 1), ("batch_size", batch_size, 8), ("photos", photos, PHOTO_BATCH)):
+    for name, value, least in (
+        ("pairs", pairs, 1),
+        ("batch_size", batch_size, 8),
+        ("photos", photos, PHOTO_BATCH),
+    ):
         if value < least:
             raise XzooError(f"{name}={value}: {least} or more are needed")
     create_model(model, device="meta")
@@ -76,9 +87,13 @@ def bare_loop(task: Classifier, data: InMemory, device: torch.device) -> Iterato
     """Plain PyTorch that does to the network of `task` what the Trainer would; `next` takes a step."""
     net = task.net.to(device).train()
     loss_of = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
-    optimizer = create_optimizer_v2(net, OPTIMIZER["optimizer"], OPTIMIZER["lr"], OPTIMIZER["weight_decay"])
+    optimizer = create_optimizer_v2(
+        net, OPTIMIZER["optimizer"], OPTIMIZER["lr"], OPTIMIZER["weight_decay"]
+    )
     steps = data.batches_per_epoch()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / steps, **SCHEDULE))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate(step / steps, **SCHEDULE)
+    )
     order = TrainOrder(steps * data.batch_size, data.batch_size, data.seed, exact=True)
     for places in PlaceLoader("train", order):
         images, labels = data.batch(places._replace(numbers=places.numbers.to(device)))
@@ -93,8 +108,8 @@ def bare_loop(task: Classifier, data: InMemory, device: torch.device) -> Iterato
 class Turns(Callback):
     """Between turns of the Trainer's steps, as many of another loop; keeps the seconds of both.
 
-    A turn of the Trainer's lasts from the start of a batch to that of another, so that all that happens between two
-    steps is in it: callbacks, logging, fetching and augmenting the next batch.
+    A turn of the Trainer's lasts from the start of a batch to that of another, so that all that
+    happens between two steps is in it: callbacks, logging, fetching and augmenting the next batch.
 
     Args:
         length: steps in a turn.
@@ -131,7 +146,13 @@ class Turns(Callback):
 def lightning_loop(model: str, batch_size: int, pairs: int) -> Figure:
     """Time of a step of the Trainer, as `xzoo fit` sets it up, over that of a bare loop."""
     ours, theirs = (
-        Classifier(name=model, num_classes=CIFAR10.facts.classes, label_smoothing=SMOOTHING, **OPTIMIZER, **SCHEDULE)
+        Classifier(
+            name=model,
+            num_classes=CIFAR10.facts.classes,
+            label_smoothing=SMOOTHING,
+            **OPTIMIZER,
+            **SCHEDULE,
+        )
         for _ in range(2)
     )
     turns = alternated(ours, theirs, batch_size, pairs)
@@ -141,7 +162,9 @@ def lightning_loop(model: str, batch_size: int, pairs: int) -> Figure:
 
 
 def alternated(ours: Classifier, theirs: Classifier, batch_size: int, pairs: int) -> Turns:
-    """Train `ours` by the Trainer and `theirs` by the bare loop, on the same random images and in turns."""
+    """Train `ours` by the Trainer and `theirs` by the bare loop, on the same random images and in
+    turns.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     turn = TURN_CPU if device.type == "cpu" else TURN_DEVICE
@@ -189,7 +212,9 @@ def augmentation(kind: type[InMemory], batch_size: int, repetitions: int) -> Fig
             seen = sum(len(images) for images, _ in loader)
             values.append(seen / (time.thread_time() - begun))
     bar = 20_000 if side == 32 else None
-    return Figure(f"augmentation in memory, {side} px, one core", "", "images/s", tuple(values[1:]), bar)
+    return Figure(
+        f"augmentation in memory, {side} px, one core", "", "images/s", tuple(values[1:]), bar
+    )
 
 
 # ---- images in a folder
@@ -198,9 +223,9 @@ def augmentation(kind: type[InMemory], batch_size: int, repetitions: int) -> Fig
 def image_folder(photos: int, pairs: int) -> Figure:
     """Images in a second of `ImageNet`'s training loader, over those of timm's, on the same files.
 
-    Both end with batches of normalised float32 on the CPU: timm's workers make them, ours hand on bytes that this
-    process normalises. By one thread, since the workers have the cores: with two on two busy cores, a batch of 2 ms
-    waited 30 ms for the second (EPYC, 2026-11, torch 2.14).
+    Both end with batches of normalised float32 on the CPU: timm's workers make them, ours hand on
+    bytes that this process normalises. By one thread, since the workers have the cores: with two on
+    two busy cores, a batch of 2 ms waited 30 ms for the second (EPYC, 2026-11, torch 2.14).
     """
     seconds: tuple[list[float], list[float]] = [], []
     with TemporaryDirectory() as folder, quiet(), threads(1):
@@ -220,7 +245,13 @@ def image_folder(photos: int, pairs: int) -> Figure:
         del ours, theirs, normalised, batches  # and so their workers, before the files
     # The first pass starts the workers. A ratio of rates is that of the times upside down.
     values = ratios(seconds[1][1:], seconds[0][1:])
-    return Figure(f"ImageNet's loader, folder of JPEG, {data.workers} workers", "timm's loader", "x", values, 1.0)
+    return Figure(
+        f"ImageNet's loader, folder of JPEG, {data.workers} workers",
+        "timm's loader",
+        "x",
+        values,
+        1.0,
+    )
 
 
 def _timm_loader(folder: str, data: ImageNet) -> Any:
@@ -244,14 +275,17 @@ def _timm_loader(folder: str, data: ImageNet) -> Any:
 
 
 def drawn(kind: type[InMemory], root: Path, batch_size: int, count: int) -> InMemory:
-    """A data set of `kind` with random pixels: `count` training images, and one a class to validate on."""
+    """A data set of `kind` with random pixels: `count` training images, and one a class to validate
+    on.
+    """
     shape = (kind.facts.sides[0], kind.facts.sides[0], 3)
 
     def noise(draw: np.random.Generator) -> Image.Image:
         return Image.fromarray(draw.integers(0, 256, shape, np.uint8))
 
     draw_folder(root, count, kind.facts.classes, kind.facts.classes, noise, "png")
-    own: type[InMemory] = type(f"Drawn{kind.__name__}", (kind,), {"key": "drawn"})  # of any number of images
+    # of any number of images
+    own: type[InMemory] = type(f"Drawn{kind.__name__}", (kind,), {"key": "drawn"})
     data = own(str(root), batch_size=batch_size)
     data.setup()
     return data
@@ -275,7 +309,9 @@ def draw_folder(
 
 
 def photo(draw: np.random.Generator) -> Image.Image:
-    """Noise of several sizes, the finer the fainter: a file of about 70 KB, as photographs of this size are."""
+    """Noise of several sizes, the finer the fainter: a file of about 70 KB, as photographs of this
+    size are.
+    """
     height, width = PHOTO
     pixels = np.full((height, width, 3), 128.0)
     for cell, strength in ((96, 50), (24, 30), (6, 15), (2, 10), (1, 4)):
@@ -287,4 +323,6 @@ def photo(draw: np.random.Generator) -> Image.Image:
 
 def _watched(count: int, what: str) -> Iterable[int]:
     console = Console(stderr=True)
-    return track(range(count), what, console=console, transient=True, disable=not console.is_terminal)
+    return track(
+        range(count), what, console=console, transient=True, disable=not console.is_terminal
+    )

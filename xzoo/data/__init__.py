@@ -1,4 +1,6 @@
-"""Images: reading them in any form, which one is seen when, augmentation, and the data modules of training."""
+"""Images: reading them in any form, which one is seen when, augmentation, and the data modules of
+training.
+"""
 
 from .imagenet import ImageNet
 from .memory import CIFAR10, CIFAR100, TinyImageNet

@@ -34,7 +34,8 @@ CROPS, FLIPS = ("shift", "resized"), ("random", "alternating", "none")
 
 @dataclass(frozen=True)
 class Augment:
-    """What training shows of square images of `side` pixels; see `CIFAR10` for what the arguments mean.
+    """What training shows of square images of `side` pixels; see `CIFAR10` for what the arguments
+    mean.
 
     Raises: DataError for values that mean nothing.
     """
@@ -53,15 +54,22 @@ class Augment:
             if getattr(self, name) not in allowed:
                 raise DataError(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
         if not 0 <= self.shift < self.side:
-            raise DataError(f"shift={self.shift} of images of {self.side} pixels: use 0 to {self.side - 1}")
+            raise DataError(
+                f"shift={self.shift} of images of {self.side} pixels: use 0 to {self.side - 1}"
+            )
         if not 0 <= self.cutout <= self.img_size:
-            raise DataError(f"cutout={self.cutout} of images of {self.img_size} pixels: use 0 to {self.img_size}")
+            raise DataError(
+                f"cutout={self.cutout} of images of {self.img_size} pixels: use 0 to "
+                f"{self.img_size}"
+            )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise DataError(f"scale={self.scale}: shares of the area, 0 < smallest <= largest <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise DataError(f"ratio={self.ratio}: width over height, 0 < smallest <= largest")
 
-    def __call__(self, images: Tensor, index: Tensor, seed: int, epoch: int, colours: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, index: Tensor, seed: int, epoch: int, colours: Tensor
+    ) -> Tensor:
         """The images as they are seen in an epoch.
 
         Args:
@@ -70,7 +78,8 @@ class Augment:
             colours: of `colours_of`, on the device.
         Returns: float32 [B, 3, img_size, img_size], normalised.
         """
-        draws = keys(seed, epoch, torch.arange(RATIO + 1, device=index.device)[:, None], index)  # [streams, B]
+        # [streams, B]
+        draws = keys(seed, epoch, torch.arange(RATIO + 1, device=index.device)[:, None], index)
         mirrored = self._mirrored(draws[FLIP], index, seed, epoch)
         if self.crop == "resized":
             box = boxes(uniform(draws[[AREA, RATIO, SHIFT_Y, SHIFT_X]]), self.scale, self.ratio)
@@ -87,7 +96,8 @@ class Augment:
         if self.flip == "none":
             return torch.zeros_like(index, dtype=torch.bool)
         if self.flip == "alternating":
-            # A draw for the whole run, then both views in turn (Jordan, "94% on CIFAR-10 in 3.29 seconds", 2.1).
+            # A draw for the whole run, then both views in turn (Jordan, "94% on CIFAR-10 in 3.29
+            # seconds", 2.1).
             return (randint(keys(seed, 0, FLIP, index), 2) + epoch) % 2 == 1
         return randint(draw, 2) == 1
 
@@ -121,11 +131,16 @@ def normalised(images: Tensor, colours: Tensor) -> Tensor:
 
 def upscaled(x: Tensor, size: int) -> Tensor:
     """float [B, C, S, S] -> [B, C, size, size], bilinear."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    return (
+        x
+        if x.shape[-1] == size
+        else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    )
 
 
 def shifted(images: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor) -> Tensor:
-    """Window of each image that starts dy, dx pixels from it, filled by reflection at the border, then mirrored.
+    """Window of each image that starts dy, dx pixels from it, filled by reflection at the border,
+    then mirrored.
 
     Args: images [B, C, S, S] of any type; dy, dx int64 [B], below S in size; mirrored bool [B].
     """
@@ -133,8 +148,8 @@ def shifted(images: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor) -> Tensor:
     line = torch.arange(side, device=images.device)
     rows, columns = (_reflected(line + d[:, None], side) for d in (dy, dx))  # [B, S]
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    # Two gathers of lines: no padded copy of the data set, and on one core of an EPYC (2026-11, torch 2.14)
-    # 99,000 images/s at 32 px against 50,000 for indexing each pixel.
+    # Two gathers of lines: no padded copy of the data set, and on one core of an EPYC (2026-11,
+    # torch 2.14) 99,000 images/s at 32 px against 50,000 for indexing each pixel.
     images = images.gather(2, rows[:, None, :, None].expand_as(images))
     return images.gather(3, columns[:, None, None, :].expand_as(images))
 
@@ -145,17 +160,24 @@ def _reflected(position: Tensor, side: int) -> Tensor:
 
 
 def cut_out(x: Tensor, y: Tensor, column: Tensor, side: int) -> Tensor:
-    """Set a square to zero, the mean colour, in place; y, column [B]: its centre, so that it may leave the image."""
+    """Set a square to zero, the mean colour, in place; y, column [B]: its centre, so that it may
+    leave the image.
+    """
     line = torch.arange(x.shape[-1], device=x.device)
-    rows, columns = ((line >= c[:, None] - side // 2) & (line < c[:, None] - side // 2 + side) for c in (y, column))
+    rows, columns = (
+        (line >= c[:, None] - side // 2) & (line < c[:, None] - side // 2 + side)
+        for c in (y, column)
+    )
     return x.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 
 def boxes(draws: Tensor, scale: tuple[float, float], ratios: tuple[float, float]) -> Tensor:
-    """Top, left, height and width of crops, as shares of the side, from uniform draws: both float [4, B].
+    """Top, left, height and width of crops, as shares of the side, from uniform draws: both float
+    [4, B].
 
-    As torchvision's RandomResizedCrop: the area uniform in `scale`, width over height log-uniform. A side
-    that would be too long is cut to the image's, where torchvision draws again up to ten times.
+    As torchvision's RandomResizedCrop: the area uniform in `scale`, width over height log-uniform.
+    A side that would be too long is cut to the image's, where torchvision draws again up to ten
+    times.
     """
     area, ratio, y, x = draws
     area = scale[0] + (scale[1] - scale[0]) * area
@@ -167,12 +189,18 @@ def boxes(draws: Tensor, scale: tuple[float, float], ratios: tuple[float, float]
 def resized(x: Tensor, box: Tensor, mirrored: Tensor, size: int) -> Tensor:
     """The box of each image (of `boxes`) as [B, C, size, size], bilinear, then mirrored."""
     top, left, height, width = box
-    line = (torch.arange(size, device=x.device) + 0.5) / size  # centres of the pixels that are asked for
-    rows, columns = (start[:, None] + line * length[:, None] for start, length in ((top, height), (left, width)))
+    # centres of the pixels that are asked for
+    line = (torch.arange(size, device=x.device) + 0.5) / size
+    rows, columns = (
+        start[:, None] + line * length[:, None] for start, length in ((top, height), (left, width))
+    )
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    # Elementwise, not affine_grid: its small matrix product may differ in the last bit with the batch.
-    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)  # [B, size, size, 2]
-    return F.grid_sample(x, 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False)
+    # Elementwise, not affine_grid: its small matrix product may differ in the last bit with the
+    # batch. [B, size, size, 2]
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)
+    return F.grid_sample(
+        x, 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 # ---- mixup and cutmix
@@ -181,23 +209,29 @@ def resized(x: Tensor, box: Tensor, mirrored: Tensor, size: int) -> Tensor:
 def mixed(
     images: Tensor, labels: Tensor, mixup: float, cutmix: float, seed: int, epoch: int, batch: int
 ) -> tuple[Tensor, Tensor, float]:
-    """Mix each image with a neighbour: mixup (Zhang et al. 2018), cutmix (Yun et al. 2019), or either at random.
+    """Mix each image with a neighbour: mixup (Zhang et al. 2018), cutmix (Yun et al. 2019), or
+    either at random.
 
-    The partner of an image is the next one or the one before: the order is random already, and pairs stay
-    together however a batch of an even number per rank is divided. In an odd batch the last image takes a
-    third party. The share is drawn once a batch, the same on every rank: it is the value of the inverse
-    distribution function of Beta(alpha, alpha) at a hash, in float64 on the host.
+    The partner of an image is the next one or the one before: the order is random already, and
+    pairs stay together however a batch of an even number per rank is divided. In an odd batch the
+    last image takes a third party. The share is drawn once a batch, the same on every rank: it is
+    the value of the inverse distribution function of Beta(alpha, alpha) at a hash, in float64 on
+    the host.
 
     Args:
         images, labels: [B, C, H, W] and [B].
-        mixup, cutmix: alpha of each, 0 for none; where both are given, each takes half of the batches.
+        mixup, cutmix: alpha of each, 0 for none; where both are given, each takes half of the
+            batches.
         batch: number of the batch in its epoch.
-    Returns: the images, the labels of the partners, and the share of the images' own labels: the loss is
-        share * loss(labels) + (1 - share) * loss(partner labels).
+    Returns: the images, the labels of the partners, and the share of the images' own labels: the
+        loss is share * loss(labels) + (1 - share) * loss(partner labels).
     Raises: DataError for a negative alpha.
     """
     if min(mixup, cutmix) < 0:
-        raise DataError(f"mixup={mixup:g}, cutmix={cutmix:g}: 0 for none, or a positive alpha of Beta(alpha, alpha)")
+        raise DataError(
+            f"mixup={mixup:g}, cutmix={cutmix:g}: 0 for none, or a positive alpha of Beta(alpha, "
+            "alpha)"
+        )
     if not (mixup or cutmix) or len(images) < 2:
         return images, labels, 1.0
     which, share, y, x = ((key(seed, epoch, MIX, 8 * batch + i) + 0.5) / 2**32 for i in range(4))
@@ -216,6 +250,8 @@ def mixed(
 
 
 def _span(centre: float, side: float, length: int) -> tuple[int, int]:
-    """Pixels [from, to) of a stretch of `side` * length around `centre` * length, cut at the border."""
+    """Pixels [from, to) of a stretch of `side` * length around `centre` * length, cut at the
+    border.
+    """
     middle, half = int(centre * length), int(side * length) // 2
     return max(0, middle - half), min(length, middle + half)

@@ -1,4 +1,5 @@
-"""A folder of images: what each file in it is for. Used as an image of a class and a part, or left out, and why.
+"""A folder of images: what each file in it is for. Used as an image of a class and a part, or left
+out, and why.
 
     a class      a sub-folder; all images in it count, at any depth
     a part       class folders in a folder with a usual name (train, Training, seg_train, val_images, test_set, ...);
@@ -7,8 +8,9 @@
     left out     what KEPT_BY_SYSTEMS and a leading dot name, what is no image or no regular file, images beside the
                  class folders, parts that are not used, and a file that is reached twice, through a link
 
-A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to hold class folders,
-and stand alone or beside another part. Where that leaves two readings, the folder is refused and both are named.
+A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to
+hold class folders, and stand alone or beside another part. Where that leaves two readings, the
+folder is refused and both are named.
 
 Not here: whether a file can be read, and which are identical (scan.py).
 """
@@ -48,21 +50,25 @@ UNUSED = "in folders that are not used"
 
 FLAT = "images lie in it directly; put those of each class into a sub-folder"
 
-VAL_NAMES = ("val", "validation", "valid", "test")  # usual names of what validates, the first that is there
+# usual names of what validates, the first that is there
+VAL_NAMES = ("val", "validation", "valid", "test")
 _PARTS = {
     "train": ("train", "training", "trainval"),
     "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing", "holdout", "heldout"),
 }
 _KINDS = {word: kind for kind, words in _PARTS.items() for word in words}
-# Repeated, and so that a text can be read in one way only: the time to refuse one grows exponentially with two.
+# Repeated, and so that a text can be read in one way only: the time to refuse one grows
+# exponentially with two.
 _BESIDE = "(?:seg|segmented|data|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9])*"
 _PART = re.compile(f"{_BESIDE}({'|'.join(sorted(_KINDS, key=len, reverse=True))}){_BESIDE}")
 
 
 @dataclass
 class Layout:
-    """What a folder holds: images as (name, label, file) in the order of names, and everything else."""
+    """What a folder holds: images as (name, label, file) in the order of names, and everything
+    else.
+    """
 
     classes: list[str]
     train: list[tuple[str, int, Path]]
@@ -72,13 +78,17 @@ class Layout:
 
 
 def part_of(name: str) -> str | None:
-    """Which part a name stands for (train, val or test), in any case and with any separators; None for others."""
+    """Which part a name stands for (train, val or test), in any case and with any separators; None
+    for others.
+    """
     found = _PART.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
     return _KINDS[found[1]] if found else None
 
 
 def rank(name: str, kind: str | None = None) -> tuple[bool, int, str]:
-    """Order of what may validate: val, validation, valid, other names of that kind; then test, and others of its."""
+    """Order of what may validate: val, validation, valid, other names of that kind; then test, and
+    others of its.
+    """
     lower = name.lower()
     place = VAL_NAMES.index(lower) if lower in VAL_NAMES else len(VAL_NAMES)
     return (kind or part_of(name)) == "test", place, name
@@ -91,9 +101,12 @@ def few(names: Sequence[str], most: int = 5) -> str:
 def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
     if set(train) != set(val):
         missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {_letters(n) for n in extra}:
+        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {
+            _letters(n) for n in extra
+        }:
             raise DataError(
-                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in two forms "
+                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in "
+                "two forms "
                 "of Unicode; rename the folders of one of them"
             )
         raise DataError(
@@ -103,12 +116,15 @@ def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> N
 
 
 def same_letters(classes: Sequence[str]) -> list[str]:
-    """A remark on each set of classes whose names are the same letters, as macOS and other systems spell them."""
+    """A remark on each set of classes whose names are the same letters, as macOS and other systems
+    spell them.
+    """
     spelled: dict[str, list[str]] = {}
     for name in dict.fromkeys(classes):
         spelled.setdefault(_letters(name), []).append(name)
     return [
-        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of Unicode; "
+        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of "
+        "Unicode; "
         "if they are one class, put their images into one folder"
         for names in spelled.values()
         if len(names) > 1
@@ -183,7 +199,9 @@ class _Reader:
     # ---- parts
 
     def arranged(self, place: Place) -> tuple[Classes, Classes | None]:
-        """The class folders of training and validation below a folder; None where it has no part to validate."""
+        """The class folders of training and validation below a folder; None where it has no part to
+        validate.
+        """
         subs = self.subs(place)
         if not subs:
             if listed(place).images:
@@ -194,10 +212,13 @@ class _Reader:
         if trains:
             if self.are_parts(place, trains, judges, others):
                 return self.parts(place, trains, judges)
-            self.remarks.append(f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}")
+            self.remarks.append(
+                f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}"
+            )
             return self.classes(place, subs), None
         if others:
-            # Images to validate on have labels, so that a flat val/ is none of those parts; a flat test/ may be one.
+            # Images to validate on have labels, so that a flat val/ is none of those parts; a flat
+            # test/ may be one.
             flat = [judge for judge in self.of_kind(judges, "val") if not self.subs(judge)]
             beside = few([other.base for other in others])
             self.remarks += [f"{judge.shown} is read as a class, beside {beside}" for judge in flat]
@@ -209,11 +230,17 @@ class _Reader:
             self.remarks.append(f"{subs[0].shown} is read, the only folder with images in it")
             return self.arranged(subs[0])
         if judges:
-            raise DataError(f"{place.path}: {_and(judges)}, and no train part; call the one to train on train/")
+            raise DataError(
+                f"{place.path}: {_and(judges)}, and no train part; call the one to train on train/"
+            )
         return self.deeper(place, subs)
 
-    def are_parts(self, place: Place, trains: list[Place], judges: list[Place], others: list[Place]) -> bool:
-        """Whether what is called train is a part. Raises: DataError where it may be a part or a class."""
+    def are_parts(
+        self, place: Place, trains: list[Place], judges: list[Place], others: list[Place]
+    ) -> bool:
+        """Whether what is called train is a part. Raises: DataError where it may be a part or a
+        class.
+        """
         nested = [train for train in trains if self.subs(train)]
         if not nested and (judges or not others):
             raise DataError(f"{place.path}, {_and(trains + judges)}: {FLAT}")
@@ -230,13 +257,18 @@ class _Reader:
             f"to train on it alone give {nested[0].path}, to make it a class give it another name"
         )
 
-    def parts(self, place: Place, trains: list[Place], judges: list[Place]) -> tuple[Classes, Classes | None]:
-        """Folders of parts: one to train on, the first of the others that has class folders to validate."""
+    def parts(
+        self, place: Place, trains: list[Place], judges: list[Place]
+    ) -> tuple[Classes, Classes | None]:
+        """Folders of parts: one to train on, the first of the others that has class folders to
+        validate.
+        """
         usable = [train for train in trains if self.subs(train)]
         usable = [train for train in usable if train.base.lower() == "train"] or usable
         if len(usable) > 1:
             raise DataError(
-                f"{place.path}: {_and(usable)} may each be the training part; give {usable[0].path}, or take one away"
+                f"{place.path}: {_and(usable)} may each be the training part; give "
+                f"{usable[0].path}, or take one away"
             )
         folder = self.unwrapped(usable[0], set())
         train = self.classes(folder, self.subs(folder))
@@ -250,11 +282,15 @@ class _Reader:
                 self.leave(other, f"beside {usable[0].shown}, and not used")
         rest = [other.base for other in beside if part_of(other.base) not in ("val", "test")]
         if rest:
-            self.remarks.append(f"beside {usable[0].shown}, these folders are not used: {few(rest)}")
+            self.remarks.append(
+                f"beside {usable[0].shown}, these folders are not used: {few(rest)}"
+            )
         return train, val
 
     def validating(self, judges: list[Place], classes: set[str]) -> Classes | None:
-        """The part that validates: val, validation or valid, another name of that kind, or else test."""
+        """The part that validates: val, validation or valid, another name of that kind, or else
+        test.
+        """
         chosen: Place | None = None
         for judge in sorted(judges, key=lambda judge: rank(judge.base, self.kinds[judge.name])):
             folder = self.unwrapped(judge, classes)
@@ -267,7 +303,9 @@ class _Reader:
                 chosen = judge
                 validates = {sub.base: [sub] for sub in self.subs(folder)}
                 if self.kinds[judge.name] == "test":
-                    self.remarks.append(f"{judge.shown} validates, since there is no part called val")
+                    self.remarks.append(
+                        f"{judge.shown} validates, since there is no part called val"
+                    )
             if judge.name in self.unused:
                 self.remarks.append(self.unused[judge.name])
         return validates if chosen is not None else None
@@ -282,12 +320,15 @@ class _Reader:
     def classes_and_judges(
         self, place: Place, others: list[Place], judges: list[Place]
     ) -> tuple[Classes, Classes | None]:
-        """CLASS/ and test/CLASS beside each other. Raises: DataError if test/ may be a class itself."""
+        """CLASS/ and test/CLASS beside each other. Raises: DataError if test/ may be a class
+        itself.
+        """
         names = {other.base for other in others}
         for judge in judges:
             if not self.names(self.unwrapped(judge, names)) & names:
                 raise DataError(
-                    f"{place.path}: {judge.shown} may be a part, or a class as {few(sorted(names))}; "
+                    f"{place.path}: {judge.shown} may be a part, or a class as "
+                    f"{few(sorted(names))}; "
                     "take it away, or to make it a class give it another name"
                 )
         return self.classes(place, others, judges), self.validating(judges, names)
@@ -295,27 +336,43 @@ class _Reader:
     def deeper(self, place: Place, subs: list[Place]) -> tuple[Classes, Classes | None]:
         """No part here: is each folder a class, or do folders have parts?"""
         parts = {sub.name: self.of_kind(self.subs(sub), "train", "val", "test") for sub in subs}
-        split = [sub for sub in subs if 0 < len(self.of_kind(parts[sub.name], "train")) < len(parts[sub.name])]
+        split = [
+            sub
+            for sub in subs
+            if 0 < len(self.of_kind(parts[sub.name], "train")) < len(parts[sub.name])
+        ]
         if not split:
             return self.classes(place, subs), None
-        if len(split) == len(subs) > 1 and not any(self.subs(part) for sub in subs for part in parts[sub.name]):
+        if len(split) == len(subs) > 1 and not any(
+            self.subs(part) for sub in subs for part in parts[sub.name]
+        ):
             return self.parts_of_classes(subs, parts)
         if len(split) > 1:
-            raise DataError(f"{place.path}: {_and(split)} have parts; give one of them, such as {split[0].path}")
+            raise DataError(
+                f"{place.path}: {_and(split)} have parts; give one of them, such as {split[0].path}"
+            )
         beside = [sub for sub in subs if sub is not split[0]]
         for other in beside:
             self.leave(other, f"beside {split[0].shown}, which has the parts, and not used")
-        self.remarks.append(f"{split[0].shown} is read; not used beside it: {few([other.base for other in beside])}")
+        self.remarks.append(
+            f"{split[0].shown} is read; not used beside it: {few([other.base for other in beside])}"
+        )
         return self.arranged(split[0])
 
-    def parts_of_classes(self, subs: list[Place], parts: dict[str, list[Place]]) -> tuple[Classes, Classes | None]:
+    def parts_of_classes(
+        self, subs: list[Place], parts: dict[str, list[Place]]
+    ) -> tuple[Classes, Classes | None]:
         """CLASS/train and CLASS/val."""
         train = {sub.base: self.of_kind(parts[sub.name], "train") for sub in subs}
         val = {sub.base: self.of_kind(parts[sub.name], "val") for sub in subs}
         test = {sub.base: self.of_kind(parts[sub.name], "test") for sub in subs}
         judges, name = (val, "val") if any(val.values()) else (test, "test")
-        check_same_classes(str(self.top.path), list(train), [name for name, places in judges.items() if places])
-        self.remarks.append(f"each class has parts: its train part is trained on, its {name} part validates")
+        check_same_classes(
+            str(self.top.path), list(train), [name for name, places in judges.items() if places]
+        )
+        self.remarks.append(
+            f"each class has parts: its train part is trained on, its {name} part validates"
+        )
         used = [place for part in (train, judges) for places in part.values() for place in places]
         rest = [place for sub in subs for place in self.folders(sub) if place not in used]
         for place in rest:
@@ -327,7 +384,9 @@ class _Reader:
     # ---- classes
 
     def classes(self, place: Place, subs: list[Place], parts: Sequence[Place] = ()) -> Classes:
-        """Each of these folders as a class; and told what a user may not have meant. `parts`: what else is used."""
+        """Each of these folders as a class; and told what a user may not have meant. `parts`: what
+        else is used.
+        """
         empty = [folder.base for folder in self.folders(place) if folder not in [*subs, *parts]]
         if empty:
             self.remarks.append(f"no class, since there is no image in it: {few(empty)}")
@@ -336,17 +395,23 @@ class _Reader:
             by_lower.setdefault(sub.base.lower(), []).append(sub.base)
         alike = [" and ".join(names) for names in by_lower.values() if len(names) > 1]
         if alike:
-            self.remarks.append(f"two classes, though only upper case tells them apart: {few(alike)}")
+            self.remarks.append(
+                f"two classes, though only upper case tells them apart: {few(alike)}"
+            )
         inside = [inner.name for sub in subs for inner in self.subs(sub)]
         judges = [name for name in inside if self.kinds.get(name) in ("val", "test")]
         if judges:
-            self.remarks.append(f"read as images of the class, though called as a part: {few(judges)}")
+            self.remarks.append(
+                f"read as images of the class, though called as a part: {few(judges)}"
+            )
         if inside:
             self.remarks.append(f"sub-folders are of the class that they lie in: {few(inside)}")
         return {sub.base: [sub] for sub in subs}
 
     def labelled(self, layout: Layout, classes: Classes) -> list[tuple[str, int, Path]]:
-        """The images of a part, each file once; what lies beside them in the class folders is left out."""
+        """The images of a part, each file once; what lies beside them in the class folders is left
+        out.
+        """
         images: list[ImageFile] = []
         labels: dict[str, int] = {}
         for label, places in enumerate(classes.values()):
@@ -367,19 +432,25 @@ class _Reader:
         known |= {left.name for left in layout.left_out}
         # A link to a folder that was followed is known by what is in it.
         known |= {folder for name in known for folder in _above(name)}
-        layout.left_out += [self.reason(name) for name in walked(self.top.path) if name not in known]
+        layout.left_out += [
+            self.reason(name) for name in walked(self.top.path) if name not in known
+        ]
         layout.left_out.sort(key=lambda left: (left.why, as_walked(left.name)))
 
     def reason(self, name: str) -> LeftOut:
         path = self.top.path / name
         if any(is_hidden(part) for part in name.split("/")):
             return LeftOut(name, HIDDEN, "hidden, or kept by a system")
-        unused = next((self.unused[folder] for folder in [name, *_above(name)] if folder in self.unused), None)
+        unused = next(
+            (self.unused[folder] for folder in [name, *_above(name)] if folder in self.unused), None
+        )
         if path.is_dir():
             if not path.is_symlink():
                 return LeftOut(name, UNUSED, "cannot be listed")
             if leads_back(Place(path, name, os.path.realpath(path)), self.top.real):
-                return LeftOut(name, TWICE, f"a link back to {os.path.realpath(path)}, which holds it")
+                return LeftOut(
+                    name, TWICE, f"a link back to {os.path.realpath(path)}, which holds it"
+                )
             return LeftOut(name, UNUSED, unused or "a link to a folder without images")
         odd = no_regular_file(path)
         if odd:
@@ -397,7 +468,9 @@ def _drop_empty(layout: Layout) -> None:
     lost = [name for label, name in enumerate(layout.classes) if label not in there]
     if not lost:
         return
-    layout.remarks.append(f"no class, since all its files are another's, through links: {few(lost)}")
+    layout.remarks.append(
+        f"no class, since all its files are another's, through links: {few(lost)}"
+    )
     new = {label: i for i, label in enumerate(sorted(there))}
     layout.classes = [layout.classes[label] for label in sorted(there)]
     layout.train = [(name, new[label], path) for name, label, path in layout.train]
@@ -415,9 +488,11 @@ def _and(places: Sequence[Place]) -> str:
 
 
 def kinds_of(places: Sequence[Place]) -> dict[str, str]:
-    """Of folders beside each other, the part that each name stands for; those that stand for none are not in it.
+    """Of folders beside each other, the part that each name stands for; those that stand for none
+    are not in it.
 
-    They may have more in common, as chest_xray_train and chest_xray_test have: then the word that differs tells.
+    They may have more in common, as chest_xray_train and chest_xray_test have: then the word that
+    differs tells.
     """
     found = {place.name: kind for place in places if (kind := part_of(place.base))}
     alike: dict[tuple[str, ...], dict[str, str]] = {}
@@ -427,11 +502,16 @@ def kinds_of(places: Sequence[Place]) -> dict[str, str]:
         if place.name not in found and len(parts) == 1:
             rest = tuple(word for word in words if word != parts[0])
             alike.setdefault(rest, {})[place.name] = _KINDS[parts[0]]
-    groups = [group for group in alike.values() if "train" in group.values() and len(set(group.values())) > 1]
+    groups = [
+        group
+        for group in alike.values()
+        if "train" in group.values() and len(set(group.values())) > 1
+    ]
     if len(groups) > 1:
         train, val = list(groups[0])[:2]
         raise DataError(
-            f"{places[0].path.parent}: {train}/ and {val}/ may be parts of a class; make train/CLASS and val/CLASS of "
+            f"{places[0].path.parent}: {train}/ and {val}/ may be parts of a class; make "
+            "train/CLASS and val/CLASS of "
             "them, or to make them classes give them other names"
         )
     return found | groups[0] if groups else found

@@ -4,10 +4,12 @@
     tar shards   train-000000.tar ... and val-...tar, WebDataset's: KEY.jpg with KEY.cls, a number, beside it
     parquet      a folder in the Hub's image layout, or a data set on the Hub (org/name)
 
-Each is made a table that is indexed by number, so that the order stays a function of (seed, epoch) and a
-run resumes anywhere. Workers hand on uint8, a quarter of the bytes, and the device normalises.
+Each is made a table that is indexed by number, so that the order stays a function of (seed, epoch)
+and a run resumes anywhere. Workers hand on uint8, a quarter of the bytes, and the device
+normalises.
 
-Not here: data sets that fit in memory (memory.py), images of unknown quality (scan.py looks at them first).
+Not here: data sets that fit in memory (memory.py), images of unknown quality (scan.py looks at them
+first).
 """
 
 import hashlib
@@ -55,11 +57,13 @@ MEMORY = 4 << 30  # bytes of parquet files up to which their images are kept, en
 
 @dataclass(frozen=True)
 class Table(Sequence[Item]):
-    """Names, labels and places of images in three arrays: a million Python objects would be copied to each worker.
+    """Names, labels and places of images in three arrays: a million Python objects would be copied
+    to each worker.
 
     Args:
         names: of the files below `root`; of a member of a shard SHARD/MEMBER.
-        spans: first byte and number of bytes of each member, int64 [N, 2]; None for files of their own.
+        spans: first byte and number of bytes of each member, int64 [N, 2]; None for files of their
+            own.
     """
 
     root: Path
@@ -97,16 +101,21 @@ class Table(Sequence[Item]):
 class Stored(Images):
     """Images of a `Table`, of items that hold their bytes, or of rows of a Hub data set.
 
-    An image that cannot be read is an error that names it: one that another takes the place of, as in
-    timm's reader, changes the score without a word.
+    An image that cannot be read is an error that names it: one that another takes the place of, as
+    in timm's reader, changes the score without a word.
     """
 
     def image(self, index: int) -> Image.Image:
         try:
-            return load_rgb(self.items.source(index) if isinstance(self.items, Table) else self.items[index].source)
+            return load_rgb(
+                self.items.source(index)
+                if isinstance(self.items, Table)
+                else self.items[index].source
+            )
         except (DataError, OSError) as error:
             raise DataError(
-                f"{self.items[index].name} cannot be read ({error}); mend it, or remove it from the data"
+                f"{self.items[index].name} cannot be read ({error}); mend it, or remove it from "
+                "the data"
             ) from error
 
 
@@ -149,7 +158,8 @@ def contents(root: str, num_classes: int) -> Contents:
             found = _shards(path, shards, num_classes) if shards else _folders(path)
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", root):
         raise DataError(
-            f"{root} is no folder; give one with train/ and val/, of tar shards or of parquet files, or a data set "
+            f"{root} is no folder; give one with train/ and val/, of tar shards or of parquet "
+            "files, or a data set "
             f"of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has to be accepted there)"
         )
     else:
@@ -158,7 +168,9 @@ def contents(root: str, num_classes: int) -> Contents:
         if not len(images):
             raise DataError(f"{root}: no images in its {part} part")
     if len(found.classes) != num_classes:
-        raise DataError(f"{root} has {len(found.classes)} classes, and num_classes={num_classes} was asked for")
+        raise DataError(
+            f"{root} has {len(found.classes)} classes, and num_classes={num_classes} was asked for"
+        )
     return found
 
 
@@ -176,7 +188,10 @@ def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not found:
-        raise DataError(f"{folder} has no class folders in it; put the images of each class into a folder of its own")
+        raise DataError(
+            f"{folder} has no class folders in it; put the images of each class into a folder of "
+            "its own"
+        )
     return found
 
 
@@ -201,7 +216,10 @@ def _stored(table: Table) -> tuple[Stored, Tensor]:
 
 def _in_memory(root: str) -> Contents:
     listing = list_images(root)
-    train, val = ((Stored(part), torch.tensor([i.label for i in part])) for part in (listing.train, listing.val or []))
+    train, val = (
+        (Stored(part), torch.tensor([i.label for i in part]))
+        for part in (listing.train, listing.val or [])
+    )
     return Contents(listing.classes, train, val)
 
 
@@ -209,7 +227,9 @@ def _hub(root: str) -> Contents:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{root}: to read parquet of this size, or from the Hub: pip install 'xzoo[data]'") from None
+        raise DataError(
+            f"{root}: to read parquet of this size, or from the Hub: pip install 'xzoo[data]'"
+        ) from None
     try:
         splits = datasets.load_dataset(root)
     except Exception as error:  # network, permission and format errors of many libraries
@@ -217,13 +237,20 @@ def _hub(root: str) -> Contents:
     val = next((name for name in VAL_NAMES if name in splits), None)
     if val is None or "train" not in splits:
         raise DataError(
-            f"{root}: its parts are {few(sorted(splits))}; train and one of {', '.join(VAL_NAMES)} are needed"
+            f"{root}: its parts are {few(sorted(splits))}; train and one of {', '.join(VAL_NAMES)} "
+            "are needed"
         )
     features = splits["train"].features
-    image = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
-    label = next((name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    image = next(
+        (name for name, kind in features.items() if isinstance(kind, datasets.Image)), None
+    )
+    label = next(
+        (name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None
+    )
     if image is None or label is None:
-        raise DataError(f"{root}: no column of images and one of class labels among {few(list(features))}")
+        raise DataError(
+            f"{root}: no column of images and one of class labels among {few(list(features))}"
+        )
     parts = []
     for name in ("train", val):
         rows = splits[name].cast_column(image, datasets.Image(decode=False))
@@ -240,20 +267,31 @@ def _shards(root: Path, shards: Sequence[Path], num_classes: int) -> Contents:
         parts.setdefault(split_of(shard), []).append(shard)
     val = next((name for name in VAL_NAMES if name in parts), None)
     if "train" not in parts or val is None:
-        raise DataError(f"{root}: its shards are of {few(sorted(parts))}; train-*.tar and val-*.tar are needed")
+        raise DataError(
+            f"{root}: its shards are of {few(sorted(parts))}; train-*.tar and val-*.tar are needed"
+        )
     train, test = (_indexed(root, parts[name]) for name in ("train", val))
     for _, labels in (train, test):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise DataError(f"{root}: labels {int(labels.min())} to {int(labels.max())}, and num_classes={num_classes}")
+            raise DataError(
+                f"{root}: labels {int(labels.min())} to {int(labels.max())}, and "
+                f"num_classes={num_classes}"
+            )
     return Contents([str(i) for i in range(num_classes)], train, test)
 
 
 def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
     """Where each image of the shards is; read once, then kept in the cache until a shard changes."""
-    state = [(shard.relative_to(root).as_posix(), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
+    state = [
+        (shard.relative_to(root).as_posix(), shard.stat().st_size, shard.stat().st_mtime_ns)
+        for shard in shards
+    ]
     digest = hashlib.sha256(repr((str(root.resolve()), state)).encode()).hexdigest()[:24]
     cached = home() / "shards" / f"{digest}.npz"
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), open(cached, "rb") as file:
+    with (
+        suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
+        open(cached, "rb") as file,
+    ):
         kept = np.load(file)
         return _stored(Table(root, kept["names"], kept["labels"], kept["spans"]))
     names: list[bytes] = []
@@ -266,7 +304,8 @@ def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
             spans.append(span)
     places = np.array(spans, np.int64).reshape(-1, 2)
     table = Table(root, np.array(names, np.bytes_), np.array(labels, np.int64), places)
-    with suppress(OSError, XzooError):  # a cache that cannot be written costs the time again, no more
+    # a cache that cannot be written costs the time again, no more
+    with suppress(OSError, XzooError):
         cached.parent.mkdir(parents=True, exist_ok=True)
         with atomic(cached) as draft, open(draft, "wb") as new:
             np.savez(new, names=table.names, labels=table.labels, spans=places)
@@ -285,13 +324,20 @@ def _members(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
                 key = f"{folder}/{key}"
                 if member.isfile() and ending.lower() == "cls":
                     labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
-                elif member.isfile() and f".{ending.lower()}" in SUFFIXES and key.rpartition("/")[2]:
+                elif (
+                    member.isfile() and f".{ending.lower()}" in SUFFIXES and key.rpartition("/")[2]
+                ):
                     images[key] = member.name, (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"{shard}: no tar shard that can be read ({error}); fetch it anew") from error
+        raise DataError(
+            f"{shard}: no tar shard that can be read ({error}); fetch it anew"
+        ) from error
     if images.keys() != labels.keys():
         odd = sorted(images.keys() ^ labels.keys())
-        raise DataError(f"{shard}: {few(odd)} must have an image and a .cls file with its label, and has one of them")
+        raise DataError(
+            f"{shard}: {few(odd)} must have an image and a .cls file with its label, and has one "
+            "of them"
+        )
     for name, (start, size) in images.values():
         if start + size > shard.stat().st_size:
             raise DataError(f"{shard} ends within {name}; fetch it anew")
@@ -300,7 +346,9 @@ def _members(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
 
 def _watched(things: Sequence[Any], what: str) -> Iterable[Any]:
     console = Console(stderr=True)
-    return track(things, what, len(things), console=console, transient=True, disable=not console.is_terminal)
+    return track(
+        things, what, len(things), console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 # ---- the data module
@@ -321,29 +369,32 @@ class Chosen(Dataset[Any]):
 
 
 def stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """A batch of images as they lie in memory, pixel by pixel: putting the colours apart is left to the device.
+    """A batch of images as they lie in memory, pixel by pixel: putting the colours apart is left to
+    the device.
 
-    In a worker it would take 87 of some 2,500 us for an image of 224 pixels (EPYC, 2026-11, torch 2.14).
+    In a worker it would take 87 of some 2,500 us for an image of 224 pixels (EPYC, 2026-11, torch
+    2.14).
     """
     images, labels = default_collate([(x.permute(1, 2, 0), y) for x, y in samples])
     return images.permute(0, 3, 1, 2), labels
 
 
 class ImageNet(pl.LightningDataModule):
-    """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of ImageNet or a set in one of its forms.
+    """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of ImageNet or a set in
+    one of its forms.
 
     Args:
-        root: a folder with train/ and val/ of class folders, of tar shards or of parquet files; or a data set on the
-            Hugging Face Hub (needs the extra `data`).
-        batch_size: images in a training step, over all devices; a multiple of their number. Each step has exactly as
-            many: the last few images of each epoch's order are left out.
+        root: a folder with train/ and val/ of class folders, of tar shards or of parquet files; or
+            a data set on the Hugging Face Hub (needs the extra `data`).
+        batch_size: images in a training step, over all devices; a multiple of their number. Each
+            step has exactly as many: the last few images of each epoch's order are left out.
         eval_batch_size: images at a time on each device, where nothing is learnt.
         seed: of order and augmentation.
-        holdout: training images to validate on instead of the val part, for tuning: the same ones for every seed, of
-            each class its share. `test_dataloader` has the val part in any case.
+        holdout: training images to validate on instead of the val part, for tuning: the same ones
+            for every seed, of each class its share. `test_dataloader` has the val part in any case.
         img_size: side of the images that the model sees, in pixels.
-        scale: smallest and largest area of a training crop, as shares of the image's. This and the next seven as in
-            `timm.data.create_transform`.
+        scale: smallest and largest area of a training crop, as shares of the image's. This and the
+            next seven as in `timm.data.create_transform`.
         ratio: smallest and largest width of the crop over its height.
         hflip: share of the training images that are mirrored.
         color_jitter: strength of random brightness, contrast and saturation; None for none.
@@ -352,13 +403,15 @@ class ImageNet(pl.LightningDataModule):
         re_mode: what erased pixels become: const, rand, pixel.
         re_count: parts that are erased at most.
         crop_pct: share of the shorter side that is seen in validation.
-        interpolation: timm's name of the filter that resizes: bilinear, bicubic, random (in training).
+        interpolation: timm's name of the filter that resizes: bilinear, bicubic, random (in
+            training).
         mean: of the colours, in 0 to 1.
         std: likewise.
-        workers: processes that decode and transform, for each device; None: eight, or the number of cores if lower.
+        workers: processes that decode and transform, for each device; None: eight, or the number of
+            cores if lower.
         channels_last: memory format of the images.
-    Raises: DataError if the data are missing or of another shape, or an argument does not go with them; while
-        training, if an image cannot be read.
+    Raises: DataError if the data are missing or of another shape, or an argument does not go with
+        them; while training, if an image cannot be read.
     """
 
     key: ClassVar[str] = "imagenet"  # of xzoo.datasets, where it is that whole
@@ -389,8 +442,17 @@ class ImageNet(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.root, self.num_classes, self.img_size = root, num_classes, img_size
-        self.batch_size, self.eval_batch_size, self.seed, self.holdout = batch_size, eval_batch_size, seed, holdout
-        self.channels_last, self.crop_pct, self.interpolation = channels_last, crop_pct, interpolation
+        self.batch_size, self.eval_batch_size, self.seed, self.holdout = (
+            batch_size,
+            eval_batch_size,
+            seed,
+            holdout,
+        )
+        self.channels_last, self.crop_pct, self.interpolation = (
+            channels_last,
+            crop_pct,
+            interpolation,
+        )
         self.mean, self.std = tuple(mean), tuple(std)
         self.workers = min(8, cores()) if workers is None else workers
         self._common: dict[str, Any] = {
@@ -399,7 +461,11 @@ class ImageNet(pl.LightningDataModule):
             "mean": self.mean,
             "std": self.std,
         }
-        self._erasing: dict[str, Any] = {"re_prob": re_prob, "re_mode": re_mode, "re_count": re_count}
+        self._erasing: dict[str, Any] = {
+            "re_prob": re_prob,
+            "re_mode": re_mode,
+            "re_count": re_count,
+        }
         self._training: dict[str, Any] = {
             "scale": tuple(scale),
             "ratio": tuple(ratio),
@@ -412,7 +478,9 @@ class ImageNet(pl.LightningDataModule):
         self._held: Tensor | None = None  # numbers of training images; None: none, and all
         self._kept: Tensor | None = None
         if eval_batch_size < 1 or self.workers < 0:
-            raise DataError(f"eval_batch_size={eval_batch_size}, workers={workers}: 1 or more, and 0 or more")
+            raise DataError(
+                f"eval_batch_size={eval_batch_size}, workers={workers}: 1 or more, and 0 or more"
+            )
         if not 0 < crop_pct <= 1:
             raise DataError(f"crop_pct={crop_pct:g}: a share of the side, above 0 and up to 1")
         try:
@@ -460,7 +528,8 @@ class ImageNet(pl.LightningDataModule):
         return self._contents
 
     def _transform(self, training: bool) -> Any:
-        # Without a trainer nothing normalises later; and what is erased is drawn in normalised colours.
+        # Without a trainer nothing normalises later; and what is erased is drawn in normalised
+        # colours.
         normalize = self.trainer is None or (training and self._erasing["re_prob"] > 0)
         own = self._training | self._erasing if training else {"crop_pct": self.crop_pct}
         return create_transform(is_training=training, normalize=normalize, **self._common, **own)
@@ -471,7 +540,9 @@ class ImageNet(pl.LightningDataModule):
         """Steps in an epoch, known before any loader exists."""
         return len(self._train_order(0, world))
 
-    def _train_order(self, rank: int, world: int, done: int = 0, limit: int | float = 1.0) -> TrainOrder:
+    def _train_order(
+        self, rank: int, world: int, done: int = 0, limit: int | float = 1.0
+    ) -> TrainOrder:
         n = len(self._found().train[0]) - self.holdout
         return TrainOrder(n, self.batch_size, self.seed, rank, world, done, limit, exact=True)
 
@@ -496,17 +567,25 @@ class ImageNet(pl.LightningDataModule):
         n = len(views) if numbers is None else len(numbers)
         return self._loader(views, numbers, EvalOrder(n, self.eval_batch_size, rank, world))
 
-    def _loader(self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder) -> Loader:
-        normalised_there = self.trainer is None or (views.seed is not None and self._erasing["re_prob"] > 0)
+    def _loader(
+        self, views: Views, numbers: Tensor | None, order: TrainOrder | EvalOrder
+    ) -> Loader:
+        normalised_there = self.trainer is None or (
+            views.seed is not None and self._erasing["re_prob"] > 0
+        )
         kind = torch.float32 if normalised_there else torch.uint8
         images = self.batch_size if isinstance(order, TrainOrder) else self.eval_batch_size
         size = batch_bytes(images, self.input_size, kind)
-        return Loader(views if numbers is None else Chosen(views, numbers), order, self.workers, stacked, size)
+        return Loader(
+            views if numbers is None else Chosen(views, numbers), order, self.workers, stacked, size
+        )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
         # While they are bytes: a quarter of what moves afterwards.
-        images = images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        images = images.contiguous(
+            memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
+        )
         if images.dtype == torch.uint8:
             self._colours = self._colours.to(images.device)
             images = normalised(images, self._colours)

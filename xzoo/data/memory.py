@@ -1,8 +1,10 @@
-"""The small data sets, whole in memory: decoded once, kept as uint8 on the device, augmented there by batches.
+"""The small data sets, whole in memory: decoded once, kept as uint8 on the device, augmented there
+by batches.
 
-A loader yields only where it stands (epoch and image numbers); gathering, augmentation and normalisation
-happen after Lightning has moved those numbers to the device. One core does this for tens of thousands of
-images a second, so there are no workers, nothing to pin, and many small models can share a GPU.
+A loader yields only where it stands (epoch and image numbers); gathering, augmentation and
+normalisation happen after Lightning has moved those numbers to the device. One core does this for
+tens of thousands of images a second, so there are no workers, nothing to pin, and many small models
+can share a GPU.
 
 Not here: what is done to a batch (augment.py), reading files (sources.py), ImageNet (imagenet.py).
 """
@@ -34,7 +36,9 @@ SAMPLE = 0.1  # the largest share of a data set's images that is a sample of it,
 
 
 class Places(NamedTuple):
-    """A batch before there are any images: the part of the data, the epoch, and the images' numbers [B]."""
+    """A batch before there are any images: the part of the data, the epoch, and the images' numbers
+    [B].
+    """
 
     part: str
     epoch: int
@@ -47,7 +51,9 @@ class PlaceLoader(Resumable):
     Not a DataLoader: Lightning leaves it as it is, and it is free.
     """
 
-    def __init__(self, part: str, order: TrainOrder | EvalOrder, make: Callable[[Places], Any] | None = None) -> None:
+    def __init__(
+        self, part: str, order: TrainOrder | EvalOrder, make: Callable[[Places], Any] | None = None
+    ) -> None:
         self.part, self.order, self.make = part, order, make
         # Where Lightning looks for `set_epoch`.
         self.sampler, self.batch_sampler = order, None
@@ -63,24 +69,28 @@ class PlaceLoader(Resumable):
 
 
 class InMemory(pl.LightningDataModule):
-    """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of a data set that fits in memory.
+    """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of a data set that fits
+    in memory.
 
-    With a Trainer the images are made on its device; without one the loaders yield the same batches on the CPU.
-    Use `CIFAR10`, `CIFAR100` or `TinyImageNet`: they say what the data set is.
+    With a Trainer the images are made on its device; without one the loaders yield the same batches
+    on the CPU. Use `CIFAR10`, `CIFAR100` or `TinyImageNet`: they say what the data set is.
 
     Args:
-        root: folder of parquet files in the Hub's image layout, or of train/ and val/ (or test/) class folders,
-            or a data set on the Hugging Face Hub (org/name; needs the extra `data`). None: the usual one there.
-        batch_size: images in a training step, over all devices; a multiple of their number. Each step has
-            exactly as many: the last few images of each epoch's order are left out.
+        root: folder of parquet files in the Hub's image layout, or of train/ and val/ (or test/)
+            class folders, or a data set on the Hugging Face Hub (org/name; needs the extra `data`).
+            None: the usual one there.
+        batch_size: images in a training step, over all devices; a multiple of their number. Each
+            step has exactly as many: the last few images of each epoch's order are left out.
         eval_batch_size: images at a time on each device, where nothing is learnt.
         seed: of order and augmentation.
-        holdout: training images to validate on instead of the data set's own test part, for tuning: the same ones
-            for every seed, of each class its share. `test_dataloader` has the own test part in any case.
-        img_size: side of the images that the model sees, in pixels; None for the data set's own. Larger: scaled up on
-            the device, bilinear. Smaller: reduced once, by the mean of the area.
-        crop: "shift" by a few pixels, filled by reflection; or "resized": a box of any place and size, as torchvision's
-            RandomResizedCrop, straight to img_size.
+        holdout: training images to validate on instead of the data set's own test part, for tuning:
+            the same ones for every seed, of each class its share. `test_dataloader` has the own
+            test part in any case.
+        img_size: side of the images that the model sees, in pixels; None for the data set's own.
+            Larger: scaled up on the device, bilinear. Smaller: reduced once, by the mean of the
+            area.
+        crop: "shift" by a few pixels, filled by reflection; or "resized": a box of any place and
+            size, as torchvision's RandomResizedCrop, straight to img_size.
         shift: pixels of the data, at most, in each direction.
         scale: smallest and largest area of the box, as shares of the image's.
         ratio: smallest and largest width of the box over its height.
@@ -89,8 +99,9 @@ class InMemory(pl.LightningDataModule):
         mean: of the colours, in 0 to 1; None for that of the data set.
         std: likewise.
         channels_last: memory format of the images.
-    Raises: DataError if the data are missing, broken or of another shape, lack images that the data set has, or an
-        argument does not go with them. A sample, up to a tenth of the images, is read; its `dataset` is None.
+    Raises: DataError if the data are missing, broken or of another shape, lack images that the data
+        set has, or an argument does not go with them. A sample, up to a tenth of the images, is
+        read; its `dataset` is None.
     """
 
     key: ClassVar[str]  # of xzoo.datasets
@@ -116,7 +127,11 @@ class InMemory(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.sides = self.facts.sides
-        self.root, self.batch_size, self.eval_batch_size = root or self.facts.hub, batch_size, eval_batch_size
+        self.root, self.batch_size, self.eval_batch_size = (
+            root or self.facts.hub,
+            batch_size,
+            eval_batch_size,
+        )
         self.seed, self.holdout, self.channels_last = seed, holdout, channels_last
         self.num_classes, self.img_size = self.facts.classes, img_size or self.sides[0]
         self.mean, self.std = tuple(mean or self.facts.mean), tuple(std or self.facts.std)
@@ -130,7 +145,8 @@ class InMemory(pl.LightningDataModule):
             "flip": flip,
             "cutout": cutout,
         }
-        Augment(min(self.sides[0], self.img_size), self.img_size, **self._knobs)  # mistakes now, not in the fit
+        # mistakes now, not in the fit
+        Augment(min(self.sides[0], self.img_size), self.img_size, **self._knobs)
         self._names: list[str] = []
         self._whole, self._side = False, 0  # of the files
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -203,20 +219,28 @@ class InMemory(pl.LightningDataModule):
             raise DataError(f"{error}. {self._where()}") from error
         name = type(self).__name__
         if not listing.train or not listing.val:
-            raise DataError(f"{self.root}: no test part with images beside a train part; {name} needs both")
+            raise DataError(
+                f"{self.root}: no test part with images beside a train part; {name} needs both"
+            )
         if len(listing.classes) != self.facts.classes:
             raise DataError(
-                f"{self.root} has {len(listing.classes)} classes, {name} has {self.facts.classes}: another data set?"
+                f"{self.root} has {len(listing.classes)} classes, {name} has {self.facts.classes}: "
+                "another data set?"
             )
-        if self.facts.lossless and (lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)):
+        if self.facts.lossless and (
+            lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)
+        ):
             raise DataError(
-                f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; give them "
+                f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; "
+                "give them "
                 f"({self.facts.hub} on the Hub has them), or read these by --data ImageFolder"
             )
         return listing
 
     def _is_whole(self, listing: Listing) -> bool:
-        """Whether these are all images of the data set; DataError where some are missing, and it is no sample."""
+        """Whether these are all images of the data set; DataError where some are missing, and it is
+        no sample.
+        """
         part, found = DATASETS.get(self.key), (len(listing.train), len(listing.val or []))
         if part is None:
             return False
@@ -224,15 +248,18 @@ class InMemory(pl.LightningDataModule):
             return True
         if sum(found) > SAMPLE * (part.train + part.n):
             raise DataError(
-                f"{self.root}: {found[0]:,} training and {found[1]:,} test images, {part.title} has {part.train:,} "
+                f"{self.root}: {found[0]:,} training and {found[1]:,} test images, {part.title} "
+                f"has {part.train:,} "
                 f"and {part.n:,}; fetch the data anew, or read these by --data ImageFolder"
             )
         return False
 
     def _where(self) -> str:
         return (
-            f"{type(self).__name__} is {self.facts.hub} on the Hub: give the folder of its parquet files as root, "
-            "or leave root out to download it. Not every mirror has every set, and CIFAR-100 is the rarest"
+            f"{type(self).__name__} is {self.facts.hub} on the Hub: give the folder of its parquet "
+            "files as root, "
+            "or leave root out to download it. Not every mirror has every set, and CIFAR-100 is "
+            "the rarest"
         )
 
     def _decoded(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
@@ -251,7 +278,8 @@ class InMemory(pl.LightningDataModule):
                 if pixels.shape[:2] != (side, side):
                     height, width = pixels.shape[:2]
                     raise DataError(
-                        f"{self.root}: {item.name} is {width} x {height} pixels, others are {side} x {side}"
+                        f"{self.root}: {item.name} is {width} x {height} pixels, others are {side} "
+                        f"x {side}"
                     )
                 images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -260,7 +288,14 @@ class InMemory(pl.LightningDataModule):
         with ThreadPoolExecutor(min(8, cores())) as pool:
             done = pool.map(fill, starts)
             what = f"decoding {len(items):,} images"
-            for _ in track(done, what, len(starts), console=console, transient=True, disable=not console.is_terminal):
+            for _ in track(
+                done,
+                what,
+                len(starts),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            ):
                 pass
         if self.img_size < side:
             images = _reduced(images, self.img_size)
@@ -272,10 +307,19 @@ class InMemory(pl.LightningDataModule):
         """Steps in an epoch, known before any loader exists."""
         return len(self._train_order(0, world))
 
-    def _train_order(self, rank: int, world: int, done: int = 0, limit: int | float = 1.0) -> TrainOrder:
+    def _train_order(
+        self, rank: int, world: int, done: int = 0, limit: int | float = 1.0
+    ) -> TrainOrder:
         self.setup()
         return TrainOrder(
-            len(self._parts["train"][1]), self.batch_size, self.seed, rank, world, done, limit, exact=True
+            len(self._parts["train"][1]),
+            self.batch_size,
+            self.seed,
+            rank,
+            world,
+            done,
+            limit,
+            exact=True,
         )
 
     def train_dataloader(self) -> PlaceLoader:
@@ -293,7 +337,9 @@ class InMemory(pl.LightningDataModule):
     def _eval_loader(self, part: str) -> PlaceLoader:
         self.setup()
         rank, world, *_ = standing(self.trainer)
-        return self._loader(part, EvalOrder(len(self._parts[part][1]), self.eval_batch_size, rank, world))
+        return self._loader(
+            part, EvalOrder(len(self._parts[part][1]), self.eval_batch_size, rank, world)
+        )
 
     def _loader(self, part: str, order: TrainOrder | EvalOrder) -> PlaceLoader:
         return PlaceLoader(part, order, None if self.trainer else self.batch)
@@ -317,7 +363,9 @@ class InMemory(pl.LightningDataModule):
         return x, labels[places.numbers]
 
     def sample(self, count: int) -> Tensor:
-        """About `count` training images, evenly over their order, as validation would show them: float32 on the CPU."""
+        """About `count` training images, evenly over their order, as validation would show them:
+        float32 on the CPU.
+        """
         self.setup()
         images, _, colours = self._on("train", torch.device("cpu"))
         chosen = images[:: max(1, len(images) // count)][:count]
@@ -333,7 +381,8 @@ class InMemory(pl.LightningDataModule):
 
 
 class CIFAR10(InMemory):
-    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 10 classes.
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 10
+    classes.
 
     In files without loss, such as PNG; copies of JPEG are refused, because their pixels are others.
     """
@@ -342,7 +391,8 @@ class CIFAR10(InMemory):
 
 
 class CIFAR100(InMemory):
-    """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 100 (fine) classes.
+    """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32 x 32 pixels, 100
+    (fine) classes.
 
     In files without loss, as CIFAR-10.
     """
@@ -351,7 +401,8 @@ class CIFAR100(InMemory):
 
 
 class TinyImageNet(InMemory):
-    """Tiny-ImageNet-200: 100,000 training and 10,000 validation images, 64 x 64 pixels, 200 classes.
+    """Tiny-ImageNet-200: 100,000 training and 10,000 validation images, 64 x 64 pixels, 200
+    classes.
 
     Its copies at 32 x 32 pixels are read too; img_size=32 shows them as they are.
     """
@@ -360,12 +411,16 @@ class TinyImageNet(InMemory):
 
 
 def _pixels(item: Item) -> NDArray[np.uint8]:
-    """[H, W, 3]; one image that cannot be read stops it, since a benchmark with a hole is another benchmark."""
+    """[H, W, 3]; one image that cannot be read stops it, since a benchmark with a hole is another
+    benchmark.
+    """
     try:
         # A copy: torch warns of arrays that it could write to and must not.
         return np.array(load_rgb(item.source))
     except DataError as error:
-        raise DataError(f"{item.name} cannot be read ({error}); mend the data, or fetch them anew") from error
+        raise DataError(
+            f"{item.name} cannot be read ({error}); mend the data, or fetch them anew"
+        ) from error
 
 
 def _is_jpeg(item: Item) -> bool:

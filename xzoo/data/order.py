@@ -1,8 +1,10 @@
-"""Which image is seen when: pure functions of (seed, epoch, index), so that nothing random is stored.
+"""Which image is seen when: pure functions of (seed, epoch, index), so that nothing random is
+stored.
 
-A run that is resumed, split over other processes or fed by other workers sees the same images in the same
-order with the same augmentation, because everything is a hash of where it is and nothing a generator's
-state. 32-bit words in int64 tensors, masked after each product: the same bits on every device and release.
+A run that is resumed, split over other processes or fed by other workers sees the same images in
+the same order with the same augmentation, because everything is a hash of where it is and nothing a
+generator's state. 32-bit words in int64 tensors, masked after each product: the same bits on every
+device and release.
 
 The streams below are part of the format: changing a number changes every result.
 """
@@ -16,7 +18,8 @@ from torch.utils.data import Sampler
 
 from ..errors import DataError, XzooError
 
-ORDER, HELD_OUT, AUGMENT, STEP = 0, 10, 100, 101  # 1 to 9, and the table of all, stand in augment.py
+# 1 to 9, and the table of all, stand in augment.py
+ORDER, HELD_OUT, AUGMENT, STEP = 0, 10, 100, 101
 _MASK = 0xFFFFFFFF
 
 
@@ -32,7 +35,8 @@ def mix(x: Word) -> Word:
 
 
 def keys(seed: int, epoch: int, stream: int | Tensor, index: Tensor) -> Tensor:
-    """A uniform 32-bit key for each index (int64, any shape), independent over seeds, epochs and streams.
+    """A uniform 32-bit key for each index (int64, any shape), independent over seeds, epochs and
+    streams.
 
     Several streams at once: an int64 tensor that broadcasts with `index`.
     """
@@ -54,7 +58,8 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def held_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Numbers of `count` images held out of training, and of the others, ascending; the same for every seed.
+    """Numbers of `count` images held out of training, and of the others, ascending; the same for
+    every seed.
 
     Each class gives its share of them, within one image.
 
@@ -62,12 +67,15 @@ def held_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     n, classes = len(labels), len(labels.unique())
     if not 0 <= count <= n - classes:
-        raise DataError(f"holdout={count} of {n} training images of {classes} classes: use 0 to {n - classes}")
+        raise DataError(
+            f"holdout={count} of {n} training images of {classes} classes: use 0 to {n - classes}"
+        )
     order = keys(0, 0, HELD_OUT, torch.arange(n)).argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]  # by class, and within a class by key
     sizes = labels.bincount()
     rank = torch.arange(n) - (sizes.cumsum(0) - sizes)[labels[order]]
-    # The place of an image within its class, as a share of it: the smallest are an equal share of every class.
+    # The place of an image within its class, as a share of it: the smallest are an equal share of
+    # every class.
     place = (rank.double() + 0.5) / sizes[labels[order]]
     place[rank == sizes[labels[order]] - 1] = 1.0  # the last one of each class stays
     order = order[place.argsort(stable=True)]
@@ -77,20 +85,23 @@ def held_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class TrainOrder(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index); a batch sampler that shards itself.
 
-    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at most. So no image is left
-    out, and no batch is much smaller than the others: a last batch of one image would stop batch norm
-    (one value a channel where the map is 1x1) and weigh as much in the gradient as a full one.
+    An epoch is cut into ceil(n / batch_size) batches whose sizes differ by one at most. So no image
+    is left out, and no batch is much smaller than the others: a last batch of one image would stop
+    batch norm (one value a channel where the map is 1x1) and weigh as much in the gradient as a
+    full one.
 
-    Under several processes each takes its part of every batch of the one permutation, so that what is seen
-    in a step does not depend on how many they are.
+    Under several processes each takes its part of every batch of the one permutation, so that what
+    is seen in a step does not depend on how many they are.
 
     Args:
         n: number of images.
         batch_size: images in a step, over all ranks.
         done: batches that a resumed run has already seen since its beginning.
-        limit: batches that are taken of each epoch, or the share of them (the Trainer's limit_train_batches).
-        exact: every batch has batch_size images, the same number on each rank. The last few of each epoch's
-            permutation, other images each time, are left out: a recipe's steps are then all alike.
+        limit: batches that are taken of each epoch, or the share of them (the Trainer's
+            limit_train_batches).
+        exact: every batch has batch_size images, the same number on each rank. The last few of each
+            epoch's permutation, other images each time, are left out: a recipe's steps are then all
+            alike.
     """
 
     def __init__(
@@ -105,13 +116,19 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         exact: bool = False,
     ) -> None:
         if batch_size < 2 * world:
-            raise DataError(f"batch_size={batch_size}: batch norm needs two images or more on each of {world} devices")
+            raise DataError(
+                f"batch_size={batch_size}: batch norm needs two images or more on each of {world} "
+                "devices"
+            )
         if n < 2 * world:
-            raise DataError(f"{n} training images for {world} devices: two or more are needed on each")
+            raise DataError(
+                f"{n} training images for {world} devices: two or more are needed on each"
+            )
         self.n, self.seed, self.rank, self.world = n, seed, rank, world
         if exact and (batch_size % world or batch_size > n):
             raise DataError(
-                f"batch_size={batch_size} for {n} training images and {world} devices: it is the batch of all devices "
+                f"batch_size={batch_size} for {n} training images and {world} devices: it is the "
+                "batch of all devices "
                 f"together; use a multiple of {world} that is {n} or less"
             )
         self.batches = n // batch_size if exact else min(-(-n // batch_size), n // (2 * world))
@@ -140,7 +157,8 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
 
 
 def limited(batches: int, limit: int | float) -> int:
-    """Batches that Lightning takes of an epoch of `batches` under limit_train_batches: a number, or a share.
+    """Batches that Lightning takes of an epoch of `batches` under limit_train_batches: a number, or
+    a share.
 
     Raises: XzooError where that is none.
     """
@@ -154,13 +172,15 @@ def limited(batches: int, limit: int | float) -> int:
 
 
 def steps_of_epoch(trainer: Any, data: Any) -> int:
-    """Batches that `trainer` takes of each epoch of the data module; known before any loader exists."""
+    """Batches that `trainer` takes of each epoch of the data module; known before any loader
+    exists.
+    """
     return limited(data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches)
 
 
 def standing(trainer: Any) -> tuple[int, int, int, int | float]:
-    """Where a Lightning trainer (or None) stands: rank, number of ranks, batches seen since the run began, and its
-    limit on the batches of an epoch.
+    """Where a Lightning trainer (or None) stands: rank, number of ranks, batches seen since the run
+    began, and its limit on the batches of an epoch.
     """
     if trainer is None:
         return 0, 1, 0, 1.0
@@ -171,7 +191,8 @@ def standing(trainer: Any) -> tuple[int, int, int, int | float]:
 
 
 class Resumable:
-    """Tells Lightning that a loader starts where the restored run stands; else it warns of what does not happen.
+    """Tells Lightning that a loader starts where the restored run stands; else it warns of what
+    does not happen.
 
     There is nothing to store: the place is the number of batches, which `standing` reads.
     """
@@ -184,11 +205,15 @@ class Resumable:
 
 
 class EvalOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (0, index) in order, each image on exactly one rank: nothing is padded or counted twice."""
+    """Batches of (0, index) in order, each image on exactly one rank: nothing is padded or counted
+    twice.
+    """
 
     def __init__(self, n: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         if n < world:
-            raise DataError(f"{n} validation images for {world} devices: one or more are needed on each")
+            raise DataError(
+                f"{n} validation images for {world} devices: one or more are needed on each"
+            )
         self.indices, self.batch_size = range(rank, n, world), batch_size
 
     def __len__(self) -> int:

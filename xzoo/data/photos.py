@@ -22,8 +22,9 @@ class ImageModule(pl.LightningDataModule):
         data_config: timm's description of the input (`timm.data.resolve_model_data_config`).
         batch_size: images in a step, over all devices.
         crop: smallest share of the area that a training crop shows.
-        workers: processes that decode and transform; None decides. Without them images come from the
-            training process itself, which is best where pixels are in memory and the CPU trains as well.
+        workers: processes that decode and transform; None decides. Without them images come from
+            the training process itself, which is best where pixels are in memory and the CPU trains
+            as well.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class ImageModule(pl.LightningDataModule):
         return len(TrainOrder(len(self.data.train), self.batch_size, world=world))
 
     def train_dataloader(self) -> Loader:
-        order = TrainOrder(len(self.data.train), self.batch_size, self.seed, *standing(self.trainer))
+        order = TrainOrder(
+            len(self.data.train), self.batch_size, self.seed, *standing(self.trainer)
+        )
         return self._loader(Views(self.data.train, self.train_transform, self.seed), order)
 
     def val_dataloader(self) -> Loader:
@@ -80,12 +83,15 @@ def _tell(root: str, data: ImageData) -> None:
 
 
 class ImageFolder(ImageModule):
-    """The images of DATA in any form that `xzoo finetune` reads (see sources.py), for a recipe of one's own.
+    """The images of DATA in any form that `xzoo finetune` reads (see sources.py), for a recipe of
+    one's own.
 
-    Its validation images, its own or a fifth held out by a hash of their names, are those that are tested too.
+    Its validation images, its own or a fifth held out by a hash of their names, are those that are
+    tested too.
 
     Args:
-        root: folder of class folders or of parquet files, data set on the Hub (org/name), or digits.
+        root: folder of class folders or of parquet files, data set on the Hub (org/name), or
+            digits.
         img_size: pixels a side that the model sees.
         crop_pct: share of the shorter side that is seen in validation.
         interpolation: timm's name of the filter that resizes.
@@ -112,7 +118,10 @@ class ImageFolder(ImageModule):
     ) -> None:
         self.img_size, self.input_size, self.crop_pct = img_size, (3, img_size, img_size), crop_pct
         self.interpolation, self.mean, self.std = interpolation, tuple(mean), tuple(std)
-        config = {name: getattr(self, name) for name in ("input_size", "crop_pct", "interpolation", "mean", "std")}
+        config = {
+            name: getattr(self, name)
+            for name in ("input_size", "crop_pct", "interpolation", "mean", "std")
+        }
         data = read(root, at_least=2 * img_size)
         _tell(root, data)
         super().__init__(data, config, batch_size, seed, crop, mirror, workers)

@@ -1,9 +1,10 @@
-"""The user's images, looked at once: what can be read, how large it is, what validates, as one `ImageData`.
+"""The user's images, looked at once: what can be read, how large it is, what validates, as one
+`ImageData`.
 
-Every image is decoded before training, whatever the form of DATA: what is broken is left out by name instead of
-failing in the third epoch, and what fits in memory is kept as pixels. Parts that DATA does not separate are separated
-by a hash of the images' names. Identical files never lie on both sides: they are held out together, and what validates
-in DATA is not trained on.
+Every image is decoded before training, whatever the form of DATA: what is broken is left out by
+name instead of failing in the third epoch, and what fits in memory is kept as pixels. Parts that
+DATA does not separate are separated by a hash of the images' names. Identical files never lie on
+both sides: they are held out together, and what validates in DATA is not trained on.
 """
 
 import hashlib
@@ -65,11 +66,12 @@ class Images:
 class ImageData:
     """The images of DATA, ready to train on.
 
-    `mirror` says whether a mirror image is still of its class (not so for digits); `skipped` holds name and
-    reason of what could not be read, `left_out` these and every other file that is not used, `remarks` what a
-    reader decided, `facts` what else is to be told of the images; `in_memory`, whether pixels are kept; `side` is
-    the median of the images' shorter sides, in pixels; `ranges`, the largest value of grey images with more than 8
-    bits, by kind (`images.grey_ranges`).
+    `mirror` says whether a mirror image is still of its class (not so for digits); `skipped` holds
+    name and reason of what could not be read, `left_out` these and every other file that is not
+    used, `remarks` what a reader decided, `facts` what else is to be told of the images;
+    `in_memory`, whether pixels are kept; `side` is the median of the images' shorter sides, in
+    pixels; `ranges`, the largest value of grey images with more than 8 bits, by kind
+    (`images.grey_ranges`).
     """
 
     classes: list[str]
@@ -85,8 +87,13 @@ class ImageData:
     ranges: Mapping[str, float] = field(default_factory=dict)
 
     def account(self) -> str:
-        """In a line: the images and classes, the files that are left out by reason, and what is odd about the rest."""
-        parts = [f"{len(self.train) + len(self.val)} images of {len(self.classes)} classes", *self.facts]
+        """In a line: the images and classes, the files that are left out by reason, and what is odd
+        about the rest.
+        """
+        parts = [
+            f"{len(self.train) + len(self.val)} images of {len(self.classes)} classes",
+            *self.facts,
+        ]
         reasons: dict[str, list[LeftOut]] = {}
         for left in self.left_out:
             reasons.setdefault(left.why, []).append(left)
@@ -94,10 +101,18 @@ class ImageData:
         return "; ".join([*parts, f"left out: {', '.join(counts)}"] if counts else parts)
 
     def fingerprint(self) -> str:
-        """Changes when an image is added, removed, renamed or moves to another class or part, or looks otherwise."""
-        lines = [f"{part}:{i.label}:{i.name}" for part in ("train", "val") for i in getattr(self, part).items]
+        """Changes when an image is added, removed, renamed or moves to another class or part, or
+        looks otherwise.
+        """
+        lines = [
+            f"{part}:{i.label}:{i.name}"
+            for part in ("train", "val")
+            for i in getattr(self, part).items
+        ]
         # As pixels were before there were ranges, it is as it was.
-        lines += [f"range:{kind}:{full:g}" for kind, full in self.ranges.items() if not _usual(kind, full)]
+        lines += [
+            f"range:{kind}:{full:g}" for kind, full in self.ranges.items() if not _usual(kind, full)
+        ]
         return hashlib.sha256(encoded("\n".join([*self.classes, *lines]))).hexdigest()[:16]
 
 
@@ -121,15 +136,17 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     Args:
         at_least: larger images may be reduced to this many pixels a side (`load_rgb`).
         memory: bytes of decoded pixels to keep; beyond that images are decoded each time.
-    Raises: DataError if it does not exist, is empty, has one class, holds too many broken images or none
-        that can be read, or trains and validates on different classes.
+    Raises: DataError if it does not exist, is empty, has one class, holds too many broken images or
+        none that can be read, or trains and validates on different classes.
     """
     listing = list_images(str(data))
     items = listing.train + (listing.val or [])
     if not items:
         raise DataError(f"{data}: no images in it; put those of each class into a sub-folder")
     with unwarned():
-        ranges = grey_ranges(_threaded(lambda item: grey_peak(item.source), items, "looking for deep images"))
+        ranges = grey_ranges(
+            _threaded(lambda item: grey_peak(item.source), items, "looking for deep images")
+        )
         kept, skipped, sides = _decode(items, at_least, memory, ranges)
     _check_broken(str(data), items, kept, skipped)
     left_out = [LeftOut(name, UNREADABLE, detail) for name, detail in skipped]
@@ -146,11 +163,17 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
             facts.append(f"{copies} of them are copies of others, and on the same side as those")
     else:
         judged = set(same[first_val:])
-        left_out += [LeftOut(item.name, BOTH, BOTH) for item, n in zip(train, same, strict=False) if n in judged]
+        left_out += [
+            LeftOut(item.name, BOTH, BOTH)
+            for item, n in zip(train, same, strict=False)
+            if n in judged
+        ]
         train = [item for item, n in zip(train, same, strict=False) if n not in judged]
     several = _in_several_classes(used, same)
     if several:
-        listing.remarks.append(f"{len(several)} images are identical to one of another class: {few(several)}")
+        listing.remarks.append(
+            f"{len(several)} images are identical to one of another class: {few(several)}"
+        )
     _check_classes(str(data), listing, train, val, sum(left.why == BOTH for left in left_out))
     return ImageData(
         classes=[rejoined(name) for name in listing.classes],
@@ -170,13 +193,15 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
 def hold_out(
     items: Sequence[Item], share: float = HELD_OUT, same: Sequence[int] | None = None
 ) -> tuple[list[Item], list[Item]]:
-    """Split into train and val, class by class, by a hash of the names: the same split on every machine.
+    """Split into train and val, class by class, by a hash of the names: the same split on every
+    machine.
 
-    Of each class `share` is held out, one image or more where it has two; one or more stay in train.
+    Of each class `share` is held out, one image or more where it has two; one or more stay in
+    train.
 
     Args:
-        same: for each item the first one that is identical (`identical`). They count as one and are on the same
-            side; those that are in two classes stay in train.
+        same: for each item the first one that is identical (`identical`). They count as one and are
+            on the same side; those that are in two classes stay in train.
     """
     same = range(len(items)) if same is None else same
     labels: dict[int, set[int]] = {}
@@ -195,7 +220,8 @@ def hold_out(
 
 
 def identical(items: Sequence[Item]) -> list[int]:
-    """For each item the place of the first one whose file has the same bytes: its own, if no other has.
+    """For each item the place of the first one whose file has the same bytes: its own, if no other
+    has.
 
     Only files of the same size and the same end are read whole, which are few among photographs.
     """
@@ -209,7 +235,9 @@ def identical(items: Sequence[Item]) -> list[int]:
     return first
 
 
-def _alike(places: Sequence[int], items: Sequence[Item], look: Callable[[Item], Hashable]) -> list[list[int]]:
+def _alike(
+    places: Sequence[int], items: Sequence[Item], look: Callable[[Item], Hashable]
+) -> list[list[int]]:
     """Groups of two places or more whose items look the same."""
     found: dict[Hashable, list[int]] = {}
     for place in places:
@@ -290,19 +318,26 @@ def _decode(
 
 def _threaded(look: Callable[[Item], Any], items: Sequence[Item], what: str) -> Iterator[Any]:
     console = Console(stderr=True)
-    # Threads, because Pillow decodes without the interpreter's lock and pixels need not be sent anywhere.
+    # Threads, because Pillow decodes without the interpreter's lock and pixels need not be sent
+    # anywhere.
     with ThreadPoolExecutor(min(8, cores())) as pool:
         seen = pool.map(look, items)
-        yield from track(seen, what, len(items), console=console, transient=True, disable=not console.is_terminal)
+        yield from track(
+            seen, what, len(items), console=console, transient=True, disable=not console.is_terminal
+        )
 
 
 def _check_broken(
-    data: str, items: Sequence[Item], kept: Sequence[Item | None], skipped: Sequence[tuple[str, str]]
+    data: str,
+    items: Sequence[Item],
+    kept: Sequence[Item | None],
+    skipped: Sequence[tuple[str, str]],
 ) -> None:
-    """Few broken files are what any folder of photographs has; many mean that we misread the folder.
+    """Few broken files are what any folder of photographs has; many mean that we misread the
+    folder.
 
-    Allowed is one in a hundred, and three in a smaller folder: a failed copy or a format that is not
-    supported breaks more than that, and training on the rest would hide it.
+    Allowed is one in a hundred, and three in a smaller folder: a failed copy or a format that is
+    not supported breaks more than that, and training on the rest would hide it.
     """
     if not skipped:
         return
@@ -317,16 +352,23 @@ def _check_broken(
         )
 
 
-def _check_classes(data: str, listing: Listing, train: list[Item], val: list[Item], both: int = 0) -> None:
+def _check_classes(
+    data: str, listing: Listing, train: list[Item], val: list[Item], both: int = 0
+) -> None:
     classes, counts = listing.classes, Counter(item.label for item in train)
     lost = sorted({item.label for item in listing.train + val} - counts.keys())
     if lost:
         same = f" ({both} are identical to images that validate)" if both else ""
-        raise DataError(f"{data}: no training image that can be read of {few([classes[i] for i in lost])}{same}")
+        raise DataError(
+            f"{data}: no training image that can be read of {few([classes[i] for i in lost])}{same}"
+        )
     if len(classes) < 2 or len(counts) < 2:
         only = classes[next(iter(counts))] if counts else classes[0]
-        raise DataError(f"{data}: one class only ({only}); two or more are needed, a sub-folder each")
+        raise DataError(
+            f"{data}: one class only ({only}); two or more are needed, a sub-folder each"
+        )
     if not val:
         raise DataError(
-            f"{data}: one image in each class, not counting copies; two or more are needed, one of them to validate"
+            f"{data}: one image in each class, not counting copies; two or more are needed, one of "
+            "them to validate"
         )

@@ -53,11 +53,16 @@ class Listing:
 def check_name(data: str) -> None:
     """Raise DataError for an empty name, which as a path is the current folder."""
     if not data.strip():
-        raise DataError("the name of the data is empty; give a folder of images, a Hub data set (org/name) or digits")
+        raise DataError(
+            "the name of the data is empty; give a folder of images, a Hub data set (org/name) or "
+            "digits"
+        )
 
 
 def list_images(data: str) -> Listing:
-    """What DATA holds, in any of the forms above; no image is decoded. Raises: DataError if it has none of them."""
+    """What DATA holds, in any of the forms above; no image is decoded. Raises: DataError if it has
+    none of them.
+    """
     check_name(data)
     path = Path(data).expanduser()
     if data == "digits" and not os.path.exists(path):
@@ -68,10 +73,14 @@ def list_images(data: str) -> Listing:
         except OSError as error:
             raise DataError(f"{data}: {reason(error)}") from error
     if os.path.exists(path):  # which is also False for a name that is too long
-        raise DataError(f"{data} is a file; give a folder with one sub-folder a class, or of parquet files")
+        raise DataError(
+            f"{data} is a file; give a folder with one sub-folder a class, or of parquet files"
+        )
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data):
         return _hub(data)
-    raise DataError(f"{data} does not exist; give a folder of images, a Hub data set (org/name) or digits")
+    raise DataError(
+        f"{data} does not exist; give a folder of images, a Hub data set (org/name) or digits"
+    )
 
 
 # ---- readers: digits, folders, parquet, Hub
@@ -99,7 +108,9 @@ def _folder_or_tables(root: Path) -> Listing:
     listing = _tables(root, with_images or tables)
     rows = [*listing.train, *(listing.val or [])]
     if beside and not any(isinstance(row.source, Path) for row in rows):
-        listing.remarks.append(f"parquet files are read, and images in folders beside them are not: {few(beside)}")
+        listing.remarks.append(
+            f"parquet files are read, and images in folders beside them are not: {few(beside)}"
+        )
     strange = [table.name for table in tables if with_images and table not in with_images]
     if strange:
         listing.remarks.append(f"no images in {few(strange)}")
@@ -138,11 +149,15 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
     for file in files:
         split = split_of(file)
         if places.setdefault(split, file.parent) != file.parent:
-            raise DataError(f"{root}: {split} is in {places[split]} and in {file.parent}; give one of them")
+            raise DataError(
+                f"{root}: {split} is in {places[split]} and in {file.parent}; give one of them"
+            )
         try:
             rows, names = _table(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: no parquet file that can be read ({first_line(error)})") from error
+            raise DataError(
+                f"{file}: no parquet file that can be read ({first_line(error)})"
+            ) from error
         if classes is not None and names != classes:
             raise DataError(f"{file}: its class names differ from those of {files[0].name}")
         classes = names
@@ -151,7 +166,9 @@ def _tables(root: Path, files: Sequence[Path]) -> Listing:
 
 
 def split_of(file: Path) -> str:
-    """The part of the data that the name of a file, or else of its folder, tells; train if none does."""
+    """The part of the data that the name of a file, or else of its folder, tells; train if none
+    does.
+    """
     words = {part_of(word) for word in re.split(r"[\W_]+", file.stem)} - {None}
     kinds = (words.pop() if len(words) == 1 else None, part_of(file.parent.name))
     for name, kind in zip((file.stem, file.parent.name), kinds, strict=True):
@@ -174,8 +191,13 @@ def _table(file: Path) -> tuple[list[Row], list[str] | None]:
         rows: list[Row] = []
         # A file may be one row group of gigabytes: read it in pieces.
         for batch in table.iter_batches(256, columns=[image, label]):
-            pairs = zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True)
-            rows += [(f"{file.name}:{len(rows) + i}", _bytes_of(x, file.parent), y) for i, (x, y) in enumerate(pairs)]
+            pairs = zip(
+                batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True
+            )
+            rows += [
+                (f"{file.name}:{len(rows) + i}", _bytes_of(x, file.parent), y)
+                for i, (x, y) in enumerate(pairs)
+            ]
     return rows, names
 
 
@@ -192,14 +214,23 @@ def _kind(type_: Any) -> str:
 
 
 def _columns(where: str, kinds: dict[str, str]) -> tuple[str, str]:
-    """Names of the image and the label column: those in use on the Hub first, else the only one of its kind."""
+    """Names of the image and the label column: those in use on the Hub first, else the only one of
+    its kind.
+    """
     chosen = []
-    known = {"image": ("image", "img"), "label": ("label", "fine_label", "labels", "class", "target")}
+    known = {
+        "image": ("image", "img"),
+        "label": ("label", "fine_label", "labels", "class", "target"),
+    }
     for kind, usual in known.items():
         there = [name for name, its in kinds.items() if its == kind]
-        pick = next((name for name in usual if name in there), there[0] if len(there) == 1 else None)
+        pick = next(
+            (name for name in usual if name in there), there[0] if len(there) == 1 else None
+        )
         if pick is None:
-            raise DataError(f"{where}: no {kind} column among {few(list(kinds))}; expected {' or '.join(usual)}")
+            raise DataError(
+                f"{where}: no {kind} column among {few(list(kinds))}; expected {' or '.join(usual)}"
+            )
         chosen.append(pick)
     return chosen[0], chosen[1]
 
@@ -225,12 +256,14 @@ def _hub(name: str) -> Listing:
         import datasets
     except ImportError:
         raise DataError(
-            f"{name} is no folder here; to read it as a data set of the Hugging Face Hub: pip install 'xzoo[data]'"
+            f"{name} is no folder here; to read it as a data set of the Hugging Face Hub: pip "
+            "install 'xzoo[data]'"
         ) from None
     with network.bounded() as contact:
         try:
             splits = datasets.load_dataset(name)
-        except Exception as error:  # network, permission, script and format errors of many libraries
+        except Exception as error:
+            # network, permission, script and format errors of many libraries
             told = contact.failure or first_line(error)
             raise DataError(f"{name}: no folder here, and the Hub gave: {told}") from error
     parts: dict[str, list[Row]] = {}
@@ -238,7 +271,9 @@ def _hub(name: str) -> Listing:
     for split, rows in splits.items():
         kinds = {}
         for column, feature in rows.features.items():
-            is_label = isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in ("int64", "string")
+            is_label = isinstance(feature, datasets.ClassLabel) or getattr(
+                feature, "dtype", ""
+            ) in ("int64", "string")
             kinds[column] = "label" if is_label else "other"
             if isinstance(feature, datasets.Image):
                 kinds[column] = "image"
@@ -273,7 +308,9 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
         raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
-    judges = sorted((split for split in items if part_of(split) in ("val", "test")), key=folders.rank)
+    judges = sorted(
+        (split for split in items if part_of(split) in ("val", "test")), key=folders.rank
+    )
     val = next((split for split in judges if items[split]), None)
     remarks += [f"{s} is not used" for s in sorted(items) if s not in ("train", val)]
     return Listing(classes, items["train"], items[val] if val else None, remarks=remarks)

@@ -1,7 +1,8 @@
-"""The files below a folder: which are images, which are left out and why, each once although links lead to it again.
+"""The files below a folder: which are images, which are left out and why, each once although links
+lead to it again.
 
-Left out is what KEPT_BY_SYSTEMS and a leading dot name, what is no image or no regular file, and a file that is reached
-twice. Which image is of which class and part: folders.py.
+Left out is what KEPT_BY_SYSTEMS and a leading dot name, what is no image or no regular file, and a
+file that is reached twice. Which image is of which class and part: folders.py.
 """
 
 import os
@@ -17,27 +18,39 @@ from ..files import reason
 
 # What people call images. Pillow reads HEIC only with a plug-in: without it, it is reported.
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .avif .heic .heif "
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm "
+    ".avif .heic .heif "
     ".avifs .jp2 .j2k .j2c .jpc .jpf .jpx .tga .qoi .pcx .sgi .ras .dds .xbm .xpm .mpo".split()
 )
-# A file without any ending is one if it begins as one. Not so with an ending that is not known: camera files and
-# unfinished downloads begin as images, too.
+# A file without any ending is one if it begins as one. Not so with an ending that is not known:
+# camera files and unfinished downloads begin as images, too.
 SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL)
 
-# Copies of images, and their remains, that no user put there: archives, trash cans, thumbnailers, versions, disks
-# (compared in lower case). Whatever begins with a dot is of the same kind: ._photo.jpg, .DS_Store, .Trash-1000,
-# .thumbnails, .ipynb_checkpoints, .cache, .git. A class may well be called "trash" or "thumbnails": those are not here.
+# Copies of images, and their remains, that no user put there: archives, trash cans, thumbnailers,
+# versions, disks (compared in lower case). Whatever begins with a dot is of the same kind:
+# ._photo.jpg, .DS_Store, .Trash-1000, .thumbnails, .ipynb_checkpoints, .cache, .git. A class may
+# well be called "trash" or "thumbnails": those are not here.
 KEPT_BY_SYSTEMS = frozenset(
     {
         *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
-        *("$recycle.bin", "recycler", "recycled", "system volume information", "thumbs.db", "ehthumbs.db"),  # Windows
+        # Windows
+        *(
+            "$recycle.bin",
+            "recycler",
+            "recycled",
+            "system volume information",
+            "thumbs.db",
+            "ehthumbs.db",
+        ),
         *("desktop.ini", "found.000", "lost+found"),
-        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),  # network storage
+        # network storage
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp"),
         *("__pycache__",),
     }
 )
 
-# Kinds of reasons, as the line of `xzoo finetune` counts them; more of them in folders.py and scan.py.
+# Kinds of reasons, as the line of `xzoo finetune` counts them; more of them in folders.py and
+# scan.py.
 HIDDEN = "hidden or kept by a system"
 NO_IMAGE = "not images"
 NO_FILE = "no regular files"
@@ -46,7 +59,9 @@ TWICE = "reached twice through links"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is not used: its name below DATA, the kind of reason (plural, to be counted), and what exactly."""
+    """A file that is not used: its name below DATA, the kind of reason (plural, to be counted), and
+    what exactly.
+    """
 
     name: str
     why: str
@@ -61,7 +76,9 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder as it was reached, with its name below DATA ("" for DATA itself) and where it really is."""
+    """A folder as it was reached, with its name below DATA ("" for DATA itself) and where it really
+    is.
+    """
 
     path: Path
     name: str
@@ -85,7 +102,9 @@ class Place:
 
 @dataclass
 class Content:
-    """What lies directly in a folder, by name: folders, those reached by a link, images, and what is left out."""
+    """What lies directly in a folder, by name: folders, those reached by a link, images, and what
+    is left out.
+    """
 
     folders: list[Place] = field(default_factory=list)
     links: list[Place] = field(default_factory=list)
@@ -117,9 +136,13 @@ def _content(place: Place) -> Content:
                     if link:
                         found.linked.add(entry.name)
                 else:
-                    found.left_out.append(LeftOut(name, NO_IMAGE, f"no image by its ending {ending(entry.name)}"))
+                    found.left_out.append(
+                        LeftOut(name, NO_IMAGE, f"no image by its ending {ending(entry.name)}")
+                    )
             else:
-                found.left_out.append(LeftOut(name, NO_FILE, no_regular_file(entry.path) or "no regular file"))
+                found.left_out.append(
+                    LeftOut(name, NO_FILE, no_regular_file(entry.path) or "no regular file")
+                )
     return found
 
 
@@ -148,7 +171,9 @@ def is_image(file: Path) -> bool:
 
 
 def no_regular_file(path: Path | str) -> str | None:
-    """What a path is if it is there and no regular file: opening a named pipe waits for ever. None if it is one."""
+    """What a path is if it is there and no regular file: opening a named pipe waits for ever. None
+    if it is one.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -182,7 +207,8 @@ class ImageFile:
 
 
 def gather(top: Place, root: str) -> tuple[list[ImageFile], list[LeftOut]]:
-    """Every image at any depth, through links as well, in text order; and every other file with its reason.
+    """Every image at any depth, through links as well, in text order; and every other file with its
+    reason.
 
     Args:
         root: the real path of DATA; a link to it, or to a folder above it, is not followed.
@@ -196,17 +222,23 @@ def gather(top: Place, root: str) -> tuple[list[ImageFile], list[LeftOut]]:
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         if place.real in seen or (place is not top and leads_back(place, root)):
-            left_out.append(LeftOut(place.name, TWICE, f"a link to {place.real}, which is read already"))
+            left_out.append(
+                LeftOut(place.name, TWICE, f"a link to {place.real}, which is read already")
+            )
             continue
         seen.add(place.real)
         content = listed(place)
         for name in content.images:
             path = place.path / name
-            real = os.path.realpath(path) if name in content.linked else os.path.join(place.real, name)
+            real = (
+                os.path.realpath(path) if name in content.linked else os.path.join(place.real, name)
+            )
             images.append(ImageFile(place.below(name), path, real))
         left_out += content.left_out
         for folder in content.hidden:
-            left_out += below(folder, place.below(folder.name), HIDDEN, "hidden, or kept by a system")
+            left_out += below(
+                folder, place.below(folder.name), HIDDEN, "hidden, or kept by a system"
+            )
         folders += content.folders
         links += content.links
     return sorted(images, key=lambda image: as_walked(image.name)), left_out
@@ -231,10 +263,14 @@ def below(folder: Path, name: str, why: str, detail: str) -> list[LeftOut]:
 
 
 def walked(folder: Path) -> list[str]:
-    """Names of all files below a folder, and of links to folders and folders that cannot be listed as if files."""
+    """Names of all files below a folder, and of links to folders and folders that cannot be listed
+    as if files.
+    """
     names: list[str] = []
     closed: list[str] = []
-    for at, folders, files in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
+    for at, folders, files in os.walk(
+        folder, onerror=lambda error: closed.append(str(error.filename))
+    ):
         start = Path(at).relative_to(folder).as_posix()
         links = [name for name in folders if os.path.islink(os.path.join(at, name))]
         names += [name if start == "." else f"{start}/{name}" for name in sorted(files + links)]
@@ -242,27 +278,37 @@ def walked(folder: Path) -> list[str]:
 
 
 def as_walked(name: str) -> list[tuple[bool, str]]:
-    """Sorts as os.walk goes: the files of a folder, then its folders. Fingerprints of runs hang on this order."""
+    """Sorts as os.walk goes: the files of a folder, then its folders. Fingerprints of runs hang on
+    this order.
+    """
     *folders, file = name.split("/")
     return [*((True, folder) for folder in folders), (False, file)]
 
 
 def each_once(images: Sequence[ImageFile], root: str) -> tuple[list[ImageFile], list[LeftOut]]:
-    """Without further names of the same file, which links give it; where it has a name of its own, that stays."""
+    """Without further names of the same file, which links give it; where it has a name of its own,
+    that stays.
+    """
     own = [image for image in images if image.real == os.path.join(root, image.name)]
     first: dict[str, str] = {}
     for image in [*own, *images]:
         first.setdefault(image.real, image.name)
     kept = [image for image in images if first[image.real] == image.name]
     again = [image for image in images if first[image.real] != image.name]
-    return kept, [LeftOut(image.name, TWICE, f"the same file as {first[image.real]}") for image in again]
+    return kept, [
+        LeftOut(image.name, TWICE, f"the same file as {first[image.real]}") for image in again
+    ]
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image at any depth, in text order; also what is called one and is no regular file. Raises: as `gather`."""
+    """Every image at any depth, in text order; also what is called one and is no regular file.
+    Raises: as `gather`.
+    """
     real = os.path.realpath(folder)
     images, left_out = gather(Place(folder, "", real), real)
-    odd = [folder / left.name for left in left_out if left.why == NO_FILE and is_image(Path(left.name))]
+    odd = [
+        folder / left.name for left in left_out if left.why == NO_FILE and is_image(Path(left.name))
+    ]
     return [image.path for image in images] + odd
 
 
@@ -273,10 +319,15 @@ def refuse_within(run: Path, data: Path) -> None:
     top = Place(data, "", os.path.realpath(data))
     above = Path(os.path.realpath(run))
     if not {str(folder) for folder in (above, *above.parents)}.isdisjoint(_all_real(top)):
-        raise DataError(f"{run} is in the data, {data}: a run would write among the images; choose another --out")
+        raise DataError(
+            f"{run} is in the data, {data}: a run would write among the images; choose another "
+            "--out"
+        )
     for made in ("model", "checkpoints"):
         if Path(top.real).is_relative_to(above / made):
-            raise DataError(f"{data} is where the run {run} writes its {made}; choose another --out")
+            raise DataError(
+                f"{data} is where the run {run} writes its {made}; choose another --out"
+            )
 
 
 def _all_real(top: Place) -> set[str]:
@@ -294,7 +345,9 @@ def _all_real(top: Place) -> set[str]:
 def files_that_end_in(root: Path, ending: str) -> list[Path]:
     """Files at any depth that no system keeps for itself, in text order."""
     names = [name for name in walked(root) if name.lower().endswith(ending)]
-    return sorted(root / name for name in names if not any(is_hidden(part) for part in name.split("/")))
+    return sorted(
+        root / name for name in names if not any(is_hidden(part) for part in name.split("/"))
+    )
 
 
 def has_images(top: Place, root: str) -> bool:

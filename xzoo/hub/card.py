@@ -1,7 +1,7 @@
 """Model cards, written from what a folder holds: config.json, metrics.json and the registry.
 
-Not by hand: `xzoo card FOLDER` writes README.md anew, and `hub.check` fails where it is stale, which it also is when
-recipes/results.csv has got further runs of its recipe, or of its rivals.
+Not by hand: `xzoo card FOLDER` writes README.md anew, and `hub.check` fails where it is stale,
+which it also is when recipes/results.csv has got further runs of its recipe, or of its rivals.
 """
 
 import json
@@ -128,7 +128,8 @@ optimizer.step()"""
 
 
 def write(folder: Path | str, repo: str | None = None) -> bool:
-    """Write a folder's README.md anew, and what metrics.json says of other runs; returns whether anything has changed.
+    """Write a folder's README.md anew, and what metrics.json says of other runs; returns whether
+    anything has changed.
 
     Raises: XzooError where it cannot.
     """
@@ -152,7 +153,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise XzooError(f"{file.parent} is no exported model: {type(error).__name__}: {error}") from error
+        raise XzooError(
+            f"{file.parent} is no exported model: {type(error).__name__}: {error}"
+        ) from error
 
 
 def text(folder: Path | str, repo: str | None = None, place: Path | None = None) -> str:
@@ -171,18 +174,29 @@ def text(folder: Path | str, repo: str | None = None, place: Path | None = None)
         pictures = [name for name in ("spectrum.png", "curves.png") if (folder / name).is_file()]
         return _text(config, measured, place, repo, pictures)
     except (KeyError, TypeError, ValueError) as error:
-        raise XzooError(f"{folder} is no exported model: {type(error).__name__}: {error}") from error
+        raise XzooError(
+            f"{folder} is no exported model: {type(error).__name__}: {error}"
+        ) from error
 
 
-def metrics(model: nn.Module, config: dict[str, Any], result: dict[str, Any], timed: bool) -> dict[str, Any]:
-    """What metrics.json says: the result of a run, without places of its machine, and what is counted and measured."""
+def metrics(
+    model: nn.Module, config: dict[str, Any], result: dict[str, Any], timed: bool
+) -> dict[str, Any]:
+    """What metrics.json says: the result of a run, without places of its machine, and what is
+    counted and measured.
+    """
     net, counts = cast(Any, model), profile(model)
     # `xzoo finetune` has words of its own.
     own = {"run", "model", "accuracy", "accuracy5", "images", "seconds"}
     known = {key: value for key, value in result.items() if key not in own}
     if "accuracy" in result:
         known |= {"top5": 100 * result["accuracy5"] if net.num_classes > 5 else None}
-        known |= {"n_val": result["images"], "wall_s": result["seconds"], "split": "val", "dataset": None}
+        known |= {
+            "n_val": result["images"],
+            "wall_s": result["seconds"],
+            "split": "val",
+            "dataset": None,
+        }
     known |= {"model": config["architecture"]} | standing(known)
     known |= {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
     arguments = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
@@ -195,10 +209,12 @@ def metrics(model: nn.Module, config: dict[str, Any], result: dict[str, Any], ti
 
 
 def standing(measured: dict[str, Any]) -> dict[str, Any]:
-    """What recipes/results.csv has of the same recipe ("runs") and of its rivals, which have other graphs or none.
+    """What recipes/results.csv has of the same recipe ("runs") and of its rivals, which have other
+    graphs or none.
 
-    Rivals are of the same architecture, data, images, epochs and batch. Each has top1 (the mean), sd (None of one run)
-    and n, its graph, and what it is in size. Of a recipe that is not in the table: the one run, and nobody.
+    Rivals are of the same architecture, data, images, epochs and batch. Each has top1 (the mean),
+    sd (None of one run) and n, its graph, and what it is in size. Of a recipe that is not in the
+    table: the one run, and nobody.
     """
     shape = ("graph", "compression", "share", "spatial_share")
     same = ("model", "dataset", "split", "n_val", "img_size", "epochs", "global_batch")
@@ -213,7 +229,12 @@ def standing(measured: dict[str, Any]) -> dict[str, Any]:
     for rows in runs.values():
         row = rows[0]
         if of_task(row) == of_task(own[0]) and of_graph(row) != of_graph(own[0]):
-            counts = {"graph": row.graph, "weights": row.weights, "params": row.params, "macs": row.macs}
+            counts = {
+                "graph": row.graph,
+                "weights": row.weights,
+                "params": row.params,
+                "macs": row.macs,
+            }
             rivals.append(_mean(rows) | counts)
     return {"runs": _mean(own), "rivals": sorted(rivals, key=lambda rival: rival["graph"])}
 
@@ -234,19 +255,31 @@ def _mean(rows: list[Row]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _latency(net: Any, dense: nn.Module | None, pairs: int = 25) -> dict[str, Any]:
-    """Milliseconds for one image, and how many times as long the dense twin takes; both deployed, in turns."""
+    """Milliseconds for one image, and how many times as long the dense twin takes; both deployed,
+    in turns.
+    """
     x = torch.rand(1, *net.pretrained_cfg["input_size"])
-    forms = {name: deploy(model, x) for name, model in (("ours", net), ("dense", dense)) if model is not None}
+    forms = {
+        name: deploy(model, x)
+        for name, model in (("ours", net), ("dense", dense))
+        if model is not None
+    }
     times = alternate({name: partial(model, x) for name, model in forms.items()}, pairs)
     ours = times["ours"].seconds
-    found = {"ms": round(1000 * statistics.median(ours), 2), "batch": 1, "on": hardware(torch.device("cpu"))}
+    found = {
+        "ms": round(1000 * statistics.median(ours), 2),
+        "batch": 1,
+        "on": hardware(torch.device("cpu")),
+    }
     if dense is None:
         return found
     ratios = [theirs / mine for mine, theirs in zip(ours, times["dense"].seconds, strict=True)]
     return found | {"dense_times": round(statistics.median(ratios), 2)}
 
 
-def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, pictures: list[str]) -> str:
+def _text(
+    config: dict[str, Any], measured: dict[str, Any], place: Path, repo: str, pictures: list[str]
+) -> str:
     name, size = place.name, config["pretrained_cfg"]["input_size"]
     registered = place.parent in [home.resolve() for home in weights.homes()]
     facts = DATASETS.get(measured.get("dataset") or "")
@@ -254,7 +287,11 @@ def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: s
     judged = f"{measured['n_val']:,} {measured['split']} images of {title or 'its own data set'}"
     model = name if registered else f"hf-hub:{repo}"
     literal = escaped(model).replace('"', '\\"')  # between double quotes, in Python
-    snippets = {"top": min(5, config["num_classes"]), "model": literal, "size": ", ".join(map(str, size))}
+    snippets = {
+        "top": min(5, config["num_classes"]),
+        "model": literal,
+        "size": ", ".join(map(str, size)),
+    }
     curves = "![loss and accuracy during training](curves.png)\n"
     licence = "Weights: as the publisher of the training images allows."
     if facts:
@@ -286,10 +323,17 @@ def _text(config: dict[str, Any], measured: dict[str, Any], place: Path, repo: s
 
 def _head(measured: dict[str, Any], name: str, repo: str, facts: DataSet | None) -> ModelCardData:
     result: dict[str, Any] = {"task_type": "image-classification", "metric_type": "accuracy"}
-    result |= {"dataset_name": facts.title if facts else "own images", "dataset_type": facts.hub if facts else "images"}
+    result |= {
+        "dataset_name": facts.title if facts else "own images",
+        "dataset_type": facts.hub if facts else "images",
+    }
     result |= {"dataset_split": measured["split"]}
     figures = [("top-1", measured["top1"]), ("top-5", measured.get("top5"))]
-    rows = [EvalResult(**result, metric_name=k, metric_value=round(v, 4)) for k, v in figures if v is not None]
+    rows = [
+        EvalResult(**result, metric_name=k, metric_value=round(v, 4))
+        for k, v in figures
+        if v is not None
+    ]
     kept: dict[str, Any] = {"datasets": [facts.hub]} if facts else {}
     return ModelCardData(
         library_name="timm",
@@ -306,7 +350,9 @@ def _head(measured: dict[str, Any], name: str, repo: str, facts: DataSet | None)
 
 
 def _description(config: dict[str, Any]) -> str:
-    docstring = timm.models.model_entrypoint(config["architecture"]).__doc__ or config["architecture"]
+    docstring = (
+        timm.models.model_entrypoint(config["architecture"]).__doc__ or config["architecture"]
+    )
     first = " ".join(docstring.strip().split("\n\n")[0].split())
     base = config.get("model_args", {}).get("base")
     return f"{first} Here `base` is {base}." if base else first
@@ -316,7 +362,10 @@ def _accuracy(measured: dict[str, Any], judged: str) -> str:
     top5 = f", top-5 {measured['top5']:.2f} %" if measured.get("top5") is not None else ""
     runs = measured["runs"]
     mean = f"{_top1(runs)} % is the mean of {runs['n']} runs" if runs["n"] > 1 else "one run"
-    return f"top-1 {measured['top1']:.2f} %{top5} of {judged}; {mean}, the last epoch, whatever the others had"
+    return (
+        f"top-1 {measured['top1']:.2f} %{top5} of {judged}; {mean}, the last epoch, whatever the "
+        "others had"
+    )
 
 
 def _top1(runs: dict[str, Any]) -> str:
@@ -328,16 +377,29 @@ def _graphs(config: dict[str, Any]) -> str:
     if "graph" not in block:
         return "none; it is dense"
     compression = block.get("compression")
-    how = "degrees of each layer in config.json" if isinstance(compression, dict) else f"compression {compression}"
+    how = (
+        "degrees of each layer in config.json"
+        if isinstance(compression, dict)
+        else f"compression {compression}"
+    )
     shares = f"share {block.get('share')}, {block.get('spatial_share')} for larger kernels"
     print_ = block.get("fingerprint", "")[:16]
     return f"{block['graph']}, {how}, {shares}, seed {block.get('seed')}; fingerprint {print_}"
 
 
 def _recipe(measured: dict[str, Any]) -> str:
-    named = f"{markdown(measured['recipe'])} ({measured['recipe_sha']})" if measured.get("recipe") else "recipe.yaml"
+    named = (
+        f"{markdown(measured['recipe'])} ({measured['recipe_sha']})"
+        if measured.get("recipe")
+        else "recipe.yaml"
+    )
     parts = [named]
-    for key, text in (("epoch_reported", "{} epochs"), ("seed", "seed {}"), ("device", "on {}"), ("commit", "xzoo {}")):
+    for key, text in (
+        ("epoch_reported", "{} epochs"),
+        ("seed", "seed {}"),
+        ("device", "on {}"),
+        ("commit", "xzoo {}"),
+    ):
         if measured.get(key) is not None:
             parts.append(text.format(markdown(measured[key])))
     return ", ".join(parts)
@@ -362,12 +424,19 @@ def _speed(measured: dict[str, Any]) -> str:
     found = measured.get("latency")
     if not found:
         return ""
-    twin = f"; its dense twin takes {found['dense_times']} times as long" if "dense_times" in found else ""
+    twin = (
+        f"; its dense twin takes {found['dense_times']} times as long"
+        if "dense_times" in found
+        else ""
+    )
     return f"One image takes {found['ms']} ms ({found['on']}; batch norms folded){twin}.\n"
 
 
 def _verified(registered: bool, repo: str) -> str:
     pin = code(f"timm.create_model({f'hf-hub:{repo}@COMMIT'!r}, pretrained=True)")
     if registered:
-        return f"By this name every file is verified before it is used; by {pin} nothing is, so name the commit."
+        return (
+            f"By this name every file is verified before it is used; by {pin} nothing is, so name "
+            "the commit."
+        )
     return f"This route verifies nothing: name the commit ({pin}), and trust the publisher."

@@ -1,8 +1,8 @@
 """A model as a folder in timm's Hub format: config.json and model.safetensors.
 
-`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it after `import xzoo`, and so does the Hub
-once it is uploaded. What timm has no place for (how the graph was drawn, what it was trained on) is in a
-block "xzoo" beside timm's own keys, which timm passes over.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it after `import xzoo`, and so does
+the Hub once it is uploaded. What timm has no place for (how the graph was drawn, what it was
+trained on) is in a block "xzoo" beside timm's own keys, which timm passes over.
 
 `export` makes of a run the folder that is published, with what else a reader of it wants to know:
 
@@ -45,7 +45,8 @@ GREY = "grey_range"  # of the block: largest values of grey images with more tha
 HALF_MOVES = 0.02  # points that float16 may cost or bring
 EXPORTED = {CONFIG, WEIGHTS, card.CARD, RECIPE, METRICS, CURVES, SPECTRUM, GOLDEN}
 
-_PLACES = ("root", "data", "out", "results", "default_root_dir", "workers")  # of a recipe, where they are texts
+# of a recipe, where they are texts
+_PLACES = ("root", "data", "out", "results", "default_root_dir", "workers")
 
 
 def save(
@@ -58,7 +59,8 @@ def save(
     """Write the folder, all at once: it is made beside its place and moved there.
 
     Args:
-        model: built by a registered name (timm.create_model), so that it can be rebuilt from its arguments.
+        model: built by a registered name (timm.create_model), so that it can be rebuilt from its
+            arguments.
         label_names: a name for each class, in the order of the outputs.
         data_config: how images are prepared for it, as of `timm.data.resolve_model_data_config`.
         block: what else to remember; JSON values.
@@ -74,19 +76,27 @@ def save(
     # safetensors refuses what is not contiguous, as everything is in a channels_last model.
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     with files.atomic_folder(folder) as draft:
-        save_for_hf(plain, str(draft), model_config=config, safe_serialization=True, data_config=_plain(data_config))
+        save_for_hf(
+            plain,
+            str(draft),
+            model_config=config,
+            safe_serialization=True,
+            data_config=_plain(data_config),
+        )
         written = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
-        # transformers' wrapper passes num_classes itself, and Python refuses it twice; timm reads the top level.
+        # transformers' wrapper passes num_classes itself, and Python refuses it twice; timm reads
+        # the top level.
         written.get("model_args", {}).pop("num_classes", None)
         (draft / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path | str) -> nn.Module:
-    """The model of a folder, in eval mode, with its weights; every one of them must be there and fit.
+    """The model of a folder, in eval mode, with its weights; every one of them must be there and
+    fit.
 
-    Its label names and the preparation of images are in its `pretrained_cfg`, the range of grey images with more
-    than 8 bits in its `grey_range` (of `train.images.grey_ranges`).
-    Raises: ModelError that names the folder and what does not fit.
+    Its label names and the preparation of images are in its `pretrained_cfg`, the range of grey
+    images with more than 8 bits in its `grey_range` (of `train.images.grey_ranges`). Raises:
+    ModelError that names the folder and what does not fit.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
@@ -99,14 +109,27 @@ def load(folder: Path | str) -> nn.Module:
         weights = load_file(folder / WEIGHTS)
     except XzooError:
         raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder} is no model folder that can be read: {first_line(error)}") from error
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise ModelError(
+            f"{folder} is no model folder that can be read: {first_line(error)}"
+        ) from error
     check_fingerprint(config, weights, str(folder / WEIGHTS))
     _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
     names = model.pretrained_cfg.get("label_names")
     if names is not None and len(names) != model.num_classes:
-        raise ModelError(f"{folder / CONFIG}: {len(names)} label names for {model.num_classes} classes")
-    # Not in pretrained_cfg: timm refuses keys of others there, and writes that of a model when it is saved.
+        raise ModelError(
+            f"{folder / CONFIG}: {len(names)} label names for {model.num_classes} classes"
+        )
+    # Not in pretrained_cfg: timm refuses keys of others there, and writes that of a model when it
+    # is saved.
     block = config.get("xzoo") or {}
     # Runs of before there were ranges read all integers as 16-bit.
     before = {"16-bit": 65535.0, "32-bit": 65535.0} if block.keys() & {"finetune", "fit"} else {}
@@ -117,7 +140,9 @@ def load(folder: Path | str) -> nn.Module:
 def load_any(model: str) -> nn.Module:
     """A model with its weights: from a run folder, a model folder, or by name."""
     if not model.strip():
-        raise ModelError(f"{model!r} is no model; give a run folder, a model folder, or the name of a model")
+        raise ModelError(
+            f"{model!r} is no model; give a run folder, a model folder, or the name of a model"
+        )
     path = Path(model.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         if (path / CONFIG).is_file():
@@ -125,11 +150,18 @@ def load_any(model: str) -> nn.Module:
         if (path / "model" / CONFIG).is_file():
             return load(path / "model")
         if (path / "config.yaml").is_file():
-            raise ModelError(f"{path} is a run that is not finished; the command that began it goes on with it")
-        raise ModelError(f"{path} is neither a run nor a model folder: it has no model/config.json and no config.json")
+            raise ModelError(
+                f"{path} is a run that is not finished; the command that began it goes on with it"
+            )
+        raise ModelError(
+            f"{path} is neither a run nor a model folder: it has no model/config.json and no "
+            "config.json"
+        )
     if path.is_file():
         raise ModelError(f"{model} is a file; give the folder that it is in")
-    if model.startswith("local-dir:") or (":" not in model and ("/" in model or model.startswith("."))):
+    if model.startswith("local-dir:") or (
+        ":" not in model and ("/" in model or model.startswith("."))
+    ):
         raise ModelError(f"{model}: there is no such folder")
     try:
         return create_model(model, pretrained=True)
@@ -137,11 +169,15 @@ def load_any(model: str) -> nn.Module:
         raise
     except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
         reason = first_line(error)
-        raise ModelError(f"no weights for {model}: {reason}; give a run folder, or a model that has weights") from error
+        raise ModelError(
+            f"no weights for {model}: {reason}; give a run folder, or a model that has weights"
+        ) from error
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """A name for each output: those saved with the model, ImageNet's where it has 1,000 classes, else numbers."""
+    """A name for each output: those saved with the model, ImageNet's where it has 1,000 classes,
+    else numbers.
+    """
     config, count = cast(Any, model).pretrained_cfg, cast(Any, model).num_classes
     names, described = config.get("label_names"), config.get("label_descriptions") or {}
     if isinstance(names, dict):  # where ids have gaps
@@ -162,19 +198,25 @@ def export(
     timed: bool = True,
     half: Callable[[Path], float] | None = None,
 ) -> Path:
-    """Write a finished run as a folder to publish; returns it. A folder that was exported before is replaced.
+    """Write a finished run as a folder to publish; returns it. A folder that was exported before is
+    replaced.
 
     Args:
-        repo: the Hub repository that the card is for; by default that of the zoo with this folder's name.
+        repo: the Hub repository that the card is for; by default that of the zoo with this folder's
+            name.
         timed: measure the latency, too; all the rest is the same every time.
-        half: store weights in float16 (norms and biases stay in float32); it gives the top-1 accuracy of the file, in
-            per cent, on the images that the run was judged on, which may move by HALF_MOVES.
-    Raises: XzooError for a run that is not finished, a place that holds anything else, or a full disk.
+        half: store weights in float16 (norms and biases stay in float32); it gives the top-1
+            accuracy of the file, in per cent, on the images that the run was judged on, which may
+            move by HALF_MOVES.
+    Raises: XzooError for a run that is not finished, a place that holds anything else, or a full
+    disk.
     """
     run, to = Path(run), Path(to)
     for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", "result.json"):
         if not (run / name).is_file():
-            raise XzooError(f"{run} is no finished run: it has no {name}; the command that began it ends it")
+            raise XzooError(
+                f"{run} is no finished run: it has no {name}; the command that began it ends it"
+            )
     if to.exists() and not (to.is_dir() and ({f.name for f in to.iterdir()} <= EXPORTED)):
         raise XzooError(f"{to} holds something else than an exported model; choose another folder")
     from ..lettering import spared  # matplotlib takes half a second to import
@@ -189,28 +231,37 @@ def export(
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise XzooError(f"{run} is no run that can be read: {first_line(error)}") from error
     with files.atomic_folder(to) as draft:
-        state = {key: _narrow(key, value, half is not None) for key, value in model.state_dict().items()}
+        state = {
+            key: _narrow(key, value, half is not None) for key, value in model.state_dict().items()
+        }
         (draft / WEIGHTS).write_bytes(to_bytes(state))
         if half is not None:
             model.load_state_dict(state)  # what follows is of what is stored
             before, result["top1"] = result["top1"], half(draft / WEIGHTS)
             if abs(result["top1"] - before) > HALF_MOVES:
                 moved = f"from {before:.2f} to {result['top1']:.2f} %"
-                raise XzooError(f"float16 moves the accuracy {moved}, more than {HALF_MOVES} points; export in float32")
+                raise XzooError(
+                    f"float16 moves the accuracy {moved}, more than {HALF_MOVES} points; export in "
+                    "float32"
+                )
         made = {key: result[key] for key in ("recipe", "recipe_sha", "commit") if result.get(key)}
         config["xzoo"] = {**config.get("xzoo", {}), **made, "fingerprint": fingerprint(state)}
         architecture, _, tag = to.name.partition(".")
         # That of the weights that a fine-tuning began with is not its own.
         config["pretrained_cfg"]["tag"] = tag if architecture == config["architecture"] else ""
-        config["pretrained_cfg"]["license"] = card.LICENSE  # timm writes the architecture's, which is the code's
+        # timm writes the architecture's, which is the code's
+        config["pretrained_cfg"]["license"] = card.LICENSE
         _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
         _write(draft / RECIPE, to_yaml(_placeless(recipe)))
-        metrics = card.metrics(model, config, result, timed) | {"bytes": (draft / WEIGHTS).stat().st_size}
+        metrics = card.metrics(model, config, result, timed) | {
+            "bytes": (draft / WEIGHTS).stat().st_size
+        }
         if (run / CURVES).is_file():  # a run whose curves could not be drawn is finished, too
             shutil.copyfile(run / CURVES, draft / CURVES)
         drawn = {name: spectrum(graph) for name, graph in graphs_of(model).items()}
         if drawn:
-            # Second singular values over what the best graphs of these sizes come near, least and largest.
+            # Second singular values over what the best graphs of these sizes come near, least and
+            # largest.
             parts = [found.second / found.bound for found in drawn.values()]
             metrics["sigma_2"] = [round(min(parts), 3), round(max(parts), 3)]
             with spared(to / SPECTRUM, Console(stderr=True)):
@@ -224,24 +275,34 @@ def export(
 
 
 def check(folder: Path | str) -> None:
-    """Raise ModelError unless an exported folder is whole: it loads, and its outputs, counts and card are its own."""
+    """Raise ModelError unless an exported folder is whole: it loads, and its outputs, counts and
+    card are its own.
+    """
     folder = Path(folder)
     model: Any = load(folder)
-    parts = EXPORTED - {picture for picture in (SPECTRUM, CURVES) if not _is_in_card(folder, picture)}
+    parts = EXPORTED - {
+        picture for picture in (SPECTRUM, CURVES) if not _is_in_card(folder, picture)
+    }
     missing = sorted(parts - {file.name for file in folder.iterdir()})
     if missing:
         raise ModelError(f"{folder} has no {missing[0]}; `xzoo export RUN {folder}` writes it")
     wanted, found = load_file(folder / GOLDEN)["logits"], golden_logits(model)
     # On another machine sums are taken in another order.
-    if wanted.shape != found.shape or float((wanted - found).abs().max()) > 1e-4 * max(1.0, float(wanted.abs().max())):
+    if wanted.shape != found.shape or float((wanted - found).abs().max()) > 1e-4 * max(
+        1.0, float(wanted.abs().max())
+    ):
         raise ModelError(f"{folder}: its outputs are not those of {GOLDEN}")
     metrics, counts = json.loads((folder / METRICS).read_text(encoding="utf-8")), profile(model)
     counted = {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
     for name, count in counted.items():
         if metrics[name] != count:
-            raise ModelError(f"{folder / METRICS}: {name} is {metrics[name]} there, and {count} in the model")
+            raise ModelError(
+                f"{folder / METRICS}: {name} is {metrics[name]} there, and {count} in the model"
+            )
     if metrics["bytes"] != (folder / WEIGHTS).stat().st_size:
-        raise ModelError(f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}")
+        raise ModelError(
+            f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}"
+        )
     current = metrics | card.standing(metrics) == metrics
     if not current or (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
         raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
@@ -254,10 +315,14 @@ def _is_in_card(folder: Path, picture: str) -> bool:
 
 
 def golden_input(size: Sequence[int], count: int = 4) -> Tensor:
-    """[count, *size] in [-1, 1): 8 x 8 squares whose colours are PCG64's raw words, the same on every machine."""
+    """[count, *size] in [-1, 1): 8 x 8 squares whose colours are PCG64's raw words, the same on
+    every machine.
+    """
     words = np.asarray(np.random.PCG64(0).random_raw(count * size[0] * 64), dtype=np.uint64)
     colours = torch.from_numpy((words >> np.uint64(56)).astype(np.float32) / 128 - 1)
-    return nn.functional.interpolate(colours.view(count, size[0], 8, 8), (size[1], size[2]), mode="nearest")
+    return nn.functional.interpolate(
+        colours.view(count, size[0], 8, 8), (size[1], size[2]), mode="nearest"
+    )
 
 
 @torch.no_grad()
@@ -267,18 +332,28 @@ def golden_logits(model: nn.Module) -> Tensor:
 
 
 def _narrow(key: str, value: Tensor, half: bool) -> Tensor:
-    """A graph in the smallest integers that hold it, weights perhaps in float16; layers widen them when they load."""
+    """A graph in the smallest integers that hold it, weights perhaps in float16; layers widen them
+    when they load.
+    """
     if key.rpartition(".")[2] != "neighbours":
-        return (value.half() if half and value.is_floating_point() and value.dim() > 1 else value).contiguous()
+        return (
+            value.half() if half and value.is_floating_point() and value.dim() > 1 else value
+        ).contiguous()
     kinds = ((torch.uint8, 2**8), (torch.int16, 2**15))
-    return value.to(next((kind for kind, limit in kinds if int(value.max()) < limit), torch.int32)).contiguous()
+    return value.to(
+        next((kind for kind, limit in kinds if int(value.max()) < limit), torch.int32)
+    ).contiguous()
 
 
 def _placeless(recipe: Any) -> Any:
     """Without where data and results were on the machine of the run."""
     if not isinstance(recipe, dict):
         return recipe
-    kept = {k: v for k, v in recipe.items() if not (k in _PLACES and (v is None or isinstance(v, str | int)))}
+    kept = {
+        k: v
+        for k, v in recipe.items()
+        if not (k in _PLACES and (v is None or isinstance(v, str | int)))
+    }
     return {key: _placeless(value) for key, value in kept.items()}
 
 
@@ -289,7 +364,10 @@ def _write(path: Path, text: str) -> None:
 def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:
     """Strictly, since timm drops a head of another size in silence."""
     own = model.state_dict()
-    for missing, there in ((own.keys() - weights.keys(), "missing"), (weights.keys() - own.keys(), "unknown")):
+    for missing, there in (
+        (own.keys() - weights.keys(), "missing"),
+        (weights.keys() - own.keys(), "unknown"),
+    ):
         if missing:
             raise ModelError(f"{what}: {sorted(missing)[0]} is {there} ({len(missing)} such keys)")
     for name, tensor in own.items():

@@ -1,7 +1,9 @@
-"""Publishing a model folder: one commit of the format's own files, read back, tagged, and entered in weights.json.
+"""Publishing a model folder: one commit of the format's own files, read back, tagged, and entered
+in weights.json.
 
-Each step looks first at what is there, so that the same command ends right after any interruption, and changes
-nothing the second time. The commit names its parent: what somebody else has published meanwhile is not overwritten.
+Each step looks first at what is there, so that the same command ends right after any interruption,
+and changes nothing the second time. The commit names its parent: what somebody else has published
+meanwhile is not overwritten.
 """
 
 import hashlib
@@ -14,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    errors,
+    get_token,
+)
 from huggingface_hub.utils import build_hf_headers, get_session, httpx, validate_repo_id
 
 from .. import network, weights
@@ -40,22 +49,30 @@ class Publication:
 
 
 def publish(
-    source: Path | str, org: str | None = None, repo: str | None = None, private: bool = False, dry_run: bool = False
+    source: Path | str,
+    org: str | None = None,
+    repo: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
 ) -> Publication:
     """Publish a folder that `export` wrote, or a run, and read back what has arrived.
 
     Args:
-        source: an exported folder, named ARCHITECTURE.TAG in a checkout's hub_cards; or the folder of a run.
+        source: an exported folder, named ARCHITECTURE.TAG in a checkout's hub_cards; or the folder
+            of a run.
         org: whose repository; by default the zoo's own.
         repo: the repository's whole name, such as me/my-flowers; needed for a run.
         private: make a private one, if it is made.
         dry_run: say what would be sent, and send nothing.
-    Raises: XzooError that says what to do: without a token or rights, or where the folder is not as it was exported.
+    Raises: XzooError that says what to do: without a token or rights, or where the folder is not as
+    it was exported.
     """
     source = Path(source)
     if (source / "result.json").is_file():
         if repo is None:
-            raise XzooError(f"{source} is a run: give its repository a name, such as --repo me/my-flowers")
+            raise XzooError(
+                f"{source} is a run: give its repository a name, such as --repo me/my-flowers"
+            )
         with tempfile.TemporaryDirectory() as place:
             folder = export(source, Path(place) / repo.rpartition("/")[2], repo, timed=False)
             return _publish(folder, repo, private, dry_run)
@@ -69,7 +86,9 @@ def folders() -> list[Path]:
     return sorted(path.parent for path in place.glob(f"*/{weights.CONFIG}"))
 
 
-def register(folder: Path, repo: str | None = None, commit: str | None = None, version: str | None = None) -> bool:
+def register(
+    folder: Path, repo: str | None = None, commit: str | None = None, version: str | None = None
+) -> bool:
     """Enter a folder of the checkout's hub_cards into weights.json; returns whether it is one.
 
     Without a commit, that of its row is kept while the files are the same.
@@ -103,7 +122,9 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Publicati
         raise XzooError(_explained(repo, error)) from error
 
 
-def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private: bool, dry_run: bool) -> Publication:
+def _send(
+    api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private: bool, dry_run: bool
+) -> Publication:
     _check_rights(repo)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     if dry_run and not api.repo_exists(repo):
@@ -120,7 +141,9 @@ def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private:
         operations += [CommitOperationDelete(name) for name in surplus]
         title = f"{folder.name}: {', '.join(changed + surplus)}"
         try:
-            commit = api.create_commit(repo, operations, commit_message=title, parent_commit=head).oid
+            commit = api.create_commit(
+                repo, operations, commit_message=title, parent_commit=head
+            ).oid
         except httpx.TransportError:  # done, perhaps, and the answer was lost
             commit = str(api.model_info(repo).sha)
     if _differences(api, repo, commit, files) != ([], []):
@@ -130,7 +153,9 @@ def _send(api: HfApi, folder: Path, repo: str, files: dict[str, bytes], private:
         for name, data in files.items():
             hub.file(name, weights.Pin(digests[name], len(data)))
     version = _tagged(api, repo, commit)
-    return Publication(repo, commit, version, changed + surplus, digests, register(folder, repo, commit, version))
+    return Publication(
+        repo, commit, version, changed + surplus, digests, register(folder, repo, commit, version)
+    )
 
 
 @contextmanager
@@ -139,7 +164,9 @@ def _patience() -> Iterator[None]:
 
     def limit(request: Any) -> None:
         asked = request.extensions.get("timeout") or {}
-        request.extensions["timeout"] = {key: asked.get(key) or WAIT for key in ("connect", "read", "write", "pool")}
+        request.extensions["timeout"] = {
+            key: asked.get(key) or WAIT for key in ("connect", "read", "write", "pool")
+        }
 
     session = get_session()
     hooks = session.event_hooks
@@ -151,30 +178,46 @@ def _patience() -> Iterator[None]:
 
 
 def _check_rights(repo: str) -> None:
-    """Raise XzooError unless there is a token whose owner may write; asked by hand, to hear of a dead Hub soon."""
+    """Raise XzooError unless there is a token whose owner may write; asked by hand, to hear of a
+    dead Hub soon.
+    """
     if constants.HF_HUB_OFFLINE:
         raise XzooError("HF_HUB_OFFLINE is set; unset it to publish")
     if not get_token():
-        raise XzooError("publishing needs a token that may write: set HF_TOKEN, or run `hf auth login`")
+        raise XzooError(
+            "publishing needs a token that may write: set HF_TOKEN, or run `hf auth login`"
+        )
     address = f"{constants.ENDPOINT}/api/whoami-v2"
     with network.bounded():
         answer = get_session().get(address, headers=build_hf_headers())
     if answer.status_code in (401, 403):
-        raise XzooError(f"{constants.ENDPOINT} does not know the token; set HF_TOKEN, or run `hf auth login`")
+        raise XzooError(
+            f"{constants.ENDPOINT} does not know the token; set HF_TOKEN, or run `hf auth login`"
+        )
     answer.raise_for_status()
     try:
         told, owner = answer.json(), repo.partition("/")[0]
         names = [told["name"], *(org["name"] for org in told.get("orgs", []))]
     except (ValueError, KeyError, TypeError) as error:
-        strange = f"{constants.ENDPOINT} does not answer as the Hub does; is it the sign-in page of a network?"
+        strange = (
+            f"{constants.ENDPOINT} does not answer as the Hub does; is it the sign-in page of a "
+            "network?"
+        )
         raise XzooError(strange) from error
     if owner not in names:
-        raise XzooError(f"{told['name']} may not write to {owner}; give --org or --repo, of {' or '.join(names)}")
+        raise XzooError(
+            f"{told['name']} may not write to {owner}; give --org or --repo, of "
+            f"{' or '.join(names)}"
+        )
     if told.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise XzooError(f"the token of {told['name']} may only read; make one that writes, and set HF_TOKEN")
+        raise XzooError(
+            f"the token of {told['name']} may only read; make one that writes, and set HF_TOKEN"
+        )
 
 
-def _differences(api: HfApi, repo: str, commit: str, files: dict[str, bytes]) -> tuple[list[str], list[str]]:
+def _differences(
+    api: HfApi, repo: str, commit: str, files: dict[str, bytes]
+) -> tuple[list[str], list[str]]:
     """Files that are not there as they should be, and files of the format that should not be there."""
     there = {}
     for info in api.get_paths_info(repo, sorted(EXPORTED), revision=commit):
@@ -191,11 +234,16 @@ def _tagged(api: HfApi, repo: str, commit: str) -> str:
     """The version of a commit: v1, v2, ...; a new one where it has none. A tag is never moved."""
     for _ in range(3):  # a tag of the same name may come from elsewhere at the same time
         tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
-        versions = {int(name[1:]): target for name, target in tags.items() if re.fullmatch(r"v[1-9]\d*", name)}
+        versions = {
+            int(name[1:]): target
+            for name, target in tags.items()
+            if re.fullmatch(r"v[1-9]\d*", name)
+        }
         known = [number for number, target in versions.items() if target == commit]
         if known:
             return f"v{max(known)}"
-        # That it is there already is no error for the client, wherever it points; so it is looked at again.
+        # That it is there already is no error for the client, wherever it points; so it is looked
+        # at again.
         api.create_tag(repo, tag=f"v{max(versions, default=0) + 1}", revision=commit, exist_ok=True)
     raise XzooError(f"{repo} could not be tagged at {commit}; publish again")
 
@@ -207,7 +255,9 @@ def _explained(repo: str, error: Exception) -> str:
     if status in (401, 403):
         return f"the token may not write to {repo}; make one that may, and set HF_TOKEN"
     if status == 412:
-        return f"somebody else has published to {repo} in the meantime; look at it, and publish again"
+        return (
+            f"somebody else has published to {repo} in the meantime; look at it, and publish again"
+        )
     if isinstance(error, UnicodeEncodeError):
         return "the token of the Hub is not plain ASCII; set HF_TOKEN again, or run `hf auth login`"
     kind, told = type(error).__name__, first_line(error)

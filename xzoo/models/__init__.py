@@ -1,7 +1,8 @@
 """The zoo's architectures in timm's registry; importing this registers them.
 
 A name fixes an architecture's compression and graph; every model also takes compression=, share=,
-spatial_share=, graph= and seed=. compression=1 is the dense twin, graph="group" or "shuffle" a rival.
+spatial_share=, graph= and seed=. compression=1 is the dense twin, graph="group" or "shuffle" a
+rival.
 """
 
 from . import x_air, x_alexnet, x_densenet, x_mobilenet, x_resnet, x_timm, x_vgg  # noqa: F401  # into the registry

@@ -39,8 +39,8 @@ def build(
     Args:
         dense: makes the dense network from timm's arguments (num_classes, in_chans, device, ...).
         expanded, dense_too: name patterns of the layers that become X-layers, and of exceptions.
-        compression: inputs // degree in all of them, 1 for the dense twin; or a table that gives the layers that
-            a pattern fits their degree.
+        compression: inputs // degree in all of them, 1 for the dense twin; or a table that gives
+            the layers that a pattern fits their degree.
         share, spatial_share, graph, seed: as in xzoo.expand.
 
     Raises: ModelError, GraphError as xzoo.expand.
@@ -53,19 +53,33 @@ def build(
         candidates = {
             name: layer.weight.shape[1]
             for name, layer in model.named_modules()
-            if type(layer) in (nn.Conv2d, nn.Linear) and fits(name, expanded) and not fits(name, dense_too)
+            if type(layer) in (nn.Conv2d, nn.Linear)
+            and fits(name, expanded)
+            and not fits(name, dense_too)
         }
         if isinstance(compression, Mapping):
             _check_table(compression, candidates)
         wanted = {name: _degree(name, n_in, compression) for name, n_in in candidates.items()}
-        degrees = {name: degree_for(graph, candidates[name], degree) for name, degree in wanted.items()}
+        degrees = {
+            name: degree_for(graph, candidates[name], degree) for name, degree in wanted.items()
+        }
         changed = [name for name in wanted if degrees[name] != wanted[name]]
         if changed:
             name = changed[0]
             _logger.warning(
-                "%s: graph=%r needs degrees that divide the inputs, so %d of %d layers take the next smaller one; "
+                "%s: graph=%r needs degrees that divide the inputs, so %d of %d layers take the "
+                "next smaller one; "
                 "%s: %d instead of %d of %d inputs",
-                *(variant, graph, len(changed), len(wanted), name, degrees[name], wanted[name], candidates[name]),
+                *(
+                    variant,
+                    graph,
+                    len(changed),
+                    len(wanted),
+                    name,
+                    degrees[name],
+                    wanted[name],
+                    candidates[name],
+                ),
             )
         degrees = {name: degree for name, degree in degrees.items() if degree < candidates[name]}
         new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=False)
@@ -84,7 +98,8 @@ def build(
 
 
 def _first_tag(variant: str, given: Mapping[str, Any]) -> str | None:
-    """The tag whose weights a bare name means when weights are asked for, through timm's door as through xzoo's.
+    """The tag whose weights a bare name means when weights are asked for, through timm's door as
+    through xzoo's.
 
     None where the caller says which, or there are none.
     """
@@ -98,8 +113,8 @@ def _first_tag(variant: str, given: Mapping[str, Any]) -> str | None:
 def initialise(layer: ExpanderConv2d | ExpanderLinear) -> None:
     """Weights from N(0, 2 / fan-in), fan-in = degree * kh * kw (He et al. 2015, eq. 10); bias 0.
 
-    The families' own rules come too early, and would read the compact shape wrongly: fan-out modes ignore the
-    sparsity, and the variance of the outputs falls with the compression.
+    The families' own rules come too early, and would read the compact shape wrongly: fan-out modes
+    ignore the sparsity, and the variance of the outputs falls with the compression.
     """
     nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.weight[0].numel()))
     if layer.bias is not None:
@@ -123,15 +138,21 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 def cfg_cifar(**kwargs: Any) -> dict[str, Any]:
     """A row of default_cfgs for 32 px, with the mean and standard deviation of CIFAR-10."""
     facts = DATASETS["cifar10"]
-    small = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": facts.mean, "std": facts.std}
+    small = {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "crop_pct": 1.0,
+        "mean": facts.mean,
+        "std": facts.std,
+    }
     return cfg() | small | kwargs
 
 
 def rows(untrained: Mapping[str, Any]) -> Any:
     """timm's default_cfgs of a family: what weights.json has of its architectures, and these rows.
 
-    An architecture's first tag is its default, unless it has other classes: a name means the same network with and
-    without weights.
+    An architecture's first tag is its default, unless it has other classes: a name means the same
+    network with and without weights.
     """
     own = {name.partition(".")[0]: row for name, row in untrained.items()}
     table: dict[str, Any] = {}
@@ -150,14 +171,21 @@ def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:
     """Raise ModelError unless every row gives a degree to a layer that the architecture expands."""
     for pattern, degree in table.items():
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-            raise ModelError(f"compression={{{pattern!r}: {degree!r}}}: a table gives degrees, integers from 1 on")
+            raise ModelError(
+                f"compression={{{pattern!r}: {degree!r}}}: a table gives degrees, integers from 1 "
+                "on"
+            )
         if not any(fits(name, (pattern,)) for name in layers):
             raise ModelError(
-                f"compression={{{pattern!r}: ...}}: fits no layer that is expanded; they are {', '.join(layers)}"
+                f"compression={{{pattern!r}: ...}}: fits no layer that is expanded; they are "
+                f"{', '.join(layers)}"
             )
 
 
 def _degree(name: str, n_in: int, compression: int | Mapping[str, int]) -> int:
     if not isinstance(compression, Mapping):
         return max(1, n_in // compression)
-    return next((min(degree, n_in) for pattern, degree in compression.items() if fits(name, (pattern,))), n_in)
+    return next(
+        (min(degree, n_in) for pattern, degree in compression.items() if fits(name, (pattern,))),
+        n_in,
+    )

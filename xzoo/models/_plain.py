@@ -1,4 +1,6 @@
-"""Convolutions in a row, then hidden linear layers: the form of AlexNet and VGG, with timm's interface."""
+"""Convolutions in a row, then hidden linear layers: the form of AlexNet and VGG, with timm's
+interface.
+"""
 
 import math
 from typing import Any
@@ -15,16 +17,18 @@ from ..errors import ModelError
 class PlainNet(nn.Module):
     """`features`, pooling to a fixed size, flattening, `hidden`, `fc`.
 
-    Shape: x [B, in_chans, H, W] -> forward_features [B, num_features, h, w] -> logits [B, num_classes].
+    Shape: x [B, in_chans, H, W] -> forward_features [B, num_features, h, w] -> logits [B,
+    num_classes].
 
     Args:
         features: convolutions, norms, activations and poolings in a row, or modules made of them.
-        taps: for each level of features: index in `features`, channels, reduction (input pixels a pixel).
+        taps: for each level of features: index in `features`, channels, reduction (input pixels a
+            pixel).
         pooled: height and width that the last map is pooled to.
-        hidden: takes [B, num_features * pooled^2] to [B, head_hidden_size]. Its layers are the last of the
-            network that are expanded.
-        global_pool: "avg", "max" or "avgmax" over what falls into one of the pooled pixels; "" leaves out
-            pooling and hidden layers, for num_classes = 0 only.
+        hidden: takes [B, num_features * pooled^2] to [B, head_hidden_size]. Its layers are the last
+            of the network that are expanded.
+        global_pool: "avg", "max" or "avgmax" over what falls into one of the pooled pixels; ""
+            leaves out pooling and hidden layers, for num_classes = 0 only.
         head_bias: whether the classifier has one.
     """
 
@@ -93,7 +97,9 @@ class PlainNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Last features and a list of those at the taps `indices` (an int: the last so many; None: all)."""
+        """Last features and a list of those at the taps `indices` (an int: the last so many; None:
+        all).
+        """
         if output_fmt != "NCHW":
             raise ModelError(f"output_fmt={output_fmt!r}: a convolutional network has NCHW only")
         take, last = feature_take_indices(len(self.feature_ends), indices)
@@ -122,9 +128,12 @@ class PlainNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            # A level each: a checkpoint keeps its input, which the in-place activation must not be the first to get.
+            # A level each: a checkpoint keeps its input, which the in-place activation must not be
+            # the first to get.
             ends = self.feature_ends
-            return checkpoint_seq([self.features[a + 1 : b + 1] for a, b in zip([-1, *ends], ends, strict=False)], x)
+            return checkpoint_seq(
+                [self.features[a + 1 : b + 1] for a, b in zip([-1, *ends], ends, strict=False)], x
+            )
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -139,7 +148,8 @@ class PlainNet(nn.Module):
     def _set_head(self, pool: str, factory: dict[str, Any]) -> None:
         if pool not in ("avg", "max", "avgmax") and (pool or self.num_classes):
             raise ModelError(
-                f"global_pool={pool!r} with num_classes={self.num_classes}: the hidden layers need 'avg', 'max' or "
+                f"global_pool={pool!r} with num_classes={self.num_classes}: the hidden layers need "
+                "'avg', 'max' or "
                 "'avgmax'; '' goes with num_classes=0"
             )
         self._has_pool = bool(pool)

@@ -1,12 +1,13 @@
 """X-Air: a network for small images that learns in few epochs. It is ours, and beyond the paper.
 
-The form is that of Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv 2404.00498): a 2x2 stem
-that is meant to whiten patches, three stages that pool before they normalize, global max pooling, and a classifier
-without bias. Expanded is every convolution of the stages but the first, which reads the 24 channels of the stem.
-compression=1 is the dense network: airbench96 for `x_air96`, airbench94 of twice the width for `x_air94`.
+The form is that of Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv
+2404.00498): a 2x2 stem that is meant to whiten patches, three stages that pool before they
+normalize, global max pooling, and a classifier without bias. Expanded is every convolution of the
+stages but the first, which reads the 24 channels of the stem. compression=1 is the dense network:
+airbench96 for `x_air96`, airbench94 of twice the width for `x_air94`.
 
-BatchNorm has torch's momentum of 0.1, and the stem is drawn as every other layer; the recipe sets what the source
-does about both.
+BatchNorm has torch's momentum of 0.1, and the stem is drawn as every other layer; the recipe sets
+what the source does about both.
 """
 
 from typing import Any
@@ -27,7 +28,8 @@ _STEM = 24  # both signs of the 2 * 2 * 3 eigenvectors of the patches of RGB ima
 
 
 class Stage(nn.Module):
-    """Convolution, pooling, norm, activation; one more convolution, or two and a shortcut round them.
+    """Convolution, pooling, norm, activation; one more convolution, or two and a shortcut round
+    them.
 
     Shape: [B, n_in, H, W] -> [B, n_out, H // 2, W // 2].
     """
@@ -35,12 +37,17 @@ class Stage(nn.Module):
     def __init__(self, n_in: int, n_out: int, convs: int, factory: dict[str, Any]):
         super().__init__()
         self.enter = nn.Sequential(
-            _conv(n_in, n_out, factory), nn.MaxPool2d(2), nn.BatchNorm2d(n_out, **factory), nn.GELU()
+            _conv(n_in, n_out, factory),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(n_out, **factory),
+            nn.GELU(),
         )
         branch: list[nn.Module] = []
         if convs == 3:
             branch += [_conv(n_out, n_out, factory), nn.BatchNorm2d(n_out, **factory), nn.GELU()]
-        self.branch = nn.Sequential(*branch, _conv(n_out, n_out, factory), nn.BatchNorm2d(n_out, **factory))
+        self.branch = nn.Sequential(
+            *branch, _conv(n_out, n_out, factory), nn.BatchNorm2d(n_out, **factory)
+        )
         self.shortcut = convs == 3
         self.act = nn.GELU()
 
@@ -69,7 +76,8 @@ class Scale(nn.Module):
 class Air(PlainNet):
     """Stem, three stages, global max pooling, classifier.
 
-    Shape: [B, in_chans, 32, 32] -> [B, num_classes]; from 9 px on, and larger images, by the global pooling.
+    Shape: [B, in_chans, 32, 32] -> [B, num_classes]; from 9 px on, and larger images, by the global
+    pooling.
 
     Args:
         widths: channels of the three stages.
@@ -118,7 +126,11 @@ def _conv(n_in: int, n_out: int, factory: dict[str, Any]) -> nn.Conv2d:
 
 
 def _x_air(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    facts: dict[str, Any] = {"compression": 4, "expanded": ("features.?.*",), "dense_too": ("features.2.enter.0",)}
+    facts: dict[str, Any] = {
+        "compression": 4,
+        "expanded": ("features.?.*",),
+        "dense_too": ("features.2.enter.0",),
+    }
     wrapper = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}
     return build(Air, variant, pretrained, feature_cfg=wrapper, **facts | kwargs)
 
@@ -131,5 +143,7 @@ def x_air94(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def x_air96(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Three convolutions and a shortcut a stage, widths 128, 384, 512, compression 4: 2.50M weights, 133M MACs."""
+    """Three convolutions and a shortcut a stage, widths 128, 384, 512, compression 4: 2.50M
+    weights, 133M MACs.
+    """
     return _x_air("x_air96", pretrained, **{"widths": (128, 384, 512), "convs": 3} | kwargs)

@@ -1,8 +1,8 @@
 """X-DenseNet: timm's DenseNet with expander graphs in its dense layers, and DenseNet-BC for 32 px.
 
-Huang et al., "Densely Connected Convolutional Networks", 2017, Tables 1 and 2; the X form: Prabhu et al. 2018.
-Both convolutions of every dense layer are expanded. Dense stay the stem, the classifier and, at 224 px, the
-transitions; the authors' CIFAR networks expand those too.
+Huang et al., "Densely Connected Convolutional Networks", 2017, Tables 1 and 2; the X form: Prabhu
+et al. 2018. Both convolutions of every dense layer are expanded. Dense stay the stem, the
+classifier and, at 224 px, the transitions; the authors' CIFAR networks expand those too.
 """
 
 from typing import Any
@@ -18,24 +18,35 @@ __all__ = ["DenseNetBC"]
 _CFG = cfg(first_conv="features.conv0", classifier="classifier")
 _CFG_CIFAR = cfg_cifar(pool_size=(8, 8), first_conv="features.conv0", classifier="classifier")
 _NAMES = ("x_densenet121", "x_densenet161", "x_densenet169", "x_densenet201")
-_NAMES_CIFAR = tuple(f"x_densenetbc_{s}" for s in ("40_24", "40_36", "40_48", "40_60", "58_60", "70_60", "100_12"))
+_NAMES_CIFAR = tuple(
+    f"x_densenetbc_{s}" for s in ("40_24", "40_36", "40_48", "40_60", "58_60", "70_60", "100_12")
+)
 
 default_cfgs = rows(
-    {f"{name}.untrained": row for names, row in ((_NAMES, _CFG), (_NAMES_CIFAR, _CFG_CIFAR)) for name in names}
+    {
+        f"{name}.untrained": row
+        for names, row in ((_NAMES, _CFG), (_NAMES_CIFAR, _CFG_CIFAR))
+        for name in names
+    }
 )
 
 
 class DenseNetBC(DenseNet):
-    """DenseNet-BC for small images: a 3x3 stem of stride 1 without norm or pooling, and three dense blocks.
+    """DenseNet-BC for small images: a 3x3 stem of stride 1 without norm or pooling, and three dense
+    blocks.
 
-    Shape: [B, 3, 32, 32] -> features [B, num_features, 8, 8]. Arguments: timm's DenseNet's, and `depth`, the
-    number of convolutions and linear layers (4 more than a multiple of 6).
+    Shape: [B, 3, 32, 32] -> features [B, num_features, 8, 8]. Arguments: timm's DenseNet's, and
+    `depth`, the number of convolutions and linear layers (4 more than a multiple of 6).
     """
 
     def __init__(self, depth: int = 40, growth_rate: int = 24, in_chans: int = 3, **kwargs: Any):
-        super().__init__(growth_rate, (depth // 6 - (depth % 6 < 4),) * 3, in_chans=in_chans, **kwargs)
+        super().__init__(
+            growth_rate, (depth // 6 - (depth % 6 < 4),) * 3, in_chans=in_chans, **kwargs
+        )
         factory: Any = {name: kwargs.get(name) for name in ("device", "dtype")}
-        self.features.conv0 = nn.Conv2d(in_chans, 2 * growth_rate, 3, padding=1, bias=False, **factory)
+        self.features.conv0 = nn.Conv2d(
+            in_chans, 2 * growth_rate, 3, padding=1, bias=False, **factory
+        )
         nn.init.kaiming_normal_(self.features.conv0.weight)
         del self.features.norm0, self.features.pool0
         levels = ("conv0", "denseblock1", "denseblock2", "norm5")
@@ -45,13 +56,20 @@ class DenseNetBC(DenseNet):
         self.feature_ends = [names.index(level) for level in levels]
 
 
-def _x_densenet(variant: str, pretrained: bool, growth_rate: int, blocks: tuple[int, ...], **kwargs: Any) -> nn.Module:
+def _x_densenet(
+    variant: str, pretrained: bool, growth_rate: int, blocks: tuple[int, ...], **kwargs: Any
+) -> nn.Module:
     facts: dict[str, Any] = {"growth_rate": growth_rate, "block_config": blocks, "compression": 2}
-    facts |= {"expanded": ("features.denseblock*.conv?",), "feature_cfg": {"flatten_sequential": True}}
+    facts |= {
+        "expanded": ("features.denseblock*.conv?",),
+        "feature_cfg": {"flatten_sequential": True},
+    }
     return build(DenseNet, variant, pretrained, **facts | kwargs)
 
 
-def _x_densenetbc(variant: str, pretrained: bool, depth: int, growth_rate: int, **kwargs: Any) -> nn.Module:
+def _x_densenetbc(
+    variant: str, pretrained: bool, depth: int, growth_rate: int, **kwargs: Any
+) -> nn.Module:
     facts: dict[str, Any] = {"depth": depth, "growth_rate": growth_rate, "compression": 2}
     facts["expanded"] = ("features.denseblock*.conv?", "features.transition?.conv")
     facts["feature_cfg"] = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}

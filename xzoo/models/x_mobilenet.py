@@ -1,9 +1,9 @@
 """X-MobileNet-v1: timm's, with expander graphs in its pointwise convolutions, at width 1.0 and 0.5.
 
-Howard et al., "MobileNets", 2017, Table 1; the X form: Prabhu et al. 2018. Expanded are the pointwise convolutions
-of blocks 2 to 13; dense stay the stem, the depthwise convolutions, the first pointwise one and the classifier.
-At width 0.5 every layer is halved (stem 16, features 512), which gives the published MACs; the authors' code
-leaves the stem and the last block as they are.
+Howard et al., "MobileNets", 2017, Table 1; the X form: Prabhu et al. 2018. Expanded are the
+pointwise convolutions of blocks 2 to 13; dense stay the stem, the depthwise convolutions, the first
+pointwise one and the classifier. At width 0.5 every layer is halved (stem 16, features 512), which
+gives the published MACs; the authors' code leaves the stem and the last block as they are.
 """
 
 from functools import partial
@@ -11,7 +11,12 @@ from typing import Any
 
 from timm.models import register_model
 from timm.models._builder import pretrained_cfg_for_features
-from timm.models.efficientnet import EfficientNet, EfficientNetFeatures, decode_arch_def, round_channels
+from timm.models.efficientnet import (
+    EfficientNet,
+    EfficientNetFeatures,
+    decode_arch_def,
+    round_channels,
+)
 from torch import nn
 
 from ._build import build, cfg, rows
@@ -19,7 +24,13 @@ from ._build import build, cfg, rows
 __all__: list[str] = []
 
 _CFG = cfg(first_conv="conv_stem", classifier="classifier")
-_NAMES = ("x_mobilenet050_c2", "x_mobilenet050_c4", "x_mobilenet050_c8", "x_mobilenet050_c16", "x_mobilenet100_c4")
+_NAMES = (
+    "x_mobilenet050_c2",
+    "x_mobilenet050_c4",
+    "x_mobilenet050_c8",
+    "x_mobilenet050_c16",
+    "x_mobilenet100_c4",
+)
 
 default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 
@@ -43,7 +54,10 @@ def _x_mobilenet(variant: str, pretrained: bool, width: float, **kwargs: Any) ->
         "act_layer": "relu6",
     }
     kwargs = network | kwargs
-    layers: dict[str, Any] = {"expanded": ("blocks.*.conv_pw",), "dense_too": ("blocks.0.0.conv_pw",)}
+    layers: dict[str, Any] = {
+        "expanded": ("blocks.*.conv_pw",),
+        "dense_too": ("blocks.0.0.conv_pw",),
+    }
     # As in timm, plain features_only has a class of its own, which does without the head.
     if kwargs.get("features_only") and not {"feature_cfg", "feature_cls"} & kwargs.keys():
         kwargs |= {"features_only": False, "pretrained_strict": False}

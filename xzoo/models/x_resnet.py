@@ -1,7 +1,7 @@
 """X-ResNet: timm's ResNet with expander graphs in its residual branches.
 
-He et al., "Deep Residual Learning for Image Recognition", 2016, Table 1; the X form: Prabhu et al. 2018. Dense
-stay the stem, the shortcut projections and the classifier.
+He et al., "Deep Residual Learning for Image Recognition", 2016, Table 1; the X form: Prabhu et al.
+2018. Dense stay the stem, the shortcut projections and the classifier.
 """
 
 from typing import Any
@@ -15,7 +15,15 @@ from ._build import build, cfg, rows
 __all__: list[str] = []
 
 _CFG = cfg(first_conv="conv1", classifier="fc")
-_NAMES = ("x_resnet18", "x_resnet34", "x_resnet50", "x_resnet50_c4", "x_resnet50_c8", "x_resnet101", "x_resnet152")
+_NAMES = (
+    "x_resnet18",
+    "x_resnet34",
+    "x_resnet50",
+    "x_resnet50_c4",
+    "x_resnet50_c8",
+    "x_resnet101",
+    "x_resnet152",
+)
 
 default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 
@@ -23,7 +31,12 @@ default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 def _x_resnet(
     variant: str, pretrained: bool, block: type[nn.Module], layers: tuple[int, ...], **kwargs: Any
 ) -> nn.Module:
-    facts: dict[str, Any] = {"block": block, "layers": layers, "compression": 2, "expanded": ("layer?.*.conv?",)}
+    facts: dict[str, Any] = {
+        "block": block,
+        "layers": layers,
+        "compression": 2,
+        "expanded": ("layer?.*.conv?",),
+    }
     return build(ResNet, variant, pretrained, **facts | kwargs)
 
 
@@ -48,13 +61,17 @@ def x_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def x_resnet50_c4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-50, compression 4."""
-    return _x_resnet("x_resnet50_c4", pretrained, Bottleneck, (3, 4, 6, 3), **{"compression": 4} | kwargs)
+    return _x_resnet(
+        "x_resnet50_c4", pretrained, Bottleneck, (3, 4, 6, 3), **{"compression": 4} | kwargs
+    )
 
 
 @register_model
 def x_resnet50_c8(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """X-ResNet-50, compression 8."""
-    return _x_resnet("x_resnet50_c8", pretrained, Bottleneck, (3, 4, 6, 3), **{"compression": 8} | kwargs)
+    return _x_resnet(
+        "x_resnet50_c8", pretrained, Bottleneck, (3, 4, 6, 3), **{"compression": 8} | kwargs
+    )
 
 
 @register_model

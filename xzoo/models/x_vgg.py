@@ -1,8 +1,8 @@
 """X-VGG-16 for 32 px: 13 convolutions with BatchNorm, a hidden linear layer of 512, a classifier.
 
-Simonyan and Zisserman 2015, configuration D; the X form: Prabhu et al. 2018. Expanded is every convolution but the
-first, and the hidden layer. The paper prints two rows of counts, 1.65M and 1.15M; the degrees that give them
-are inferred, those of `x_vgg16` are the released code's.
+Simonyan and Zisserman 2015, configuration D; the X form: Prabhu et al. 2018. Expanded is every
+convolution but the first, and the hidden layer. The paper prints two rows of counts, 1.65M and
+1.15M; the degrees that give them are inferred, those of `x_vgg16` are the released code's.
 """
 
 from typing import Any
@@ -21,14 +21,17 @@ _NAMES = ("x_vgg16", "x_vgg16_1", "x_vgg16_2", "x_vgg16_c4", "x_vgg16_c8", "x_vg
 default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# Convolutions 2 to 13 in `features`, where norm and activation follow each and a pooling each stage; the hidden layer.
+# Convolutions 2 to 13 in `features`, where norm and activation follow each and a pooling each
+# stage; the hidden layer.
 _EXPANDED = (*(f"features.{i}" for i in (3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)), "hidden.0")
 
 
 class VGG(PlainNet):
-    """VGG-16 with BatchNorm. Shape: [B, in_chans, 32, 32] -> [B, num_classes]; larger inputs are average-pooled.
+    """VGG-16 with BatchNorm. Shape: [B, in_chans, 32, 32] -> [B, num_classes]; larger inputs are
+    average-pooled.
 
-    Smaller ones pass too, down to 1 px: poolings round odd sizes up. At multiples of 32 px no size is odd.
+    Smaller ones pass too, down to 1 px: poolings round odd sizes up. At multiples of 32 px no size
+    is odd.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class VGG(PlainNet):
         taps.append((len(layers) - 1, channels, 32))
         hidden = nn.Sequential(nn.Linear(512, 512, **factory), nn.ReLU(inplace=True))
         features = nn.Sequential(*layers)
-        super().__init__(features, taps, 1, hidden, 512, num_classes, in_chans, global_pool, drop_rate, **factory)
+        super().__init__(
+            features, taps, 1, hidden, 512, num_classes, in_chans, global_pool, drop_rate, **factory
+        )
 
 
 def _degrees(conv2_4: int, conv5_7: int, conv8_13: int, hidden: int) -> dict[str, int]:

@@ -1,12 +1,14 @@
-"""`xzoo compare`: the paper's figures with our points and the published ones beside them, and all as one table.
+"""`xzoo compare`: the paper's figures with our points and the published ones beside them, and all
+as one table.
 
     accuracy_DATA.png    top-1 against weights and against MACs; a line joins one network's compressions
     rivals_DATA.png      expander, group, shuffle and random against compression, a panel for each network
     wider_deeper.png     DenseNet-BC on CIFAR-100, with the counts that the slide prints and with the true ones
     results.md           every arm of ours and every published figure
 
-Points of ours are filled: the mean of the runs, and its 95 % interval where there are several. Published ones are
-hollow, most of them the best epoch on the test set of a single run. What has no point at all is not drawn.
+Points of ours are filled: the mean of the runs, and its 95 % interval where there are several.
+Published ones are hollow, most of them the best epoch on the test set of a single run. What has no
+point at all is not drawn.
 """
 
 import re
@@ -31,10 +33,11 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
 
     Args:
         results: the table of runs, such as recipes/results.csv.
-        out: folder for the pictures and results.md; made if absent, files of these names are replaced.
+        out: folder for the pictures and results.md; made if absent, files of these names are
+            replaced.
         datasets: only these, keys of xzoo.datasets.DATASETS; all of them by default.
-    Returns: the files.
-    Raises: XzooError for an unknown data set, a malformed table, or a folder that cannot be written.
+    Returns: the files. Raises: XzooError for an unknown data set, a malformed table, or a folder
+    that cannot be written.
     """
     if unknown := [name for name in datasets if name not in DATASETS]:
         raise XzooError(f"datasets={unknown[0]!r}: there are {', '.join(DATASETS)}")
@@ -77,7 +80,9 @@ _NETWORKS = (
 
 
 def _points(summaries: Iterable[Summary]) -> Iterator[Point]:
-    """Arms in their last epoch, on the part that is reported; what else was measured is in the table only."""
+    """Arms in their last epoch, on the part that is reported; what else was measured is in the
+    table only.
+    """
     for each in summaries:
         row = each.row
         if row.split != DATASETS[row.dataset].split or row.epoch_reported != row.epochs:
@@ -119,7 +124,19 @@ def _of_published(figure: Published) -> Point:
 
 # ---- the table
 
-_HEAD = ("data set", "network", "graph", "c", "share", "weights", "MACs", "top-1, %", "runs", "epoch reported", "by")
+_HEAD = (
+    "data set",
+    "network",
+    "graph",
+    "c",
+    "share",
+    "weights",
+    "MACs",
+    "top-1, %",
+    "runs",
+    "epoch reported",
+    "by",
+)
 
 
 def markdown(summaries: Sequence[Summary], figures: Sequence[Published]) -> str:
@@ -127,19 +144,30 @@ def markdown(summaries: Sequence[Summary], figures: Sequence[Published]) -> str:
     notes: dict[str, int] = {}
     lines = []
     order = list(DATASETS)
-    names = dict.fromkeys([*(network(s.row.model) for s in summaries), *(p.network for p in figures)])
+    names = dict.fromkeys(
+        [*(network(s.row.model) for s in summaries), *(p.network for p in figures)]
+    )
     for dataset in order:
         for name in names:
-            ours = [s for s in summaries if (s.row.dataset, network(s.row.model)) == (dataset, name)]
+            ours = [
+                s for s in summaries if (s.row.dataset, network(s.row.model)) == (dataset, name)
+            ]
             lines += [_our_line(s) for s in ours]
-            lines += [_published_line(p, notes) for p in figures if (p.dataset, p.network) == (dataset, name)]
+            lines += [
+                _published_line(p, notes)
+                for p in figures
+                if (p.dataset, p.network) == (dataset, name)
+            ]
     runs = sum(s.n for s in summaries)
     head = [
         "# Results",
         "",
-        f"Written by `xzoo compare` from {runs} run{'s' * (runs != 1)} of ours and {len(figures)} published figures. "
-        "Top-1 accuracy; ours is mean ± standard deviation, [95 % interval of the mean]. Weights and MACs are "
-        "counted, in brackets as published. c: each output reads 1/c of the inputs. Sources of X-Nets: S slides, "
+        f"Written by `xzoo compare` from {runs} run{'s' * (runs != 1)} of ours and {len(figures)} "
+        "published figures. "
+        "Top-1 accuracy; ours is mean ± standard deviation, [95 % interval of the mean]. Weights "
+        "and MACs are "
+        "counted, in brackets as published. c: each output reads 1/c of the inputs. Sources of "
+        "X-Nets: S slides, "
         "P poster, R README, L training logs.",
         "" if runs else "\nThere is no run of ours yet.\n",
         f"| {' | '.join(_HEAD)} |",
@@ -177,8 +205,13 @@ def _our_line(summary: Summary) -> str:
 def _published_line(figure: Published, notes: dict[str, int]) -> str:
     note = f" <sup>{notes.setdefault(figure.note, len(notes) + 1)}</sup>" if figure.note else ""
     counts = [
-        " ".join(filter(None, (count(ours) if ours else "", f"({count(theirs)})" if theirs else "")))
-        for ours, theirs in ((figure.weights, figure.published_params), (figure.macs, figure.published_macs))
+        " ".join(
+            filter(None, (count(ours) if ours else "", f"({count(theirs)})" if theirs else ""))
+        )
+        for ours, theirs in (
+            (figure.weights, figure.published_params),
+            (figure.macs, figure.published_macs),
+        )
     ]
     error = f" (error {figure.value:.2f})" if figure.metric == "error" else ""
     source = "" if figure.source == figure.by else f" [{figure.source}]"

@@ -1,7 +1,8 @@
-"""Figures of `xzoo compare`: points of ours and published ones, in the forms of the paper's figures.
+"""Figures of `xzoo compare`: points of ours and published ones, in the forms of the paper's
+figures.
 
-Ours are filled (half, where they are of the JPEG form of a data set), with the interval of the mean as a bar;
-published ones are hollow. Kinds of graphs have the colours and marks of `xzoo.drawing`.
+Ours are filled (half, where they are of the JPEG form of a data set), with the interval of the mean
+as a bar; published ones are hollow. Kinds of graphs have the colours and marks of `xzoo.drawing`.
 """
 
 from collections import Counter, defaultdict
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 GREY = "#666666"
 COLOURS = COLOUR | {DENSE: GREY, "pruned": "#999999"}
 MARKERS = MARKER | {"expander": "o", DENSE: "P", "pruned": "X"}
-NAMES = LABEL | {"biregular": "expander", "expander": "expander", DENSE: "dense", "pruned": "other methods"}
+NAMES = LABEL | {
+    "biregular": "expander",
+    "expander": "expander",
+    DENSE: "dense",
+    "pruned": "other methods",
+}
 RIVALS = ("biregular", "ramanujan", "expander", "random", "shuffle", "group")
 AUTHORS = "X-Nets"  # whom published figures are by, where they are the paper's
 US = "xzoo"
@@ -71,7 +77,9 @@ def draw(points: Sequence[Point]) -> Iterator[tuple[str, "Figure"]]:
 
 
 def exact(dataset: str) -> str:
-    """The data set that published figures are of: CIFAR-10's JPEG form is drawn beside the exact one."""
+    """The data set that published figures are of: CIFAR-10's JPEG form is drawn beside the exact
+    one.
+    """
     return dataset.removesuffix("_q75")
 
 
@@ -89,7 +97,14 @@ def draw_accuracy(points: Sequence[Point]) -> "Figure":
         for chain in _chains(placed, name):
             heights = [p.top1 for p in chain]
             colour = COLOURS[chain[-1].kind]
-            axes.plot([getattr(p, name) for p in chain], heights, color=colour, linewidth=1, alpha=0.45, zorder=1)
+            axes.plot(
+                [getattr(p, name) for p in chain],
+                heights,
+                color=colour,
+                linewidth=1,
+                alpha=0.45,
+                zorder=1,
+            )
         for point in placed:
             _mark(axes, getattr(point, name), point)
         _log_axis(axes, title)
@@ -99,13 +114,18 @@ def draw_accuracy(points: Sequence[Point]) -> "Figure":
     _kinds_legend(columns[1], points)
     for axes, (name, _) in zip(columns, sizes, strict=True):
         placed = [p for p in points if getattr(p, name)]
-        labels = [Label(getattr(p, name), p.top1, text, _text_colour(p), size) for p, text, size in _texts(placed)]
+        labels = [
+            Label(getattr(p, name), p.top1, text, _text_colour(p), size)
+            for p, text, size in _texts(placed)
+        ]
         place(axes, labels, [spot for p in placed for spot in _spots(getattr(p, name), p)])
     return figure
 
 
 def _chains(points: Sequence[Point], name: str) -> list[list[Point]]:
-    """One network's compressions of one kind, from its dense form on; what has a name of its own is no step of them."""
+    """One network's compressions of one kind, from its dense form on; what has a name of its own is
+    no step of them.
+    """
     chains: dict[Any, list[Point]] = defaultdict(list)
     dense: dict[Any, list[Point]] = defaultdict(list)
     for point in points:
@@ -114,11 +134,16 @@ def _chains(points: Sequence[Point], name: str) -> list[list[Point]]:
             dense[whose].append(point)
         elif point.kind != "pruned":
             chains[whose, point.kind, point.shares, point.label].append(point)
-    return [dense[whose][:1] + sorted(chain, key=lambda p: -getattr(p, name)) for (whose, *_), chain in chains.items()]
+    return [
+        dense[whose][:1] + sorted(chain, key=lambda p: -getattr(p, name))
+        for (whose, *_), chain in chains.items()
+    ]
 
 
 def _texts(points: Sequence[Point]) -> list[tuple[Point, str, float]]:
-    """Texts and their sizes: a network is named where its largest form stands, a compression once for all kinds."""
+    """Texts and their sizes: a network is named where its largest form stands, a compression once
+    for all kinds.
+    """
     pure = all(p.network.startswith(BC) for p in points)
     said: set[Any] = set()
     texts = []
@@ -160,7 +185,9 @@ def _title(points: Sequence[Point]) -> str:
 
 
 def _rivals(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Title of a panel -> its points; a panel has two kinds of graph or more, and runs of one budget."""
+    """Title of a panel -> its points; a panel has two kinds of graph or more, and runs of one
+    budget.
+    """
     panels = {}
     for dataset, name in dict.fromkeys((p.dataset, p.network) for p in points):
         here = [p for p in points if (p.dataset, p.network) == (dataset, name)]
@@ -213,7 +240,15 @@ def _draw_panel(axes: "Axes", points: Sequence[Point]) -> Labels:
         shift = 1 + 0.03 * (number - (len(curves) - 1) / 2) * (len(curves) > 2)
         places = [(p.compression or 0) * shift for p in curve]
         line = "-" if ours else "--"
-        axes.plot(places, [p.top1 for p in curve], line, color=COLOURS[kind], linewidth=1.3, alpha=0.7, zorder=2)
+        axes.plot(
+            places,
+            [p.top1 for p in curve],
+            line,
+            color=COLOURS[kind],
+            linewidth=1.3,
+            alpha=0.7,
+            zorder=2,
+        )
         for x, point in zip(places, curve, strict=True):
             _mark(axes, x, point)
             marks += _spots(x, point)
@@ -225,13 +260,22 @@ def _draw_panel(axes: "Axes", points: Sequence[Point]) -> Labels:
     compressions = sorted({p.compression for p in points if p.compression and p.kind != DENSE})
     for point in points:
         if point.kind == DENSE:
-            axes.axhline(point.top1, color=GREY, linewidth=1.2, linestyle="-" if point.ours else "--", zorder=1)
+            axes.axhline(
+                point.top1,
+                color=GREY,
+                linewidth=1.2,
+                linestyle="-" if point.ours else "--",
+                zorder=1,
+            )
             if point.low is not None and point.high is not None:
                 axes.axhspan(point.low, point.high, color=GREY, alpha=0.15, linewidth=0, zorder=0)
             text = f"dense {point.top1:.2f}" + ("" if point.ours else " (published)")
             labels.append(Label(compressions[-1] * 1.2, point.top1, text, GREY, 9.5))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(compressions[0] / 1.2, compressions[-1] * (compressions[-1] / compressions[0]) ** 0.33 * 1.25)
+    axes.set_xlim(
+        compressions[0] / 1.2,
+        compressions[-1] * (compressions[-1] / compressions[0]) ** 0.33 * 1.25,
+    )
     axes.set_xticks(compressions, [str(c) for c in compressions])
     axes.minorticks_off()
     axes.set_xlabel("compression c: an output reads 1/c of the inputs")
@@ -243,7 +287,8 @@ def _draw_panel(axes: "Axes", points: Sequence[Point]) -> Labels:
 
 # ---- wider and deeper
 
-# Colour, mark and name by the end of the network's name; other networks are there for comparison if dense.
+# Colour, mark and name by the end of the network's name; other networks are there for comparison if
+# dense.
 _CURVES = {
     " 40-200": ("#d55e00", "s", "wider: 40-200"),
     " 40-100": ("#e69f00", "D", "wider: 40-100"),
@@ -257,14 +302,21 @@ def _curve(point: Point) -> str | None:
 
 
 def draw_wider_deeper(points: Sequence[Point]) -> "Figure":
-    """DenseNet-BC at all compressions: left with the counts that the slide prints, right with true ones, and ours."""
+    """DenseNet-BC at all compressions: left with the counts that the slide prints, right with true
+    ones, and ours.
+    """
     figure = _figure(15, 7)
     left, right = figure.subplots(1, 2, sharey=True)
     authors = [p for p in points if p.by == AUTHORS]
     ours = [p for p in points if p.ours]
     labels = []
     for axes, shown, name, axis in (
-        (left, [p for p in authors if p.printed and _curve(p)], "printed", "parameters, as the slide prints them"),
+        (
+            left,
+            [p for p in authors if p.printed and _curve(p)],
+            "printed",
+            "parameters, as the slide prints them",
+        ),
         (right, [*authors, *ours], "weights", "weights, as counted"),
     ):
         labels.append((axes, *_draw_curves(axes, shown, name)))
@@ -272,9 +324,14 @@ def draw_wider_deeper(points: Sequence[Point]) -> "Figure":
     left.set_ylabel("top-1 accuracy on CIFAR-100, %")
     left.set_ylim(top=left.get_ylim()[1] + 0.3)
     left.set_title("with the slide's counts", fontsize=11)
-    right.set_title("with true counts, and dense networks of usual width" + (", and ours" if ours else ""), fontsize=11)
+    right.set_title(
+        "with true counts, and dense networks of usual width" + (", and ours" if ours else ""),
+        fontsize=11,
+    )
     none = "" if ours else "; published figures, no run of ours yet"
-    figure.suptitle(f"Wider or deeper? DenseNet-BC; 70-60 has depth 70 and growth 60{none}", fontsize=13)
+    figure.suptitle(
+        f"Wider or deeper? DenseNet-BC; 70-60 has depth 70 and growth 60{none}", fontsize=13
+    )
     _explain(figure, [p for p in [*authors, *ours] if _curve(p) or p.kind == DENSE])
     for axes, texts, marks in labels:
         place(axes, texts, marks)
@@ -290,7 +347,9 @@ def _draw_curves(axes: "Axes", points: Sequence[Point], name: str) -> Labels:
             curves[end, point.ours, point.budget].append(point)
         elif point.kind == DENSE:
             _mark(axes, getattr(point, name), point)
-            labels.append(Label(getattr(point, name), point.top1, point.network.removeprefix(BC), GREY, 8))
+            labels.append(
+                Label(getattr(point, name), point.top1, point.network.removeprefix(BC), GREY, 8)
+            )
     for (end, ours, _), curve in curves.items():
         colour, marker, title = _CURVES[end]
         curve.sort(key=lambda p: getattr(p, name))
@@ -301,7 +360,9 @@ def _draw_curves(axes: "Axes", points: Sequence[Point], name: str) -> Labels:
             _mark(axes, x, point, colour, marker)
             text = DENSE if point.kind == DENSE else f"c={point.compression}"
             labels.append(Label(x, point.top1, text, colour, 8))
-        labels.append(Label(places[-1], curve[-1].top1, title + (" (ours)" if ours else ""), colour, 10.5))
+        labels.append(
+            Label(places[-1], curve[-1].top1, title + (" (ours)" if ours else ""), colour, 10.5)
+        )
     return labels, marks
 
 
@@ -314,11 +375,15 @@ def _figure(width: float, height: float) -> "Figure":
     return Picture(width, height)
 
 
-def _mark(axes: "Axes", x: float, point: Point, colour: str | None = None, marker: str | None = None) -> None:
+def _mark(
+    axes: "Axes", x: float, point: Point, colour: str | None = None, marker: str | None = None
+) -> None:
     colour = colour or COLOURS[point.kind]
     if point.low is not None and point.high is not None:
         bar = [[point.top1 - point.low], [point.high - point.top1]]
-        axes.errorbar([x], [point.top1], bar, fmt="none", ecolor=colour, elinewidth=1.3, capsize=3, zorder=3)
+        axes.errorbar(
+            [x], [point.top1], bar, fmt="none", ecolor=colour, elinewidth=1.3, capsize=3, zorder=3
+        )
     style = {"color": colour, "marker": marker or MARKERS[point.kind]} | _fill(point, colour)
     axes.plot([x], [point.top1], markeredgewidth=1.2, markersize=7, zorder=4, **style)
 
@@ -327,7 +392,11 @@ def _fill(point: Point, colour: str) -> dict[str, Any]:
     """White inside where it is published, so that no line runs through."""
     half = point.ours and point.dataset != exact(point.dataset)
     face = colour if point.ours else "white"
-    return {"markerfacecolor": face, "markerfacecoloralt": "white", "fillstyle": "bottom" if half else "full"}
+    return {
+        "markerfacecolor": face,
+        "markerfacecoloralt": "white",
+        "fillstyle": "bottom" if half else "full",
+    }
 
 
 _PARTS = [i / 8 for i in range(9)]
@@ -337,7 +406,11 @@ def _spots(x: float, point: Point) -> list[tuple[float, float]]:
     """The point, and its bar from end to end."""
     if point.low is None or point.high is None:
         return [(x, point.top1)]
-    return [(x, point.top1 + part * (end - point.top1)) for end in (point.low, point.high) for part in _PARTS]
+    return [
+        (x, point.top1 + part * (end - point.top1))
+        for end in (point.low, point.high)
+        for part in _PARTS
+    ]
 
 
 def _log_axis(axes: "Axes", title: str) -> None:
@@ -371,7 +444,15 @@ def _kinds_legend(axes: "Axes", points: Sequence[Point]) -> None:
     for point in points:
         kinds.setdefault(NAMES[point.kind], point.kind)
     handles = [
-        Line2D([], [], marker=MARKERS[kind], color=COLOURS[kind], linestyle="none", markersize=7, label=name)
+        Line2D(
+            [],
+            [],
+            marker=MARKERS[kind],
+            color=COLOURS[kind],
+            linestyle="none",
+            markersize=7,
+            label=name,
+        )
         for name, kind in sorted(kinds.items())
     ]
     axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9.5)
@@ -397,7 +478,9 @@ def _explain(figure: "Figure", points: Sequence[Point]) -> None:
         style = {"color": INK, "marker": "o", "linestyle": "none"} | _fill(group[0], INK)
         handles.append(Line2D([], [], markersize=7, label=text, **style))
     columns = 2 if figure.get_figwidth() > 11 else 1
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5
+    )
 
 
 def _runs(points: Iterable[Point]) -> str:

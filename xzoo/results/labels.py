@@ -1,4 +1,6 @@
-"""Texts beside the points of a picture, put where they lie on nothing: neither points, lines nor one another."""
+"""Texts beside the points of a picture, put where they lie on nothing: neither points, lines nor
+one another.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +29,16 @@ class Label:
     size: float = 8.5
 
 
-# Around the point, to the right first, and further away only if need be; then a thin line leads to it.
-_PLACES = [(r, k * pi / 6) for r in (8, 15, 24, 36, 52) for k in (0, 1, 11, 2, 10, 6, 5, 7, 3, 9, 4, 8)]
+# Around the point, to the right first, and further away only if need be; then a thin line leads to
+# it.
+_PLACES = [
+    (r, k * pi / 6) for r in (8, 15, 24, 36, 52) for k in (0, 1, 11, 2, 10, 6, 5, 7, 3, 9, 4, 8)
+]
 
 
-def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, float]], margin: float = 4.5) -> None:
+def place(
+    axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, float]], margin: float = 4.5
+) -> None:
     """Draw the labels; to be called when all else is drawn and the limits of the axes are final.
 
     Args:
@@ -64,10 +71,18 @@ def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, fl
     # Twice, since the first round knows nothing of labels that come later.
     for sweep in range(3):
         for i, (anchor, size) in enumerate(zip(anchors, sizes, strict=True)):
-            boxes = np.array([_box(anchor, size.width, size.height, r * pixel, angle) for r, angle in _PLACES])
+            boxes = np.array(
+                [_box(anchor, size.width, size.height, r * pixel, angle) for r, angle in _PLACES]
+            )
             others = np.delete(taken, i, axis=0) if sweep else taken[:i]
-            cost = 8 * _overlap(boxes, others) + 5 * _overlap(boxes, fixed) + 1.2 * _overlap(boxes, lines)
-            cost += 20 * _outside(boxes, frame) + pixel**2 * np.array([0.25 * r**1.5 for r, _ in _PLACES])
+            cost = (
+                8 * _overlap(boxes, others)
+                + 5 * _overlap(boxes, fixed)
+                + 1.2 * _overlap(boxes, lines)
+            )
+            cost += 20 * _outside(boxes, frame) + pixel**2 * np.array(
+                [0.25 * r**1.5 for r, _ in _PLACES]
+            )
             cost += pixel**2 * 0.2 * (np.arange(len(_PLACES)) % 12)
             chosen[i] = int(cost.argmin())
             taken[i] = boxes[chosen[i]]
@@ -77,18 +92,30 @@ def place(axes: "Axes", labels: Sequence[Label], marks: Sequence[tuple[float, fl
 
 def _text(axes: "Axes", label: Label) -> "Annotation":
     at = (label.x, label.y)
-    text = axes.annotate(label.text, at, at, color=label.color, fontsize=label.size, ha="center", va="center")
+    text = axes.annotate(
+        label.text, at, at, color=label.color, fontsize=label.size, ha="center", va="center"
+    )
     text.set_in_layout(False)
     return text
 
 
-def _move(text: "Annotation", label: Label, radius: float, box: NDArray[np.float64], axes: "Axes") -> None:
+def _move(
+    text: "Annotation", label: Label, radius: float, box: NDArray[np.float64], axes: "Axes"
+) -> None:
     middle = axes.transData.inverted().transform(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
     text.set_position((float(middle[0]), float(middle[1])))
     text.set(bbox=PAPER, zorder=5)
     if radius > 20:
         ends = ([label.x, middle[0]], [label.y, middle[1]])
-        axes.plot(*ends, color=label.color, linewidth=0.5, alpha=0.7, zorder=1.5, scalex=False, scaley=False)
+        axes.plot(
+            *ends,
+            color=label.color,
+            linewidth=0.5,
+            alpha=0.7,
+            zorder=1.5,
+            scalex=False,
+            scaley=False,
+        )
 
 
 def _box(
@@ -106,7 +133,11 @@ def _boxes_along(axes: "Axes", pixel: float) -> NDArray[np.float64]:
     for line in axes.lines:
         points = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
         for start, end in pairwise(points):
-            steps = max(2, int(np.hypot(*(end - start)) / (5 * pixel))) if np.isfinite([start, end]).all() else 0
+            steps = (
+                max(2, int(np.hypot(*(end - start)) / (5 * pixel)))
+                if np.isfinite([start, end]).all()
+                else 0
+            )
             spots.append(np.linspace(start, end, steps) if steps else np.empty((0, 2)))
     along = np.concatenate(spots)
     return np.concatenate([along - 1.5 * pixel, along + 1.5 * pixel], axis=1)

@@ -1,4 +1,5 @@
-"""The table of results: one row a run, appended when the run has ended and never edited; and published figures.
+"""The table of results: one row a run, appended when the run has ended and never edited; and
+published figures.
 
     append(path, row)       under a lock, in one write, so that runs that end together lose nothing
     read(path)              every row checked; an error names the line and the column
@@ -31,7 +32,9 @@ DENSE = "dense"  # what stands for the kind of graph where there is none
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run, as its line in the table. Raises: XzooError for a value that cannot be, naming the column."""
+    """One run, as its line in the table. Raises: XzooError for a value that cannot be, naming the
+    column.
+    """
 
     model: str
     recipe: str  # its name and overrides, as after `xzoo fit`; in old rows its file
@@ -70,31 +73,60 @@ class Row:
         check_types(self)
         check_known("dataset", self.dataset, DATASETS)
         check_known("graph", self.graph, (*KINDS, DENSE))
-        _check_shape("recipe_sha", self.recipe_sha, r"[0-9a-f]{16}", "16 hexadecimal digits, as recipe_sha() gives")
-        _check_shape("commit", self.commit, r"[0-9a-f]{7,40}(-dirty)?", "7 to 40 hexadecimal digits, maybe -dirty")
+        _check_shape(
+            "recipe_sha",
+            self.recipe_sha,
+            r"[0-9a-f]{16}",
+            "16 hexadecimal digits, as recipe_sha() gives",
+        )
+        _check_shape(
+            "commit",
+            self.commit,
+            r"[0-9a-f]{7,40}(-dirty)?",
+            "7 to 40 hexadecimal digits, maybe -dirty",
+        )
         for name, (kind, _) in table.columns(Row).items():
             value, least = getattr(self, name), 0 if name in ("seed", "graph_seed", "wall_s") else 1
             too_small = kind is int and value is not None and value < least
             refuse(name, value, too_small or (name == "wall_s" and value < 0), f"{least} or more")
         self._check_accuracy()
         self._check_graph()
-        refuse("epoch_reported", self.epoch_reported, self.epoch_reported > self.epochs, f"up to epochs={self.epochs}")
+        refuse(
+            "epoch_reported",
+            self.epoch_reported,
+            self.epoch_reported > self.epochs,
+            f"up to epochs={self.epochs}",
+        )
         refuse("weights", self.weights, self.weights > self.params, f"up to params={self.params}")
         crop = self.crop_pct
-        refuse("crop_pct", crop, crop is not None and not 0 < crop <= 1, "a share, over 0 and up to 1")
+        refuse(
+            "crop_pct", crop, crop is not None and not 0 < crop <= 1, "a share, over 0 and up to 1"
+        )
         part = DATASETS[self.dataset]
         wrong = self.split == part.split and self.n_val != part.n
         refuse("n_val", self.n_val, wrong, f"{part.n} in the part {part.split!r} of {self.dataset}")
         try:
             datetime.datetime.fromisoformat(self.date)
         except ValueError:
-            raise XzooError(f"column date: {self.date!r} is no date; write 2026-08-01 or 2026-08-01T12:00:00") from None
+            raise XzooError(
+                f"column date: {self.date!r} is no date; write 2026-08-01 or 2026-08-01T12:00:00"
+            ) from None
 
     def _check_accuracy(self) -> None:
         top1, top5 = self.top1, self.top5
         # No run worth a row gets 1 of 100 right, and torchmetrics counts in fractions.
-        refuse("top1", top1, not 1 < top1 <= 100, "per cent, over 1 (0.93 would be a fraction) and up to 100")
-        refuse("top5", top5, top5 is not None and not top1 <= top5 <= 100, f"per cent, from top1={top1} to 100")
+        refuse(
+            "top1",
+            top1,
+            not 1 < top1 <= 100,
+            "per cent, over 1 (0.93 would be a fraction) and up to 100",
+        )
+        refuse(
+            "top5",
+            top5,
+            top5 is not None and not top1 <= top5 <= 100,
+            f"per cent, from top1={top1} to 100",
+        )
 
     def _check_graph(self) -> None:
         if self.graph == DENSE:
@@ -103,11 +135,18 @@ class Row:
             refuse("graph", self.graph, self.compression == 1, f"{DENSE} where compression=1")
         for name in ("share", "spatial_share", "graph_seed"):
             value, wanted = getattr(self, name), "empty" if self.graph == DENSE else "given"
-            refuse(name, value, (value is None) != (wanted == "empty"), f"{wanted} where graph={self.graph}")
+            refuse(
+                name,
+                value,
+                (value is None) != (wanted == "empty"),
+                f"{wanted} where graph={self.graph}",
+            )
 
     @property
     def run(self) -> tuple[Any, ...]:
-        """What no second run has; the graph beside the recipe, because one override makes a rival of it."""
+        """What no second run has; the graph beside the recipe, because one override makes a rival
+        of it.
+        """
         names = ("recipe_sha", "seed", "graph_seed", "commit", *_OF_MODEL)
         return tuple(getattr(self, name) for name in names)
 
@@ -119,16 +158,29 @@ class Row:
 
 _OF_MODEL = ("model", "dataset", "graph", "compression", "share", "spatial_share")
 # Where, when and with what luck it ran.
-_OF_RUN = {"recipe", "graph_seed", "seed", "top1", "top5", "train_macs", "wall_s", "device", "torch", "xzoo"}
+_OF_RUN = {
+    "recipe",
+    "graph_seed",
+    "seed",
+    "top1",
+    "top5",
+    "train_macs",
+    "wall_s",
+    "device",
+    "torch",
+    "xzoo",
+}
 _OF_RUN |= {"commit", "date"}
 COLUMNS = tuple(table.columns(Row))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One figure of somebody else's. `published_*` and `value` are as printed, the other counts are ours.
+    """One figure of somebody else's. `published_*` and `value` are as printed, the other counts are
+    ours.
 
-    `model` is the zoo's network of the same counts, where there is one, built with `compression` and `graph`.
+    `model` is the zoo's network of the same counts, where there is one, built with `compression`
+    and `graph`.
     """
 
     figure: str
@@ -174,8 +226,8 @@ def published() -> list[Published]:
 def read(path: Path | str) -> list[Row]:
     """All rows, in the order in which they came.
 
-    Raises: XzooError for a file that cannot be read or is no such table, and for the first row that is
-        malformed or tells of a run for the second time, naming line and column.
+    Raises: XzooError for a file that cannot be read or is no such table, and for the first row that
+        is malformed or tells of a run for the second time, naming line and column.
     """
     return table.read(Path(path), Row, key=lambda row: row.run)
 
@@ -183,25 +235,33 @@ def read(path: Path | str) -> list[Row]:
 def append(path: Path | str, row: Row) -> bool:
     """Write the row after all others; make the table if there is none.
 
-    What the file held is not touched: a write that fails half-way is taken back.
-    Returns: False if the table has this very row already.
-    Raises: XzooError if the table has another row of the same run (recipe_sha, seed, graph_seed, commit, and
-        the model), is malformed, or cannot be written.
+    What the file held is not touched: a write that fails half-way is taken back. Returns: False if
+    the table has this very row already. Raises: XzooError if the table has another row of the same
+    run (recipe_sha, seed, graph_seed, commit, and the model), is malformed, or cannot be written.
     """
     return table.append(Path(path), row, key=lambda row: row.run)
 
 
 def recipe_sha(config: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for what a recipe says: of the canonical JSON of its parsed YAML.
+    """Sixteen hexadecimal digits that stand for what a recipe says: of the canonical JSON of its
+    parsed YAML.
 
-    Comments, order and layout do not count; neither do seeds (`seed`, `graph_seed`, `seed_everything`, anywhere), so
-    that the runs of one recipe have one hash.
-    Raises: XzooError for what is no plain data.
+    Comments, order and layout do not count; neither do seeds (`seed`, `graph_seed`,
+    `seed_everything`, anywhere), so that the runs of one recipe have one hash. Raises: XzooError
+    for what is no plain data.
     """
     try:
-        text = json.dumps(_unseeded(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            _unseeded(config),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
     except (TypeError, ValueError) as error:
-        raise XzooError(f"a recipe is plain data, of dictionaries, lists, texts and numbers: {error}") from None
+        raise XzooError(
+            f"a recipe is plain data, of dictionaries, lists, texts and numbers: {error}"
+        ) from None
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -231,10 +291,11 @@ class Summary:
 
 
 def aggregate(rows: Sequence[Row], confidence: float = 0.95) -> list[Summary]:
-    """Top-1 of runs that differ in nothing but their seeds, in the order in which their first row came.
+    """Top-1 of runs that differ in nothing but their seeds, in the order in which their first row
+    came.
 
-    Of rows with both seeds the same (another commit, another machine) the last one counts, since it is no new
-    draw. The interval takes runs for independent.
+    Of rows with both seeds the same (another commit, another machine) the last one counts, since it
+    is no new draw. The interval takes runs for independent.
     """
     from scipy.stats import t  # two seconds to import
 
@@ -263,5 +324,9 @@ def _unseeded(config: Any) -> Any:
         # JSON has only texts for keys, and would make one of 1 and of "1".
         if odd := [key for key in config if not isinstance(key, str)]:
             raise TypeError(f"the key {odd[0]!r} is no text")
-        return {k: _unseeded(v) for k, v in config.items() if k not in ("seed", "graph_seed", "seed_everything")}
+        return {
+            k: _unseeded(v)
+            for k, v in config.items()
+            if k not in ("seed", "graph_seed", "seed_everything")
+        }
     return [_unseeded(v) for v in config] if isinstance(config, list | tuple) else config

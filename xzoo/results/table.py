@@ -1,7 +1,9 @@
-"""A CSV table whose columns are the fields of a dataclass: every value checked, rows only ever appended.
+"""A CSV table whose columns are the fields of a dataclass: every value checked, rows only ever
+appended.
 
-The fields are texts, whole numbers, numbers and truth values, or any of these `| None` for one that may be empty.
-A row's own conditions stand in its `__post_init__`; an error there names the column, here the line.
+The fields are texts, whole numbers, numbers and truth values, or any of these `| None` for one that
+may be empty. A row's own conditions stand in its `__post_init__`; an error there names the column,
+here the line.
 """
 
 import csv
@@ -23,7 +25,12 @@ from ..files import atomic, reason
 
 T = TypeVar("T")
 
-_KINDS: dict[type, str] = {str: "text", int: "whole number", float: "finite number", bool: "true or false"}
+_KINDS: dict[type, str] = {
+    str: "text",
+    int: "whole number",
+    float: "finite number",
+    bool: "true or false",
+}
 
 
 def columns(table: type) -> dict[str, tuple[type, bool]]:
@@ -44,11 +51,16 @@ def check_types(row: Any) -> None:
         value = getattr(row, name)
         if value is None and optional:
             continue
-        fits = isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
+        fits = isinstance(value, bool) == (kind is bool) and isinstance(
+            value, (int, float) if kind is float else kind
+        )
         if not fits or (kind is float and not math.isfinite(value)):
             raise XzooError(f"column {name}: {value!r} is no {_KINDS[kind]}")
         if kind is str and (not value or value != value.strip() or not value.isprintable()):
-            raise XzooError(f"column {name}: {value!r}; a text is one line, not empty, without spaces at its ends")
+            raise XzooError(
+                f"column {name}: {value!r}; a text is one line, not empty, without spaces at its "
+                "ends"
+            )
 
 
 def refuse(name: str, value: Any, wrong: bool, allowed: str) -> None:
@@ -83,10 +95,10 @@ def read(path: Path, table: type[T], key: Callable[[T], Any] = id) -> list[T]:
 def append(path: Path, row: T, key: Callable[[T], Any] = id) -> bool:
     """Write the row after all others; make the table if there is none.
 
-    One process at a time, which writes the file anew and puts it in the place of the old one: nobody sees half a row,
-    and a write that fails changes nothing. Beside the table stays the file that is locked.
-    Returns: False if the table has this very row already.
-    Raises: XzooError if another row has the same key, or the table is malformed or cannot be written.
+    One process at a time, which writes the file anew and puts it in the place of the old one:
+    nobody sees half a row, and a write that fails changes nothing. Beside the table stays the file
+    that is locked. Returns: False if the table has this very row already. Raises: XzooError if
+    another row has the same key, or the table is malformed or cannot be written.
     """
     path = Path(os.path.realpath(path))  # of a link, the file
     try:
@@ -98,14 +110,17 @@ def append(path: Path, row: T, key: Callable[[T], Any] = id) -> bool:
                     return False
                 if key(old) == key(row):
                     raise XzooError(
-                        f"{path}, line {number}, tells of the same run with {_differences(old, row)}; rows are never "
+                        f"{path}, line {number}, tells of the same run with "
+                        f"{_differences(old, row)}; rows are never "
                         "replaced: commit what changed since, or run another seed"
                     )
             head = "" if held else header(type(row))
             with atomic(path) as draft:
                 draft.write_bytes(held + (head + _line(_texts(row))).encode())
     except OSError as error:
-        raise XzooError(f"cannot write {path}: {reason(error)}; the rows that it had are kept") from error
+        raise XzooError(
+            f"cannot write {path}: {reason(error)}; the rows that it had are kept"
+        ) from error
     return True
 
 
@@ -119,12 +134,18 @@ def _parse(content: bytes, path: Path, table: type[T], key: Callable[[T], Any]) 
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         number = content[: error.start].count(b"\n") + 1
-        raise XzooError(f"{path}, line {number}: byte {content[error.start]:#x} is not UTF-8") from None
+        raise XzooError(
+            f"{path}, line {number}: byte {content[error.start]:#x} is not UTF-8"
+        ) from None
     lines = text.splitlines()
     if not lines:
-        raise XzooError(f"{path} is empty; its first line must name the columns: {', '.join(columns(table))}")
+        raise XzooError(
+            f"{path} is empty; its first line must name the columns: {', '.join(columns(table))}"
+        )
     if not text.endswith("\n"):
-        raise XzooError(f"{path}, line {len(lines)}, is cut short: remove it, and append its row again")
+        raise XzooError(
+            f"{path}, line {len(lines)}, is cut short: remove it, and append its row again"
+        )
     _check_header(next(csv.reader(lines[:1]), []), list(columns(table)), path)
     rows: list[T] = []
     seen: dict[Any, int] = {}
@@ -132,7 +153,9 @@ def _parse(content: bytes, path: Path, table: type[T], key: Callable[[T], Any]) 
         try:
             row = _from_line(line, table)
             if seen.setdefault(key(row), number) != number:
-                raise XzooError(f"tells of the run of line {seen[key(row)]} again; keep one of them")
+                raise XzooError(
+                    f"tells of the run of line {seen[key(row)]} again; keep one of them"
+                )
         except (XzooError, csv.Error) as error:
             raise XzooError(f"{path}, line {number}: {error}") from None
         rows.append(row)
@@ -155,7 +178,9 @@ def _from_line(line: str, table: type[T]) -> T:
     texts = next(csv.reader([line], strict=True), [])
     if len(texts) != len(names):
         raise XzooError(f"{len(texts)} values for {len(names)} columns")
-    return table(**{name: _value(name, text, *names[name]) for name, text in zip(names, texts, strict=True)})
+    return table(
+        **{name: _value(name, text, *names[name]) for name, text in zip(names, texts, strict=True)}
+    )
 
 
 def _value(name: str, text: str, kind: type, optional: bool) -> Any:

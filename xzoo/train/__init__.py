@@ -1,4 +1,5 @@
-"""Training: the classifier, the callbacks that it needs, and the recipe that fine-tunes on a folder of images.
+"""Training: the classifier, the callbacks that it needs, and the recipe that fine-tunes on a folder
+of images.
 
 The data modules are those of `xzoo.data`, named here too.
 """

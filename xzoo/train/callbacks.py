@@ -1,4 +1,6 @@
-"""What watches a run: the average of the weights, its checkpoints, the clock, and the line that tells how far it is."""
+"""What watches a run: the average of the weights, its checkpoints, the clock, and the line that
+tells how far it is.
+"""
 
 import time
 from pathlib import Path
@@ -21,14 +23,16 @@ SAVE_EVERY = 180.0  # seconds, beside the end of each epoch
 
 
 class EMA(WeightAveraging):
-    """Exponential moving average of weights and batch statistics; the run validates and saves the average.
+    """Exponential moving average of weights and batch statistics; the run validates and saves the
+    average.
 
-    Only floating tensors are averaged, the others are copied: an average of two equal int32 indices is,
-    for many decays, another index (Lightning's own EMAWeightAveraging ruins X-layers' `neighbours` so).
+    Only floating tensors are averaged, the others are copied: an average of two equal int32 indices
+    is, for many decays, another index (Lightning's own EMAWeightAveraging ruins X-layers'
+    `neighbours` so).
 
     Args:
-        decay: upper limit. After t steps it is (1 + t) / (10 + t), so the average spans the last ninth of
-            the run so far, however long that is, and never remembers the initialisation.
+        decay: upper limit. After t steps it is (1 + t) / (10 + t), so the average spans the last
+            ninth of the run so far, however long that is, and never remembers the initialisation.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
@@ -46,7 +50,9 @@ class EMA(WeightAveraging):
         super()._swap_models(pl_module)
         self._exchanged = not self._exchanged
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         # Interrupted while validating: a checkpoint written now would hold raw and averaged weights
         # exchanged. Checkpoint callbacks come last, so this is in time.
         if self._exchanged:
@@ -54,17 +60,22 @@ class EMA(WeightAveraging):
 
 
 def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> None:
-    """Raise ModelError if a callback of the trainer would average the indices in the module's buffers.
+    """Raise ModelError if a callback of the trainer would average the indices in the module's
+    buffers.
 
-    By class and arguments, not by trial: at some decays (0.99, 0.999) the arithmetic happens to be exact.
+    By class and arguments, not by trial: at some decays (0.99, 0.999) the arithmetic happens to be
+    exact.
     """
     counters = "num_batches_tracked"
-    indices = [n for n, b in module.named_buffers() if not (b.is_floating_point() or n.endswith(counters))]
+    indices = [
+        n for n, b in module.named_buffers() if not (b.is_floating_point() or n.endswith(counters))
+    ]
     for callback in getattr(trainer, "callbacks", []):
         unsafe = isinstance(callback, WeightAveraging) and not isinstance(callback, EMA)
         if indices and unsafe and callback._use_buffers:
             raise ModelError(
-                f"{type(callback).__name__} with use_buffers=True would average the indices in {indices[0]}; "
+                f"{type(callback).__name__} with use_buffers=True would average the indices in "
+                f"{indices[0]}; "
                 "use xzoo.train.EMA, or use_buffers=False"
             )
 
@@ -72,12 +83,15 @@ def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> Non
 class SyncBatchNorm(TorchSyncBatchNorm):
     """Trainer(plugins=[SyncBatchNorm()]): batch norm over all devices, by timm's converter.
 
-    Trainer(sync_batchnorm=True) is torch's, which drops the activation inside of timm's BatchNormAct2d (timm's
-    issue 1254): densenet121's logits of 1 were off by 271. After the fit the model has its own modules again.
+    Trainer(sync_batchnorm=True) is torch's, which drops the activation inside of timm's
+    BatchNormAct2d (timm's issue 1254): densenet121's logits of 1 were off by 271. After the fit the
+    model has its own modules again.
     """
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
-        self._own = {name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)}
+        self._own = {
+            name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)
+        }
         return convert_sync_batchnorm(model)
 
     def revert(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -103,8 +117,9 @@ def refuse_unsafe_synchronising(trainer: pl.Trainer, module: torch.nn.Module) ->
 def checkpoints(folder: Path) -> list[ModelCheckpoint]:
     """Savers of last.ckpt, at the end of each epoch and every few minutes within, and of best.ckpt.
 
-    Two, since save_last=True of a monitored one is rewritten only when the metric improves. The best comes first:
-    last.ckpt holds what the other savers know, and a resumed run would forget the best of the epoch behind it.
+    Two, since save_last=True of a monitored one is rewritten only when the metric improves. The
+    best comes first: last.ckpt holds what the other savers know, and a resumed run would forget the
+    best of the epoch behind it.
     """
     place: dict[str, Any] = {"dirpath": str(folder), "enable_version_counter": False}
     return [
@@ -115,14 +130,18 @@ def checkpoints(folder: Path) -> list[ModelCheckpoint]:
 
 
 class _Saver(ModelCheckpoint):
-    """Knows what it knew (the best score) also where the run folder was moved or copied; Lightning's own forgets it."""
+    """Knows what it knew (the best score) also where the run folder was moved or copied;
+    Lightning's own forgets it.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, here = str(state_dict["dirpath"]), str(self.dirpath)
         known = dict(state_dict, dirpath=here)
         for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
             known[name] = known[name].replace(before, here, 1)
-        known["best_k_models"] = {k.replace(before, here, 1): v for k, v in known["best_k_models"].items()}
+        known["best_k_models"] = {
+            k.replace(before, here, 1): v for k, v in known["best_k_models"].items()
+        }
         super().load_state_dict(known)
 
 
@@ -134,26 +153,40 @@ class _Regularly(_Saver):
         self._saved = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        # Gradients that are still being accumulated are in no checkpoint; and a run that resumes behind an epoch's last
-        # batch, before its end, takes one step too many (Lightning 2.6.6): the epoch's own checkpoint comes soon.
-        # Nor does a run that resumes before a validation within the epoch make up for it (Lightning 2.6.6).
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.is_last_batch or _validates_now(trainer):
+        # Gradients that are still being accumulated are in no checkpoint; and a run that resumes
+        # behind an epoch's last batch, before its end, takes one step too many (Lightning 2.6.6):
+        # the epoch's own checkpoint comes soon. Nor does a run that resumes before a validation
+        # within the epoch make up for it (Lightning 2.6.6).
+        if (
+            (batch_idx + 1) % trainer.accumulate_grad_batches
+            or trainer.is_last_batch
+            or _validates_now(trainer)
+        ):
             return
         due = time.monotonic() - self._saved >= SAVE_EVERY
         if trainer.world_size > 1:
-            # All processes save together, by the first one's clock; asking in each step would make them wait.
+            # All processes save together, by the first one's clock; asking in each step would make
+            # them wait.
             due = batch_idx % 50 == 49 and bool(trainer.strategy.broadcast(due))
         if due:
-            # Lightning writes a step's row after its callbacks: killed in between, a run would go on without the row.
+            # Lightning writes a step's row after its callbacks: killed in between, a run would go
+            # on without the row.
             trainer._logger_connector.update_train_step_metrics()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._saved = time.monotonic()
 
 
 def _validates_now(trainer: pl.Trainer) -> bool:
-    """Whether validation follows this batch. Not a public name of Lightning's; test_fit.py holds it."""
+    """Whether validation follows this batch. Not a public name of Lightning's; test_fit.py holds
+    it.
+    """
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
@@ -162,8 +195,8 @@ def _validates_now(trainer: pl.Trainer) -> bool:
 class Clock(Callback):
     """Training time, kept across resumes; ends the run when its minutes are used up.
 
-    Unlike Trainer(max_time=...), whose stop looks like the end of an epoch to a resumed run, running out is
-    final: `share` is then 1, and so is the schedule's progress.
+    Unlike Trainer(max_time=...), whose stop looks like the end of an epoch to a resumed run,
+    running out is final: `share` is then 1, and so is the schedule's progress.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -184,14 +217,17 @@ class Clock(Callback):
         self._since = time.monotonic()
         self._stop_when_used(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
         self._stop_when_used(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before, self._since = self.seconds, None
 
     def _stop_when_used(self, trainer: pl.Trainer) -> None:
-        # Processes read their clocks apart: all stop when the first one is through, or they wait for each other.
+        # Processes read their clocks apart: all stop when the first one is through, or they wait
+        # for each other.
         if self.minutes and trainer.strategy.reduce_boolean_decision(self.share >= 1, all=False):
             trainer.should_stop = True
 
@@ -205,8 +241,8 @@ class Clock(Callback):
 class ProgressReport(Callback):
     """Tells how far the run is: a bar with the time left on a terminal, and a line each epoch.
 
-    Lightning's own bars count an epoch's batches; a run that ends by the clock has no number of epochs,
-    and in a log file they print nothing or too much.
+    Lightning's own bars count an epoch's batches; a run that ends by the clock has no number of
+    epochs, and in a log file they print nothing or too much.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -218,9 +254,18 @@ class ProgressReport(Callback):
         self._started = self._told = time.monotonic()
         self._at = pl_module.progress(trainer.global_step)
         if self.console.is_terminal:
-            columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TextColumn("left"))
+            columns = (
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+            )
             self._bar = Progress(
-                TextColumn("{task.description}"), *columns, TimeRemainingColumn(), console=self.console, transient=True
+                TextColumn("{task.description}"),
+                *columns,
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
             )
             self._bar.start()
             self._bar.update(self._bar.add_task("training", total=1.0), completed=self._at)
@@ -229,7 +274,8 @@ class ProgressReport(Callback):
         progress = pl_module.progress(trainer.global_step)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=progress)
-        elif time.monotonic() - self._told > 60:  # an epoch may take an hour, and a log shall show life
+        elif time.monotonic() - self._told > 60:
+            # an epoch may take an hour, and a log shall show life
             self._line(f"{_epoch(trainer)}  {100 * progress:3.0f} %  {self._left(progress)}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -262,7 +308,11 @@ class ProgressReport(Callback):
     def _left(self, progress: float) -> str:
         elapsed, done = time.monotonic() - self._started, progress - self._at
         left = elapsed * (1 - progress) / done if done > 0 else 0.0
-        return f"{_clock(elapsed)} gone, about {_clock(left)} left" if done > 0 else f"{_clock(elapsed)} gone"
+        return (
+            f"{_clock(elapsed)} gone, about {_clock(left)} left"
+            if done > 0
+            else f"{_clock(elapsed)} gone"
+        )
 
 
 def _epoch(trainer: pl.Trainer) -> str:

@@ -25,7 +25,9 @@ from ..names import say
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image with their probabilities, best first; or why it could not be read."""
+    """The likeliest classes of an image with their probabilities, best first; or why it could not
+    be read.
+    """
 
     image: str
     classes: list[tuple[str, float]]
@@ -33,19 +35,24 @@ class Prediction:
 
 
 def classify(
-    model: str, images: Sequence[str | Path], top: int = 5, batch_size: int = 32, device: str = "auto"
+    model: str,
+    images: Sequence[str | Path],
+    top: int = 5,
+    batch_size: int = 32,
+    device: str = "auto",
 ) -> Iterator[Prediction]:
     """Classify images, one prediction at a time, in the order given and by name within folders.
 
     Args:
         model: a run folder of `xzoo finetune`, a model folder, or the name of a pretrained model.
-        images: image files, and folders of them (at any depth). Grey images of more than 8 bits have the range that
-            the model was trained with; where it has none for their kind, that of all of them, which is told.
+        images: image files, and folders of them (at any depth). Grey images of more than 8 bits
+            have the range that the model was trained with; where it has none for their kind, that
+            of all of them, which is told.
         top: how many classes to give.
         batch_size: images at a time.
         device: auto, cpu, cuda or mps.
-    Raises: ModelError if there is no such model or it has no weights; DataError if there are no such images.
-        An image that cannot be read raises nothing: it is a prediction with an error.
+    Raises: ModelError if there is no such model or it has no weights; DataError if there are no
+        such images. An image that cannot be read raises nothing: it is a prediction with an error.
     """
     files = _files(images)
     net = load_any(model)
@@ -70,7 +77,11 @@ def classify(
             with unwarned():
                 seen = list(pool.map(look, part))
             pixels = [transform(image) for image in seen if not isinstance(image, str)]
-            rows = net(torch.stack(pixels).to(where)).float().softmax(1).cpu() if pixels else torch.empty(0, 0)
+            rows = (
+                net(torch.stack(pixels).to(where)).float().softmax(1).cpu()
+                if pixels
+                else torch.empty(0, 0)
+            )
             best = iter(zip(*rows.topk(min(top, rows.shape[1]), dim=1), strict=True))
             for file, image in zip(part, seen, strict=True):
                 if isinstance(image, str):
@@ -82,20 +93,31 @@ def classify(
 
 
 def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
-    """The ranges of grey images with more than 8 bits: the model's own, else what the files have, and that is told."""
+    """The ranges of grey images with more than 8 bits: the model's own, else what the files have,
+    and that is told.
+    """
     own: dict[str, float] = getattr(net, "grey_range", {})
     with unwarned(), ThreadPoolExecutor() as pool:
         found = grey_ranges(pool.map(grey_peak, files))
     console = Console(stderr=True)
     for kind in found.keys() - own.keys():
-        text = f"{told_range(kind, found[kind])}, as the largest of these images; the model has no range for them"
+        text = (
+            f"{told_range(kind, found[kind])}, as the largest of these images; the model has no "
+            "range for them"
+        )
         say(console, text)
     return found | own
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5) -> None:
-    """One row an image: its name, class and probability of each place, and what went wrong if something did."""
-    columns = ["image", *(f"{name}{place}" for place in range(1, top + 1) for name in ("class", "p")), "error"]
+    """One row an image: its name, class and probability of each place, and what went wrong if
+    something did.
+    """
+    columns = [
+        "image",
+        *(f"{name}{place}" for place in range(1, top + 1) for name in ("class", "p")),
+        "error",
+    ]
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(columns)

@@ -15,7 +15,8 @@ from ..models import create_model
 def distilled(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """How far the student's logits are from the teacher's, both [B, classes].
 
-    Returns: mean over images of T^2 * KL(teacher / T, student / T); the factor keeps gradients of one size over T.
+    Returns: mean over images of T^2 * KL(teacher / T, student / T); the factor keeps gradients of
+    one size over T.
     """
     student, teacher = ((x.float() / temperature).log_softmax(1) for x in (logits, wanted))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -26,8 +27,8 @@ class Teacher:
 
     Not a module, so that it is no part of the student's.
 
-    Its logits are taken by the names of the classes; where it has as many classes as the student and none of the same
-    name, as they are.
+    Its logits are taken by the names of the classes; where it has as many classes as the student
+    and none of the same name, as they are.
 
     Args:
         name: of a trained model (local-dir:FOLDER and hf-hub:NAME too).
@@ -36,13 +37,16 @@ class Teacher:
     Raises: ModelError where it does not know all of the student's classes.
     """
 
-    def __init__(self, name: str, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, name: str, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         net = create_model(name, pretrained=True)
         self.net: nn.Module = net.eval().requires_grad_(False)
         config = resolve_model_data_config(net)
         self.size: tuple[int, int] = config["input_size"][1:]
         own_mean, own_std, mean_, std_ = (
-            torch.tensor(values).view(3, 1, 1) for values in (config["mean"], config["std"], mean, std)
+            torch.tensor(values).view(3, 1, 1)
+            for values in (config["mean"], config["std"], mean, std)
         )
         self.scale, self.offset = std_ / own_std, (mean_ - own_mean) / own_std
         self.classes = _classes(name, net, class_names)
@@ -56,16 +60,22 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits [B, classes of the student] of images [B, 3, H, W] that are normalized for the student."""
+        """Logits [B, classes of the student] of images [B, 3, H, W] that are normalized for the
+        student.
+        """
         images = images * self.scale + self.offset
         if images.shape[2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+            images = F.interpolate(
+                images, self.size, mode="bilinear", antialias=True, align_corners=False
+            )
         logits = self.net(images)
         return logits if self.classes is None else logits[:, self.classes]
 
 
 def _classes(name: str, net: Any, wanted: Sequence[str]) -> Tensor | None:
-    """Which of the teacher's logits are the student's, int64 [classes]; None for all of them as they are."""
+    """Which of the teacher's logits are the student's, int64 [classes]; None for all of them as
+    they are.
+    """
     known = net.pretrained_cfg.get("label_names")
     subset = infer_imagenet_subset(net)
     if known is None and subset is not None:
@@ -79,6 +89,7 @@ def _classes(name: str, net: Any, wanted: Sequence[str]) -> Tensor | None:
     if net.num_classes == len(wanted) == len(lacking):
         return None
     raise ModelError(
-        f"teacher={name} knows {net.num_classes} classes, the data have {len(wanted)}, and {lacking[0]!r} is none of "
+        f"teacher={name} knows {net.num_classes} classes, the data have {len(wanted)}, and "
+        f"{lacking[0]!r} is none of "
         "the teacher's names; use one that was trained on these classes"
     )

@@ -1,4 +1,6 @@
-"""`xzoo validate`, `test` and `predict`: what a recipe's data say of weights that are there already."""
+"""`xzoo validate`, `test` and `predict`: what a recipe's data say of weights that are there
+already.
+"""
 
 import csv
 import io
@@ -25,7 +27,8 @@ PREDICTIONS = "predictions.csv"
 
 
 def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
-    """`validate` or `test`: loss, top 1 and top 5 (shares) of a run's weights, or of those that --ckpt_path names.
+    """`validate` or `test`: loss, top 1 and top 5 (shares) of a run's weights, or of those that
+    --ckpt_path names.
 
     Raises: XzooError where there are no weights: random ones are not judged.
     """
@@ -35,7 +38,11 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
         figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
     if not is_first():
         return None
-    whole, limit = (data.n_val, "limit_val_batches") if verb == "validate" else (data.n_test, "limit_test_batches")
+    whole, limit = (
+        (data.n_val, "limit_val_batches")
+        if verb == "validate"
+        else (data.n_test, "limit_test_batches")
+    )
     n = f"{whole} images" if getattr(trainer, limit) == 1.0 else f"some of {whole} images ({limit})"
     table = Table(box=None, pad_edge=False, show_header=False)
     part = "val" if verb == "validate" else "test"
@@ -47,7 +54,8 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
 
 
 def predict(arguments: Sequence[str]) -> Path:
-    """Write the predicted class of each test image, with its probability, to predictions.csv in the run folder.
+    """Write the predicted class of each test image, with its probability, to predictions.csv in the
+    run folder.
 
     Raises: XzooError where there are no weights, or for several devices.
     """
@@ -58,7 +66,10 @@ def predict(arguments: Sequence[str]) -> Path:
             check_file(cli.run_folder / PREDICTIONS, "--out")
         task, data, trainer = _with_weights(cli)
         if trainer.world_size > 1:
-            raise XzooError(f"predict with {trainer.world_size} devices: one writes the table; use --trainer.devices 1")
+            raise XzooError(
+                f"predict with {trainer.world_size} devices: one writes the table; use "
+                "--trainer.devices 1"
+            )
         batches: Any = trainer.predict(task, datamodule=data)
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     run = cli.run_folder
@@ -68,7 +79,9 @@ def predict(arguments: Sequence[str]) -> Path:
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("image", "label", "predicted", "probability"))
-    for i, (label, chance, found) in enumerate(zip(labels, chances.values, chances.indices, strict=True)):
+    for i, (label, chance, found) in enumerate(
+        zip(labels, chances.values, chances.indices, strict=True)
+    ):
         table.writerow((i, names[label], names[found], f"{float(chance):.6f}"))
     write_text(path, text.getvalue())
     say(Console(), f"{len(labels)} images in {path}")
@@ -76,12 +89,15 @@ def predict(arguments: Sequence[str]) -> Path:
 
 
 def _with_weights(cli: RecipeCLI) -> tuple[Classifier, Any, pl.Trainer]:
-    place = cli.config.ckpt_path or (cli.run_folder / LAST if (cli.run_folder / LAST).exists() else None)
+    place = cli.config.ckpt_path or (
+        cli.run_folder / LAST if (cli.run_folder / LAST).exists() else None
+    )
     if place:
         cli.config.model.pretrained = False
     elif not cli.config.model.pretrained:
         raise XzooError(
-            f"no weights to judge: {cli.run_folder / LAST} is not there; give --ckpt_path FILE, --out RUN or "
+            f"no weights to judge: {cli.run_folder / LAST} is not there; give --ckpt_path FILE, "
+            "--out RUN or "
             "--model.pretrained true"
         )
     trainer, task, data = cli.build(**launched(), logger=False, enable_checkpointing=False)
@@ -91,16 +107,19 @@ def _with_weights(cli: RecipeCLI) -> tuple[Classifier, Any, pl.Trainer]:
 
 
 def load_weights(task: Classifier, path: Path) -> None:
-    """Weights of a checkpoint (averaged ones, where it has them) or of a safetensors file; every one has to fit.
+    """Weights of a checkpoint (averaged ones, where it has them) or of a safetensors file; every
+    one has to fit.
 
-    Only weights: what else a checkpoint says (rate, model) does not override the recipe and the flags.
-    Raises: XzooError that names what does not fit.
+    Only weights: what else a checkpoint says (rate, model) does not override the recipe and the
+    flags. Raises: XzooError that names what does not fit.
     """
     try:
         if path.suffix == ".safetensors":
             task.net.load_state_dict(load_file(path))
         else:
-            task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+            task.load_state_dict(
+                torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            )
     except Exception as error:  # a dozen of classes for a broken file
         first, *keys = str(error).splitlines() or [type(error).__name__]  # torch lists every key
         reason = f"{keys[0].strip()} ({len(keys)} such keys)" if keys else first
@@ -109,9 +128,13 @@ def load_weights(task: Classifier, path: Path) -> None:
 
 @torch.inference_mode()
 def judged(model: nn.Module, data: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits [N, classes] and labels [N] of all validation images, in order, on the CPU; in this process alone."""
+    """Logits [N, classes] and labels [N] of all validation images, in order, on the CPU; in this
+    process alone.
+    """
     data.trainer = None
-    parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in data.val_dataloader()]
+    parts = [
+        (model(images.to(device)).float().cpu(), labels) for images, labels in data.val_dataloader()
+    ]
     logits, labels = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(labels)
 

@@ -1,11 +1,11 @@
 """`xzoo finetune`: from a folder of images to a model folder, in one call that can be repeated.
 
-The same call continues a run that was interrupted and returns the result of one that is finished. A run
-never mixes two sets of options: another one needs another folder.
+The same call continues a run that was interrupted and returns the result of one that is finished. A
+run never mixes two sets of options: another one needs another folder.
 
-What is reported is the validation accuracy of what is saved: the averaged weights (EMA) at the end of the
-run, read back from the model folder. Not the best epoch, which is chosen by the images that judge it; its
-weights are in checkpoints/best.ckpt.
+What is reported is the validation accuracy of what is saved: the averaged weights (EMA) at the end
+of the run, read back from the model folder. Not the best epoch, which is chosen by the images that
+judge it; its weights are in checkpoints/best.ckpt.
 """
 
 import hashlib
@@ -60,7 +60,9 @@ DEFAULT_MODEL = "x_resnet18"
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to; accuracies are shares of `images` validation images, top 1 and top 5."""
+    """What a finished run came to; accuracies are shares of `images` validation images, top 1 and
+    top 5.
+    """
 
     run: str
     model: str
@@ -73,7 +75,10 @@ class Result:
 
     def __str__(self) -> str:
         right = round(self.accuracy * self.images)
-        return f"validation accuracy {100 * self.accuracy:.2f} % ({right} of {self.images} images); model: {self.model}"
+        return (
+            f"validation accuracy {100 * self.accuracy:.2f} % ({right} of {self.images} images); "
+            f"model: {self.model}"
+        )
 
 
 def finetune(
@@ -96,23 +101,28 @@ def finetune(
     """Train a model to tell the classes of your images, and leave a folder that timm loads.
 
     Args:
-        data: a folder with one sub-folder a class (or train/ and val/ of such), a folder of parquet files, a
-            data set on the Hugging Face Hub (org/name), or digits.
+        data: a folder with one sub-folder a class (or train/ and val/ of such), a folder of parquet
+            files, a data set on the Hugging Face Hub (org/name), or digits.
         model: a name of `xzoo list` or of timm, or local-dir:FOLDER.
         epochs: how often each image is seen; by default 20 times (10 if pretrained), or 500 steps.
         minutes: training time; with epochs as well, whichever is used up first.
-        freeze: train the last layer alone; the rest, statistics of batch norm included, stays as it is.
-        expand: make an X-Net of a dense model first: every expanded layer keeps 1/expand of its weights.
+        freeze: train the last layer alone; the rest, statistics of batch norm included, stays as it
+            is.
+        expand: make an X-Net of a dense model first: every expanded layer keeps 1/expand of its
+            weights.
         pretrained: begin with pretrained weights; by default if there are some.
         lr: peak learning rate, of AdamW.
         batch_size: images in a step.
-        img_size: pixels a side that the model sees; by default its own, or less for small images from scratch.
+        img_size: pixels a side that the model sees; by default its own, or less for small images
+            from scratch.
         mirror: also train on mirror images; by default yes, for digits no.
         seed: of the order, the augmentation and the new weights.
         out: the run folder, not in the data; by default runs/DATA-MODEL.
-        workers: processes that load images; by default none if they fit in memory and the CPU trains.
+        workers: processes that load images; by default none if they fit in memory and the CPU
+            trains.
         device: auto, cpu, cuda or mps.
-    Raises: XzooError for what cannot be trained; KeyboardInterrupt after Ctrl-C (the same call resumes).
+    Raises: XzooError for what cannot be trained; KeyboardInterrupt after Ctrl-C (the same call
+    resumes).
     """
     console = Console(stderr=True)
     check_name(data)
@@ -161,7 +171,13 @@ class _Job:
     """One start of a run: what has been built for it, from data to trainer."""
 
     def __init__(
-        self, run: Path, options: Options, images: ImageData, recipe: Plan, workers: int | None, device: torch.device
+        self,
+        run: Path,
+        options: Options,
+        images: ImageData,
+        recipe: Plan,
+        workers: int | None,
+        device: torch.device,
     ) -> None:
         self.run, self.images, self.recipe = run, images, recipe
         self.last = run / LAST
@@ -169,8 +185,8 @@ class _Job:
         # A resumed run takes all weights from its checkpoint, and needs no network for others.
         arguments = recipe.classifier | ({"pretrained": False} if resumes else {})
         self.task = _build(arguments, options.model)
-        # The new head says nothing at first. Some families start theirs so wide (MobileNet: 0.3 at ten
-        # classes, a loss of 3.9) that the body spends its first epochs on undoing it.
+        # The new head says nothing at first. Some families start theirs so wide (MobileNet: 0.3 at
+        # ten classes, a loss of 3.9) that the body spends its first epochs on undoing it.
         for parameter in self.task.head.parameters():
             nn.init.zeros_(parameter)
         self.data_config = _data_config(self.task.net, recipe.img_size)
@@ -194,7 +210,9 @@ class _Job:
         config = {
             "options": asdict(options),
             "recipe": asdict(self.recipe),
-            "input": {k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()},
+            "input": {
+                k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()
+            },
             "data": {
                 "images": self.images.fingerprint(),
                 "train": len(self.images.train),
@@ -210,7 +228,9 @@ class _Job:
         head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
         write_text(self.run / CONFIG, head + to_yaml(config))
         if self.images.left_out:
-            lines = [f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in self.images.left_out]
+            lines = [
+                f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in self.images.left_out
+            ]
             write_text(self.run / "skipped.txt", "".join(lines))
 
     def train(self, console: Console) -> None:
@@ -237,10 +257,16 @@ class _Job:
         fit(trainer, self.task, self.module, self.last if self.done else None)
 
     def finish(self, console: Console) -> Result:
-        """Save the model, read it back, judge it, draw the pictures; result.json comes last and ends the run."""
+        """Save the model, read it back, judge it, draw the pictures; result.json comes last and
+        ends the run.
+        """
         checkpoint = torch.load(self.last, map_location="cpu", weights_only=True)
         self.task.load_state_dict(checkpoint["state_dict"])
-        made = {"run": self.run.name, "train_images": len(self.images.train), "seed": self.task.hparams["seed"]}
+        made = {
+            "run": self.run.name,
+            "train_images": len(self.images.train),
+            "seed": self.task.hparams["seed"],
+        }
         folder = self.run / "model"
         block = {"finetune": made, model_folder.GREY: dict(self.images.ranges)}
         model_folder.save(self.task.net, folder, self.images.classes, self.data_config, block)
@@ -261,8 +287,12 @@ class _Job:
 
     def _draw(self, logits: Tensor, labels: Tensor, result: Result, console: Console) -> None:
         classes, predicted = self.images.classes, logits.argmax(1)
-        curves, confusion, samples = (self.run / name for name in ("curves.png", "confusion.png", "samples.png"))
-        score = f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
+        curves, confusion, samples = (
+            self.run / name for name in ("curves.png", "confusion.png", "samples.png")
+        )
+        score = (
+            f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
+        )
         with spared(curves, console):
             if (self.run / METRICS).exists():
                 pictures.curves(read_metrics(self.run / METRICS), curves, score)
@@ -293,7 +323,9 @@ def _build(arguments: dict[str, Any], name: str) -> Classifier:
             raise
         # Network, cache and format: many libraries, many classes.
         reason = first_line(error)
-        raise ModelError(f"no weights for {name}: {reason}; --pretrained false trains from scratch") from error
+        raise ModelError(
+            f"no weights for {name}: {reason}; --pretrained false trains from scratch"
+        ) from error
 
 
 def _data_config(net: nn.Module, img_size: int) -> dict[str, Any]:
@@ -311,13 +343,18 @@ def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:
 
 
 def _run_name(data: str, model: str, expand: int | None) -> str:
-    parts = [Path(data).expanduser().resolve().name if Path(data).exists() else data, model.split(":")[-1].strip("/")]
+    parts = [
+        Path(data).expanduser().resolve().name if Path(data).exists() else data,
+        model.split(":")[-1].strip("/"),
+    ]
     name = "-".join(map(_of_folder, parts))
     return f"{name}-c{expand}" if expand else name
 
 
 def _of_folder(part: str) -> str:
-    """Letters, digits, dots and underscores alone; by a hash where none is left, or more than a file system takes."""
+    """Letters, digits, dots and underscores alone; by a hash where none is left, or more than a
+    file system takes.
+    """
     name = re.sub(r"[^\w.]+", "_", part).strip("_")
     if name.strip(".") and len(encoded(name)) <= 110:
         return name
@@ -334,9 +371,13 @@ def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, r
         reason = "no pretrained weights" if options.pretrained is None else "as asked"
         say(console, f"{options.model}: {reason}, training from scratch")
         if options.freeze:
-            say(console, "freeze without pretrained weights trains the last layer on random features")
+            say(
+                console,
+                "freeze without pretrained weights trains the last layer on random features",
+            )
     say(
         console,
-        f"{len(images.classes)} classes, {len(images.train)} training and {len(images.val)} validation images, "
+        f"{len(images.classes)} classes, {len(images.train)} training and {len(images.val)} "
+        "validation images, "
         f"{recipe.img_size} x {recipe.img_size} pixels; everything goes to {run}",
     )

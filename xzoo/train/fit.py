@@ -1,11 +1,12 @@
 """`xzoo fit`: a recipe on Lightning's Trainer, in a run folder of its own.
 
-A recipe is YAML for `Classifier`, a data module and the Trainer, under LightningCLI's names, composed by name or in a
-file (recipes.py). Later files and flags win, key by key. The same command continues a run that was interrupted, and
-tells the result of one that is finished.
+A recipe is YAML for `Classifier`, a data module and the Trainer, under LightningCLI's names,
+composed by name or in a file (recipes.py). Later files and flags win, key by key. The same command
+continues a run that was interrupted, and tells the result of one that is finished.
 
-What is reported is the accuracy of what is saved: the averaged weights, where there is an average, at the end of
-the last epoch, read back from the model folder. Not the best epoch, which is chosen by the images that judge it.
+What is reported is the accuracy of what is saved: the averaged weights, where there is an average,
+at the end of the last epoch, read back from the model folder. Not the best epoch, which is chosen
+by the images that judge it.
 """
 
 import datetime
@@ -62,8 +63,10 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Train by a recipe; returns the result (as in result.json), on the first process alone.
 
     Args:
-        arguments: of the command line: RECIPE --config MORE --data.root FOLDER --out RUN --key value ...
-    Raises: XzooError for what cannot be run or is another run's folder; KeyboardInterrupt after Ctrl-C.
+        arguments: of the command line: RECIPE --config MORE --data.root FOLDER --out RUN --key
+            value ...
+    Raises: XzooError for what cannot be run or is another run's folder; KeyboardInterrupt after
+    Ctrl-C.
     """
     console = Console(stderr=True)
     with quiet(), own_threads():
@@ -72,13 +75,18 @@ def fit(arguments: Sequence[str]) -> dict[str, Any] | None:
         if cli.config.trainer.fast_dev_run:
             trainer, task, data = cli.build(**launched())
             run_fit(trainer, task, data, None)
-            say(console, f"{cli.name}: {trainer.global_step} steps and a validation went well; nothing is kept")
+            say(
+                console,
+                f"{cli.name}: {trainer.global_step} steps and a validation went well; nothing is "
+                "kept",
+            )
             return None
         run, config = cli.run_folder, cli.plain()
         if is_first():
             trust = ["--trust"] if cli.config.trust else []
             refuse_other(run, config, "xzoo fit", None, PLACES, lambda path: _plain(path, trust))
-            if cli.config.results:  # a table that cannot take the result is told before the training
+            # a table that cannot take the result is told before the training
+            if cli.config.results:
                 check_file(cli.config.results, "--results")
                 if Path(cli.config.results).exists():
                     read(cli.config.results)
@@ -97,7 +105,9 @@ def _plain(config: Path, more: Sequence[str]) -> dict[str, Any]:
     return RecipeCLI(["--config", str(config), *more]).plain()
 
 
-def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) -> dict[str, Any] | None:
+def _train(
+    cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console
+) -> dict[str, Any] | None:
     last = run / LAST
     resumes = last.exists()
     if resumes:
@@ -118,17 +128,29 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
     data.prepare_data()
     data.setup("fit")  # missing data are told before anything is written
     task.check(trainer, data)
-    task.make_teacher(data)  # what cannot teach is told now; the fit makes its own, since EMA would copy this one
+    # what cannot teach is told now; the fit makes its own, since EMA would copy this one
+    task.make_teacher(data)
     if cli.config.results and not (data.dataset and _commit()):
-        lacks = "its images are none of " + ", ".join(DATASETS) if not data.dataset else "no commit: not a checkout"
-        raise XzooError(f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out")
+        lacks = (
+            "its images are none of " + ", ".join(DATASETS)
+            if not data.dataset
+            else "no commit: not a checkout"
+        )
+        raise XzooError(
+            f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out"
+        )
     if cli.config.results:
         _row(facts(cli, task, data, trainer))  # what it cannot take is told now
     steps = steps_of_epoch(trainer, data)
     every = cli.config.trainer.val_check_interval
-    if isinstance(every, int) and every > steps and cli.config.trainer.check_val_every_n_epoch is not None:
+    if (
+        isinstance(every, int)
+        and every > steps
+        and cli.config.trainer.check_val_every_n_epoch is not None
+    ):
         raise XzooError(
-            f"trainer.val_check_interval={every}: an epoch has {steps} steps; use as many or fewer, "
+            f"trainer.val_check_interval={every}: an epoch has {steps} steps; use as many or "
+            "fewer, "
             "or check_val_every_n_epoch=null to count over epochs"
         )
     trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps // 3))  # type: ignore[attr-defined]
@@ -137,7 +159,10 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
             write_text(run / CONFIG, head + to_yaml(config))
         going_on = f", going on after {done} steps" if resumes else ""
-        what = f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an epoch"
+        what = (
+            f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an "
+            "epoch"
+        )
         say(console, f"{cli.name}: {what}; everything goes to {run}{going_on}")
     run_fit(trainer, task, data, last if resumes else None)
     if not trainer.is_global_zero:
@@ -148,15 +173,25 @@ def _train(cli: RecipeCLI, run: Path, config: dict[str, Any], console: Console) 
 
 
 def _finish(
-    cli: RecipeCLI, run: Path, trainer: pl.Trainer, task: Classifier, data: Any, seconds: float, console: Console
+    cli: RecipeCLI,
+    run: Path,
+    trainer: pl.Trainer,
+    task: Classifier,
+    data: Any,
+    seconds: float,
+    console: Console,
 ) -> dict[str, Any]:
-    """Save the model, read it back, judge it, draw the curves; result.json comes last and ends the run."""
+    """Save the model, read it back, judge it, draw the curves; result.json comes last and ends the
+    run.
+    """
     checkpoint = torch.load(run / LAST, map_location="cpu", weights_only=True)
     task.load_state_dict(checkpoint["state_dict"])
     device = trainer.strategy.root_device
     made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
     block = {"fit": made, model_folder.GREY: getattr(data, "grey_range", {})}
-    model_folder.save(task.net, run / "model", data.class_names, _data_config(task.net, data), block)
+    model_folder.save(
+        task.net, run / "model", data.class_names, _data_config(task.net, data), block
+    )
     logits, labels = judged(model_folder.load(run / "model").to(device), data, device)
     result = {
         **facts(cli, task, data, trainer),
@@ -179,7 +214,13 @@ def _finish(
 
 def _row(result: dict[str, Any]) -> Row:
     """The line of a result; where there is none yet, of a run that would be half right."""
-    ended: dict[str, Any] = {"top1": 50.0, "top5": 50.0, "epoch_reported": 1, "wall_s": 0.0, "date": "2000-01-01"}
+    ended: dict[str, Any] = {
+        "top1": 50.0,
+        "top5": 50.0,
+        "epoch_reported": 1,
+        "wall_s": 0.0,
+        "date": "2000-01-01",
+    }
     return Row(**{key: value for key, value in (ended | result).items() if key != "loss"})
 
 
@@ -217,8 +258,10 @@ def facts(cli: RecipeCLI, task: Classifier, data: Any, trainer: pl.Trainer) -> d
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        "train_macs": round(_macs_seen(net, task, data) * 3 * data.batch_size * steps),  # one forwards, two backwards
-        "device": f"{trainer.world_size} x " * (trainer.world_size > 1) + hardware(trainer.strategy.root_device),
+        # one forwards, two backwards
+        "train_macs": round(_macs_seen(net, task, data) * 3 * data.batch_size * steps),
+        "device": f"{trainer.world_size} x " * (trainer.world_size > 1)
+        + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "xzoo": version("xzoo"),
@@ -231,13 +274,17 @@ def _macs_seen(net: nn.Module, task: Classifier, data: Any) -> Fraction:
     channels, _, full = data.input_size
     first, until = task.hparams["grow_sizes"], task.hparams["grow_until"]
     shown = sides(full, first, until)
-    return sum((Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown), Fraction(0))
+    return sum(
+        (Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown),
+        Fraction(0),
+    )
 
 
 # ---- what a run stands in
 
 
-# What a run cannot keep its promises with: flag, whether a value of it is meant, and what to do instead.
+# What a run cannot keep its promises with: flag, whether a value of it is meant, and what to do
+# instead.
 _PRECISIONS = ("None", "32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -247,15 +294,28 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("overfit_batches", bool, "it takes the recipe's own order away; use limit_train_batches"),
     ("barebones", bool, "a run is nothing without its checkpoints and figures; leave it out"),
-    ("enable_checkpointing", lambda value: value is False, "a run is resumed from its checkpoints; leave it out"),
+    (
+        "enable_checkpointing",
+        lambda value: value is False,
+        "a run is resumed from its checkpoints; leave it out",
+    ),
     ("num_sanity_val_steps", bool, "a resumed run has none; try the recipe with fast_dev_run"),
     ("enable_progress_bar", lambda value: value is not None, "xzoo fit has its own; leave it out"),
-    ("enable_model_summary", lambda value: value is not None, "`xzoo inspect` shows a model; leave it out"),
-    ("use_distributed_sampler", lambda value: value is False, "the data modules always shard themselves; leave it out"),
+    (
+        "enable_model_summary",
+        lambda value: value is not None,
+        "`xzoo inspect` shows a model; leave it out",
+    ),
+    (
+        "use_distributed_sampler",
+        lambda value: value is False,
+        "the data modules always shard themselves; leave it out",
+    ),
     (
         "val_check_interval",
         lambda value: not isinstance(value, int | float | None),
-        "by the clock, no two runs validate at the same steps; give a number of steps, or a share of an epoch",
+        "by the clock, no two runs validate at the same steps; give a number of steps, or a share "
+        "of an epoch",
     ),
 )
 
@@ -266,20 +326,28 @@ def _refuse_what_does_not_resume(trainer: Any) -> None:
         if meant(value):
             raise XzooError(f"trainer.{flag}={value}: {instead}")
     if trainer.max_time is not None or trainer.max_steps not in (-1, None):
-        raise XzooError("max_steps and max_time do not resume where they were; use --trainer.max_epochs alone")
+        raise XzooError(
+            "max_steps and max_time do not resume where they were; use --trainer.max_epochs alone"
+        )
     if not trainer.fast_dev_run and (trainer.max_epochs is None or trainer.max_epochs < 1):
-        raise XzooError(f"trainer.max_epochs={trainer.max_epochs}: a recipe says how many epochs, 1 or more")
+        raise XzooError(
+            f"trainer.max_epochs={trainer.max_epochs}: a recipe says how many epochs, 1 or more"
+        )
 
 
 def _data_config(net: nn.Module, data: Any) -> dict[str, Any]:
     """How timm has to prepare an image for this model: as this data set's validation does."""
     own = {"input_size": data.input_size, "mean": tuple(data.mean), "std": tuple(data.std)}
-    own |= {"crop_pct": getattr(data, "crop_pct", 1.0), "interpolation": data.interpolation or "bilinear"}
+    own |= {
+        "crop_pct": getattr(data, "crop_pct", 1.0),
+        "interpolation": data.interpolation or "bilinear",
+    }
     return resolve_model_data_config(net) | own
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code is in, with -dirty where files were changed; None for an installed wheel.
+    """Of the checkout that this code is in, with -dirty where files were changed; None for an
+    installed wheel.
 
     Rows that other runs have added to the table of results change nothing of what is computed.
     """
@@ -290,7 +358,9 @@ def _commit() -> str | None:
     told = []
     for asked in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", *others)):
         try:
-            done = subprocess.run(["git", "-C", str(home), *asked], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(home), *asked], capture_output=True, text=True, check=False
+            )
         except OSError:  # no git
             return None
         told.append(done.stdout.strip() if done.returncode == 0 else None)
@@ -301,12 +371,17 @@ def _commit() -> str | None:
 def _show(result: dict[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     rows = {
-        "model": f"{result['model']}, {result['weights'] / 1e6:.2f} M weights, {result['macs'] / 1e6:,.0f} M MACs",
+        "model": (
+            f"{result['model']}, {result['weights'] / 1e6:.2f} M weights, "
+            f"{result['macs'] / 1e6:,.0f} M MACs"
+        ),
         "recipe": f"{result['recipe']} ({result['recipe_sha']})",
         "top-1": f"{result['top1']:.2f} % of {result['n_val']:,} {result['split']} images",
         "top-5": f"{result['top5']:.2f} %" if result["top5"] is not None else "-",
         "loss": f"{result['loss']:.4f}",
-        "epochs": f"{result['epoch_reported']} in {datetime.timedelta(seconds=round(result['wall_s']))}",
+        "epochs": (
+            f"{result['epoch_reported']} in {datetime.timedelta(seconds=round(result['wall_s']))}"
+        ),
         "on": f"{result['device']}, {result['precision']}",
     }
     for name, value in rows.items():

@@ -1,6 +1,7 @@
 """Reading a recipe: YAML files and flags become a Trainer, a `Classifier` and a data module.
 
-LightningCLI's parser, with the nearest names in its errors and without its habit of making everything at once.
+LightningCLI's parser, with the nearest names in its errors and without its habit of making
+everything at once.
 """
 
 import json
@@ -34,7 +35,12 @@ PLACES = {
 # How it is computed: rounding apart the same recipe, with columns of their own in the results.
 MEANS = {
     *("trainer.precision", "trainer.sync_batchnorm", "trainer.benchmark", "trainer.deterministic"),
-    *("model.compile", "model.channels_last", "data.init_args.channels_last", "data.init_args.eval_batch_size"),
+    *(
+        "model.compile",
+        "model.channels_last",
+        "data.init_args.channels_last",
+        "data.init_args.eval_batch_size",
+    ),
 }
 # What is drawn; with columns of their own too.
 SEEDS = {"seed_everything", "model.graph_seed"}
@@ -62,7 +68,11 @@ class RecipeCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 save_config_callback=None,
                 seed_everything_default=0,
-                parser_kwargs={"prog": f"xzoo {verb}", "exit_on_error": False, "allow_abbrev": False},
+                parser_kwargs={
+                    "prog": f"xzoo {verb}",
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                },
                 args=self._composed(arguments),
                 run=False,
             )
@@ -88,11 +98,21 @@ class RecipeCLI(LightningCLI):
         return found
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights in a step")
-        parser.add_argument("--out", type=str | None, default=None, help="run folder; by default runs/RECIPE")
-        parser.add_argument("--results", type=str | None, default=None, help="append the result to this table")
-        parser.add_argument("--trust", action="store_true", help="let recipes name classes of any package")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="weights to judge, not to train")
+        parser.add_argument(
+            "--ema", type=float | None, default=None, help="decay of averaged weights in a step"
+        )
+        parser.add_argument(
+            "--out", type=str | None, default=None, help="run folder; by default runs/RECIPE"
+        )
+        parser.add_argument(
+            "--results", type=str | None, default=None, help="append the result to this table"
+        )
+        parser.add_argument(
+            "--trust", action="store_true", help="let recipes name classes of any package"
+        )
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="weights to judge, not to train"
+        )
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -101,8 +121,17 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-            hint = "; `xzoo recipes` lists what goes after --config" if "are required" in str(error) else ""
+            options = [
+                option
+                for action in parser._actions
+                for option in action.option_strings
+                if option[:2] == "--"
+            ]
+            hint = (
+                "; `xzoo recipes` lists what goes after --config"
+                if "are required" in str(error)
+                else ""
+            )
             raise XzooError(explain(str(error), options, DATA) + hint) from None
 
     def _add_instantiators(self) -> None:
@@ -112,9 +141,11 @@ class RecipeCLI(LightningCLI):
         """See `build`."""
 
     def build(self, **trainer: Any) -> tuple[pl.Trainer, Classifier, Any]:
-        """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it after its lists."""
-        # Not by the parser: it would tell of an error in the data's constructor that they are "None or a data module",
-        # and write itself into every checkpoint.
+        """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it
+        after its lists.
+        """
+        # Not by the parser: it would tell of an error in the data's constructor that they are "None
+        # or a data module", and write itself into every checkpoint.
         place = self.config.data
         data: Any = pydoc.locate(place.class_path)(**place.init_args.as_dict())  # type: ignore[operator]
         task = Classifier(**self.config.model.as_dict() | {"num_classes": data.num_classes})
@@ -127,7 +158,11 @@ class RecipeCLI(LightningCLI):
                 trainer[name] = [*ours, *(own if isinstance(own, list) else [own])]
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
-        quietly = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        quietly = {
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+        }
         # The data modules shard by themselves.
         try:
             made = pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer)
@@ -137,24 +172,34 @@ class RecipeCLI(LightningCLI):
         return made, task, data
 
     def plain(self, changes_only: bool = False) -> dict[str, Any]:
-        """The configuration in plain values, as a recipe that does the same; of `changes_only`, without defaults."""
+        """The configuration in plain values, as a recipe that does the same; of `changes_only`,
+        without defaults.
+        """
         return self._plain(self.config, changes_only)
 
     def _plain(self, config: Namespace, changes_only: bool = False) -> dict[str, Any]:
         text = self.parser.dump(config, format="yaml", skip_unset=False, skip_default=changes_only)
         plain = {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
-        # Run folders and hashes of recipes know the data modules by the names that xzoo.train has for them.
-        plain["data"]["class_path"] = re.sub(r"^xzoo\.data\.", "xzoo.train.", plain["data"]["class_path"])
+        # Run folders and hashes of recipes know the data modules by the names that xzoo.train has
+        # for them.
+        plain["data"]["class_path"] = re.sub(
+            r"^xzoo\.data\.", "xzoo.train.", plain["data"]["class_path"]
+        )
         return plain
 
     @property
     def overrides(self) -> list[str]:
-        """What was asked for beside the recipe, of what its hash is of: ["--trainer.max_epochs=30"]."""
+        """What was asked for beside the recipe, of what its hash is of:
+        ["--trainer.max_epochs=30"].
+        """
         layers = () if self.recipe is None else self.recipe.layers
         config = self.plain()
         try:
-            alone = self._plain(self.parser.parse_args([f"--config={to_yaml(layer.content)}" for layer in layers]))
-        except ArgumentError:  # the recipe is complete with the rest alone, so that all of it counts
+            alone = self._plain(
+                self.parser.parse_args([f"--config={to_yaml(layer.content)}" for layer in layers])
+            )
+        except ArgumentError:
+            # the recipe is complete with the rest alone, so that all of it counts
             config, alone = self.plain(changes_only=True), {}
         found, free = [], PLACES | MEANS | SEEDS
         for key, value in _differences(_without(config, free), _without(alone, free)):
@@ -175,7 +220,9 @@ class RecipeCLI(LightningCLI):
 
     @property
     def sha(self) -> str:
-        """Of what is computed: the recipe with its bases and overrides, wherever and however it runs."""
+        """Of what is computed: the recipe with its bases and overrides, wherever and however it
+        runs.
+        """
         return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
 
 
@@ -183,7 +230,9 @@ def _without(config: Any, keys: set[str], place: str = "") -> Any:
     if not isinstance(config, dict):
         return config
     here = {key: f"{place}.{key}" if place else key for key in config}
-    return {key: _without(config[key], keys, name) for key, name in here.items() if name not in keys}
+    return {
+        key: _without(config[key], keys, name) for key, name in here.items() if name not in keys
+    }
 
 
 def _differences(config: Any, other: Any, place: str = "") -> Iterator[tuple[str, Any]]:

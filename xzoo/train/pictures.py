@@ -1,7 +1,9 @@
-"""Pictures of a run: curves, confusion matrix, sample predictions. For people, so legible at 2 and at 200 classes.
+"""Pictures of a run: curves, confusion matrix, sample predictions. For people, so legible at 2 and
+at 200 classes.
 
-Drawn on matplotlib's Figure itself: pyplot would choose a window system and keep every figure alive. A class whose
-name no font here can draw, or that looks like another one, has its number in the pictures and its name in classes.txt.
+Drawn on matplotlib's Figure itself: pyplot would choose a window system and keep every figure
+alive. A class whose name no font here can draw, or that looks like another one, has its number in
+the pictures and its name in classes.txt.
 """
 
 import unicodedata
@@ -28,10 +30,18 @@ def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
     figure = Picture(9, 3.6)
     loss, accuracy = figure.subplots(1, 2)
     per_epoch = len({row["step"] for row in rows}) / max(1, len({row["epoch"] for row in rows}))
-    _line(loss, rows, "train/loss", "training (smoothed labels)", GREY, lw=1.0 if per_epoch > 2 else 1.6)
+    _line(
+        loss,
+        rows,
+        "train/loss",
+        "training (smoothed labels)",
+        GREY,
+        lw=1.0 if per_epoch > 2 else 1.6,
+    )
     _line(loss, rows, "val/loss", "validation", BLUE)
     _line(accuracy, rows, "val/acc1", "top 1", BLUE, scale=100)
-    if any(row.get("val/acc5", 1) < 1 for row in rows):  # with five classes or fewer it is always right
+    # with five classes or fewer it is always right
+    if any(row.get("val/acc5", 1) < 1 for row in rows):
         _line(accuracy, rows, "val/acc5", "top 5", ORANGE, scale=100)
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     accuracy.set(xlabel="epoch", ylabel="validation accuracy, %")
@@ -46,7 +56,13 @@ def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
 
 
 def _line(
-    axes: Axes, rows: Sequence[dict[str, float]], name: str, label: str, color: str, scale: float = 1.0, lw: float = 1.8
+    axes: Axes,
+    rows: Sequence[dict[str, float]],
+    name: str,
+    label: str,
+    color: str,
+    scale: float = 1.0,
+    lw: float = 1.8,
 ) -> None:
     points = [(row["step"], row["epoch"], scale * row[name]) for row in rows if name in row]
     if not points:
@@ -79,12 +95,25 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, tit
     if n <= 30:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[row, column] > 0.5 else "#2d3748"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=font)
+            axes.text(
+                column,
+                row,
+                str(counts[row, column]),
+                ha="center",
+                va="center",
+                color=color,
+                fontsize=font,
+            )
     every = max(1, -(-n // 60))
     places = range(0, n, every)
     labels = class_labels(classes, 22)
     names = [labels[i] for i in places]
-    axes.set_xticks(places, names, rotation=90 if max(map(_width, names)) * len(names) > 9 * size else 0, fontsize=font)
+    axes.set_xticks(
+        places,
+        names,
+        rotation=90 if max(map(_width, names)) * len(names) > 9 * size else 0,
+        fontsize=font,
+    )
     axes.set_yticks(places, names, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(_title(title, int(9 * size)), fontsize=11)
@@ -103,7 +132,8 @@ def samples(
     title: str,
     columns: int = 6,
 ) -> None:
-    """A sheet of images with what they were taken for, and in red what they are where that was wrong.
+    """A sheet of images with what they were taken for, and in red what they are where that was
+    wrong.
 
     Args:
         true, predicted: of each image, the place of its class in `classes`.
@@ -129,7 +159,9 @@ def _square(image: Image.Image, side: int = 160) -> Image.Image:
     """On a white square, large images shrunk, small ones enlarged in whole pixels."""
     factor = side // max(image.size)
     if factor >= 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        image = image.resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
     else:
         image = image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -1,9 +1,10 @@
 """The plan of `xzoo finetune`: what its options come to for a model and a set of images.
 
-Two recipes, because they want opposite things. A pretrained network has to be moved gently: the head is new
-and learns ten times as fast as the body, which waits until the head makes sense. A network from scratch
-learns everything at once, needs more steps, and smaller images where the data are small. Weights that learned
-from thumbnails are between the two: they know little that lasts, so they are where the second recipe starts.
+Two recipes, because they want opposite things. A pretrained network has to be moved gently: the
+head is new and learns ten times as fast as the body, which waits until the head makes sense. A
+network from scratch learns everything at once, needs more steps, and smaller images where the data
+are small. Weights that learned from thumbnails are between the two: they know little that lasts, so
+they are where the second recipe starts.
 """
 
 import json
@@ -19,12 +20,13 @@ from ..data.scan import ImageData
 from ..errors import ModelError, XzooError
 from ..models import create_model
 
-# 500 steps are BiT's for small sets. From scratch x_resnet18 has 98 % on the digits after 300 of 64 images.
+# 500 steps are BiT's for small sets. From scratch x_resnet18 has 98 % on the digits after 300 of 64
+# images.
 STEPS = 500
 EPOCHS_SCRATCH, EPOCHS_PRETRAINED = (20, 100), (10, 60)
-# Pixels a side up to which a network has seen thumbnails. Ten hand signs from ten images each, on held-out training
-# images: x_vgg16_2.cifar10_q75 (32) 76 % at a tenth of the rate, 91 at all of it, 81 from scratch;
-# x_mobilenet050_c8.tin_r64 47, 57 (64 at twice the rate) and 12.
+# Pixels a side up to which a network has seen thumbnails. Ten hand signs from ten images each, on
+# held-out training images: x_vgg16_2.cifar10_q75 (32) 76 % at a tenth of the rate, 91 at all of it,
+# 81 from scratch; x_mobilenet050_c8.tin_r64 47, 57 (64 at twice the rate) and 12.
 THUMBNAIL = 64
 
 
@@ -59,7 +61,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Start:
-    """What a model name stands for: the name and arguments to build, its input, and whether it has weights."""
+    """What a model name stands for: the name and arguments to build, its input, and whether it has
+    weights.
+    """
 
     name: str
     kwargs: dict[str, Any]
@@ -74,11 +78,19 @@ def start(options: Options) -> Start:
     folder = name.removeprefix("local-dir:")
     if folder != name:
         try:
-            cfg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-            size, fixed, weights = int(cfg["input_size"][-1]), cfg.get("fixed_input_size", False), True
+            cfg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[
+                "pretrained_cfg"
+            ]
+            size, fixed, weights = (
+                int(cfg["input_size"][-1]),
+                cfg.get("fixed_input_size", False),
+                True,
+            )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ModelError(f"{folder} is no model folder: its config.json cannot be read ({reason})") from error
+            raise ModelError(
+                f"{folder} is no model folder: its config.json cannot be read ({reason})"
+            ) from error
     elif name.startswith("hf-hub:"):
         size, fixed, weights = 224, False, True
     else:
@@ -94,7 +106,10 @@ def start(options: Options) -> Start:
         weights = ours is not None or timm.is_model_pretrained(name)
     if options.expand is not None:
         if name.startswith(("x_", "local-dir:", "hf-hub:")):
-            raise ModelError(f"expand={options.expand} with {name}: only a dense model of timm, by name, is expanded")
+            raise ModelError(
+                f"expand={options.expand} with {name}: only a dense model of timm, by name, is "
+                "expanded"
+            )
         kwargs = {"base": name, "compression": options.expand}
         name = "x_timm"
     if fixed and options.img_size:
@@ -105,7 +120,9 @@ def start(options: Options) -> Start:
 def use_weights(options: Options, has_weights: bool) -> bool:
     """Whether to begin with pretrained weights: as asked, else where there are some."""
     if options.pretrained and not has_weights:
-        raise ModelError(f"{options.model} has no pretrained weights; leave out pretrained to train from scratch")
+        raise ModelError(
+            f"{options.model} has no pretrained weights; leave out pretrained to train from scratch"
+        )
     return has_weights if options.pretrained is None else options.pretrained
 
 
@@ -127,7 +144,9 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
     pretrained = use_weights(options, model.has_weights)
     n = len(data.train)
     # Small sets need steps more than they need smooth gradients.
-    batch_size = options.batch_size or max(8, min(64, 1 << (n // 16).bit_length() - 1 if n >= 16 else 8))
+    batch_size = options.batch_size or max(
+        8, min(64, 1 << (n // 16).bit_length() - 1 if n >= 16 else 8)
+    )
     steps = -(-n // batch_size)
     least, most = EPOCHS_PRETRAINED if pretrained else EPOCHS_SCRATCH
     epochs = options.epochs
@@ -150,7 +169,8 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
     }
     if pretrained and not options.freeze:
         body_lr = 0.1 if gently else 1.0
-        if options.expand:  # its body has lost most of its connections, and has to move to make up for them
+        # its body has lost most of its connections, and has to move to make up for them
+        if options.expand:
             body_lr = 0.5
         classifier |= {"body_lr": body_lr, "head_first": 0.05}
         # Under 16 images a batch's own statistics are worse than those that came with the weights.
@@ -167,10 +187,11 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
 
 
 def _img_size(model: Start, pretrained: bool, side: int) -> int:
-    """The model's own size with pretrained weights. From scratch, twice the images' side, 128 at most.
+    """The model's own size with pretrained weights. From scratch, twice the images' side, 128 at
+    most.
 
-    Twice, since most stems halve an image twice before anything is learned; more pixels than 128 cost time
-    and teach nothing that a few thousand images could.
+    Twice, since most stems halve an image twice before anything is learned; more pixels than 128
+    cost time and teach nothing that a few thousand images could.
     """
     if pretrained or model.fixed:
         return model.input_size

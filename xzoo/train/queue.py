@@ -1,8 +1,10 @@
-"""`xzoo queue`: the runs that a file of shell asks for; which of them are done; and the others, a few side by side.
+"""`xzoo queue`: the runs that a file of shell asks for; which of them are done; and the others, a
+few side by side.
 
-A queue is Markdown (recipes/QUEUE.md): headings such as "## 3. Title", and below them ```bash blocks in which every
-command is `xzoo fit ... --out RUN`. Nothing is kept beside the run folders: what is finished, how far a run is and
-whether a process is at work in it are read there, so a queue that was killed goes on when it is started again.
+A queue is Markdown (recipes/QUEUE.md): headings such as "## 3. Title", and below them ```bash
+blocks in which every command is `xzoo fit ... --out RUN`. Nothing is kept beside the run folders:
+what is finished, how far a run is and whether a process is at work in it are read there, so a queue
+that was killed goes on when it is started again.
 """
 
 import functools
@@ -41,8 +43,11 @@ from .task import sides
 
 QUEUE = "QUEUE.md"
 LOOK_EVERY = 0.5  # seconds
-_BLOCK = re.compile(r"^## (?:(\d+)\. )?([^\n]*)$|^```bash\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
-# Standard output is not the commands' alone; and no other program is found, since only `xzoo fit` may be asked for.
+_BLOCK = re.compile(
+    r"^## (?:(\d+)\. )?([^\n]*)$|^```bash\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL
+)
+# Standard output is not the commands' alone; and no other program is found, since only `xzoo fit`
+# may be asked for.
 _TELLS = 'exec 3>&1 1>&2; PATH=; xzoo() { printf "%s\\0" "$#" "$@" >&3; }; set -eu\n'
 # Options that change no cost, each with its value.
 _FREE = re.compile(r"--(?:\S*seed\S*|out|results)")
@@ -72,10 +77,11 @@ class QueuedRun:
 
 
 def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[QueuedRun]:
-    """All runs of a queue file, in its order; of `numbers`, those of the blocks below headings of these numbers.
+    """All runs of a queue file, in its order; of `numbers`, those of the blocks below headings of
+    these numbers.
 
-    Raises: XzooError for a file without blocks, an unknown number, a block that is no list of `xzoo fit --out` or needs
-        a variable that is not set, and two runs in one folder.
+    Raises: XzooError for a file without blocks, an unknown number, a block that is no list of `xzoo
+        fit --out` or needs a variable that is not set, and two runs in one folder.
     """
     found = blocks(Path(path).read_text(encoding="utf-8"))
     if not found:
@@ -99,7 +105,9 @@ def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[QueuedRun]
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """Of each ```bash block the number of the heading above it (or its words, where it has none), and the shell."""
+    """Of each ```bash block the number of the heading above it (or its words, where it has none),
+    and the shell.
+    """
     found, block = [], ""
     for match in _BLOCK.finditer(text):
         number, title, shell = match.groups()
@@ -111,13 +119,19 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def expand(shell: str, environment: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """The arguments of every `xzoo fit` in a block, found by bash with a function in the place of `xzoo`.
+    """The arguments of every `xzoo fit` in a block, found by bash with a function in the place of
+    `xzoo`.
 
     Raises: XzooError for a variable that is not set, other commands, and a command without --out.
     """
-    bash = ["bash", "-p", "-c", _TELLS + shell]  # -p: without what the user's bash reads at its start
+    # -p: without what the user's bash reads at its start
+    bash = ["bash", "-p", "-c", _TELLS + shell]
     told = subprocess.run(
-        bash, env={**environment, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, capture_output=True, check=False
+        bash,
+        env={**environment, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
     )
     if complaint := os.fsdecode(told.stderr).strip():
         first = re.sub(r"^bash: (line \d+: )?", "", complaint.splitlines()[0])
@@ -150,7 +164,8 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 def train_macs(arguments: Sequence[str]) -> tuple[float, int]:
     """Multiply-accumulates of the whole training that a command asks for, and its epochs.
 
-    Three times those of a forward pass, times images, times epochs. NaN where the number of images is not known.
+    Three times those of a forward pass, times images, times epochs. NaN where the number of images
+    is not known.
     """
     costly, rest = [], list(arguments)
     while rest:
@@ -188,7 +203,9 @@ def counts(cli: RecipeCLI, size: int) -> Profile:
     model, data = cli.config.model, cli.config.data.init_args
     kind: Any = pydoc.locate(cli.config.data.class_path)
     asked = {name: model[name] for name in ("compression", "graph", "share", "spatial_share")}
-    given = (model.model_kwargs or {}) | {name: value for name, value in asked.items() if value is not None}
+    given = (model.model_kwargs or {}) | {
+        name: value for name, value in asked.items() if value is not None
+    }
     classes = data.num_classes if "num_classes" in data else kind.facts.classes
     return _counted(model.name, size, json.dumps({"num_classes": classes} | given))
 
@@ -199,11 +216,16 @@ def _counted(model: str, size: int, given: str) -> Profile:
 
 
 def speed(runs: Sequence[QueuedRun]) -> float:
-    """Training MACs in a second on one core: of the finished runs, or else of the rows of recipes/results.csv on CPUs.
+    """Training MACs in a second on one core: of the finished runs, or else of the rows of
+    recipes/results.csv on CPUs.
 
     NaN where there are none.
     """
-    own = [json.loads((run.out / RESULT).read_text(encoding="utf-8")) for run in runs if run.is_finished]
+    own = [
+        json.loads((run.out / RESULT).read_text(encoding="utf-8"))
+        for run in runs
+        if run.is_finished
+    ]
     table = recipes.folder() / "results.csv"
     others = [vars(row) for row in read(table)] if table.exists() else []
     for results in (own, others):
@@ -221,8 +243,9 @@ def speed(runs: Sequence[QueuedRun]) -> float:
 def listed(runs: Sequence[QueuedRun]) -> list[tuple[QueuedRun, str, float]]:
     """Each run, its state in words, and the core-hours that are left of it.
 
-    The hours are an estimate: MACs by the speed at which others went, and networks of few channels, depthwise layers or
-    much memory traffic go at a fraction of it. Epochs count when they are through.
+    The hours are an estimate: MACs by the speed at which others went, and networks of few channels,
+    depthwise layers or much memory traffic go at a fraction of it. Epochs count when they are
+    through.
     """
     rows, measured = [], speed(runs)
     for run in runs:
@@ -244,9 +267,9 @@ def listed(runs: Sequence[QueuedRun]) -> list[tuple[QueuedRun, str, float]]:
 def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
     """Start what is open, in its order, `jobs` at a time (by default two), and wait for all of it.
 
-    Each run is a process at the lowest priority with its share of the cores as threads, and writes to RUN.log. Runs in
-    which another process is at work count among the jobs, and are waited for. On Ctrl-C the processes are interrupted,
-    as `xzoo fit` is by it, and waited for.
+    Each run is a process at the lowest priority with its share of the cores as threads, and writes
+    to RUN.log. Runs in which another process is at work count among the jobs, and are waited for.
+    On Ctrl-C the processes are interrupted, as `xzoo fit` is by it, and waited for.
 
     Raises: XzooError that names the runs that failed, after all others; KeyboardInterrupt.
     """
@@ -313,7 +336,8 @@ def _started(run: QueuedRun, threads: int) -> "subprocess.Popen[bytes]":
 
 def _behind_others() -> None:
     os.nice(19)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored in what a script starts in the background
+    # it is ignored in what a script starts in the background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _last_line(log: Path) -> str:

@@ -182,10 +182,13 @@ def _chosen(name: str, plain_name: str, asked: Sequence[str]) -> list[Part]:
         part = settings()[setting]
         other = chosen.setdefault(part.kind, part)
         if other is not part:
-            raise XzooError(f"{name}: {other.name} and {setting} both set the {part.kind}; take one")
+            raise XzooError(
+                f"{name}: {other.name} and {setting} both set the {part.kind}; take one"
+            )
         if setting not in fitting:
             raise XzooError(
-                f"there is no recipe {name}: {setting} is not for {plain_name}; there are {', '.join(fitting)}"
+                f"there is no recipe {name}: {setting} is not for {plain_name}; there are "
+                f"{', '.join(fitting)}"
             )
     return [part for part in settings().values() if part in chosen.values()]
 
@@ -316,7 +319,8 @@ def text(layer: Layer) -> str:
 
 
 def copy(name: str, to: Path | str) -> list[Path]:
-    """Write a recipe as one file into a folder, to be changed there; a file with those it is based on.
+    """Write a recipe as one file into a folder, to be changed there; a file with those it is based
+    on.
 
     Raises: XzooError if there is no such recipe, another file of that name is there, or it cannot
         be written.
@@ -327,7 +331,9 @@ def copy(name: str, to: Path | str) -> list[Path]:
         files = {to / f"{recipe.name.rpartition('/')[2]}.yaml": recipe.layers[0]}
     try:
         for file, layer in files.items():
-            if file.exists() and (not file.is_file() or file.read_text(encoding="utf-8") != text(layer)):
+            if file.exists() and (
+                not file.is_file() or file.read_text(encoding="utf-8") != text(layer)
+            ):
                 raise XzooError(f"{file} exists and is another file; choose another folder")
         to.mkdir(parents=True, exist_ok=True)
         for file, layer in files.items():
@@ -341,7 +347,8 @@ def copy(name: str, to: Path | str) -> list[Path]:
 
 
 def check_trusted(recipe: Recipe) -> None:
-    """Raise XzooError for a recipe that runs code other than xzoo's, torch's, timm's or Lightning's.
+    """Raise XzooError for a recipe that runs code other than xzoo's, torch's, timm's or
+    Lightning's.
 
     A recipe that came with a model is data, but its parser imports what class or function it names.
     """
@@ -350,13 +357,19 @@ def check_trusted(recipe: Recipe) -> None:
         for section in ("data", "model", "trainer"):
             value = layer.content.get(section)
             if isinstance(value, str) and re.search(r"[./\\]", value):  # a class, or a file of one
-                raise XzooError(f"{place}: {section} is {value!r}, not written out; add --trust if you trust that file")
+                raise XzooError(
+                    f"{place}: {section} is {value!r}, not written out; add --trust if you trust "
+                    "that file"
+                )
             for key, named in _texts(value):
                 if key == "root" or (section, key) == ("model", "name"):
                     continue
                 dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", named)
                 if dotted and named.partition(".")[0] not in TRUSTED:
-                    raise XzooError(f"{place}: {key} is {named!r}, code of others; add --trust if you trust that file")
+                    raise XzooError(
+                        f"{place}: {key} is {named!r}, code of others; add --trust if you trust "
+                        "that file"
+                    )
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,8 @@
-"""The run folder: one process at work in it, files that are never seen half-written, metrics that survive.
+"""The run folder: one process at work in it, files that are never seen half-written, metrics that
+survive.
 
-Everything that a run leaves is here, so that the folder alone is enough to resume, explain and publish it:
+Everything that a run leaves is here, so that the folder alone is enough to resume, explain and
+publish it:
 
     config.yaml    what was asked for; the same again continues the run, anything else is refused
     checkpoints/   last.ckpt and best.ckpt        metrics.csv    a row for each step that logged something
@@ -36,10 +38,11 @@ AT_WORK = "another process is at work in"
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; make it first, and unmake it if it is still empty at the end.
+    """Hold the folder for this process alone; make it first, and unmake it if it is still empty at
+    the end.
 
-    Raises: XzooError if it cannot be made or written to, or another process is at work in it. The lock is
-    the operating system's, so that a killed process leaves none behind.
+    Raises: XzooError if it cannot be made or written to, or another process is at work in it. The
+    lock is the operating system's, so that a killed process leaves none behind.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -89,7 +92,8 @@ def refuse_other(
         asked: what has to be in its config.yaml, under `section` where there is one.
         of: the command, to tell whose folder was expected.
         free: dotted keys that may differ.
-        parse: reads config.yaml with defaults for what it does not say, options that are newer than the run.
+        parse: reads config.yaml with defaults for what it does not say, options that are newer than
+            the run.
     Raises: XzooError that names each difference.
     """
     if not (run / CONFIG).is_file():
@@ -106,7 +110,9 @@ def refuse_other(
     if strange:
         raise XzooError(f"{run / CONFIG} is not of a run of {of}; choose another --out")
     if differing:
-        raise XzooError(f"{run} holds another run: {'; '.join(differing)}; choose another folder with --out")
+        raise XzooError(
+            f"{run} holds another run: {'; '.join(differing)}; choose another folder with --out"
+        )
 
 
 def _differences(here: Any, there: Any, free: Collection[str], place: str = "") -> Iterator[str]:
@@ -114,7 +120,9 @@ def _differences(here: Any, there: Any, free: Collection[str], place: str = "") 
         return
     if isinstance(here, dict) and isinstance(there, dict):
         for key in dict.fromkeys([*here, *there]):
-            yield from _differences(here.get(key), there.get(key), free, f"{place}.{key}" if place else key)
+            yield from _differences(
+                here.get(key), there.get(key), free, f"{place}.{key}" if place else key
+            )
     elif here != there:
         yield f"{place} is {there!r} there and {here!r} here"
 
@@ -136,13 +144,19 @@ def _of_checkpoint(checkpoint: Path, *keys: str) -> int:
             content = content[key]
         return int(content)
     except Exception as error:  # torch.load raises a dozen of classes for a broken file
-        raise XzooError(f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again") from error
+        raise XzooError(
+            f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin again"
+        ) from error
 
 
-def fit(trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, last: Path | None) -> None:
-    """trainer.fit, from a checkpoint where there is one, whose interruptions look like interruptions.
+def fit(
+    trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, last: Path | None
+) -> None:
+    """trainer.fit, from a checkpoint where there is one, whose interruptions look like
+    interruptions.
 
-    Raises: KeyboardInterrupt after Ctrl-C, with the handler of before; SystemExit(143) after SIGTERM.
+    Raises: KeyboardInterrupt after Ctrl-C, with the handler of before; SystemExit(143) after
+    SIGTERM.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -158,11 +172,18 @@ def fit(trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataMod
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning tells about hardware, its products, and loaders that are as they are meant to be."""
+    """Without what Lightning tells about hardware, its products, and loaders that are as they are
+    meant to be.
+    """
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        expected = ("does not have many workers", "LeafSpec", "in eval mode at the start", "exists and is not empty")
+        expected = (
+            "does not have many workers",
+            "LeafSpec",
+            "in eval mode at the start",
+            "exists and is not empty",
+        )
         for message in expected:
             warnings.filterwarnings("ignore", message=f"(?s).*{message}")
         # Those of single files, which do not name them.
@@ -179,20 +200,23 @@ def quiet() -> Iterator[None]:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints through `atomic`: Lightning stages them in the temporary folder of the machine."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as draft:
             torch.save(checkpoint, draft)
 
 
 class MetricsFile(Logger):
-    """One CSV table, a row for each step that logged something; a resumed run goes on writing to it.
+    """One CSV table, a row for each step that logged something; a resumed run goes on writing to
+    it.
 
     Lightning's CSVLogger deletes the file that it finds.
 
     Args:
-        done: steps of the checkpoint that the run starts from; rows of later steps are dropped, since
-            those steps come again.
+        done: steps of the checkpoint that the run starts from; rows of later steps are dropped,
+            since those steps come again.
     """
 
     def __init__(self, path: Path | str, done: int = 0) -> None:
@@ -202,7 +226,10 @@ class MetricsFile(Logger):
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] < done]
             whole = ("step", "epoch")  # numbers that are written as they were
-            self.rows = {int(row["step"]): {k: int(v) if k in whole else v for k, v in row.items()} for row in kept}
+            self.rows = {
+                int(row["step"]): {k: int(v) if k in whole else v for k, v in row.items()}
+                for row in kept
+            }
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -210,8 +237,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the table, all of it: it has a few hundred short rows, and new columns may have come."""
-        columns = list(dict.fromkeys(["step", "epoch", *(name for row in self.rows.values() for name in row)]))
+        """Write the table, all of it: it has a few hundred short rows, and new columns may have
+        come.
+        """
+        columns = list(
+            dict.fromkeys(["step", "epoch", *(name for row in self.rows.values() for name in row)])
+        )
         with atomic(self.path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, columns)
             table.writeheader()
@@ -237,4 +268,7 @@ class MetricsFile(Logger):
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
     """The rows of a metrics file, without the values that a row does not have."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+        return [
+            {k: float(v) for k, v in row.items() if v not in ("", None)}
+            for row in csv.DictReader(file)
+        ]

@@ -1,7 +1,8 @@
-"""Initial values that a recipe asks for: layers that pass their inputs on, and a first one that whitens.
+"""Initial values that a recipe asks for: layers that pass their inputs on, and a first one that
+whitens.
 
-Both come from Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv 2404.00498). That a
-sparse layer passes its inputs on along a matching of its graph is ours.
+Both come from Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv 2404.00498).
+That a sparse layer passes its inputs on along a matching of its graph is ours.
 """
 
 from typing import Any, NamedTuple, cast
@@ -23,18 +24,22 @@ class Identity(NamedTuple):
 
     layers: int  # that it changed
     passed: int  # inputs that one of the outputs copies, in all these layers
-    possible: int  # the smaller of inputs and outputs, in all these layers: `passed` where nothing was in the way
+    # the smaller of inputs and outputs, in all these layers: `passed` where nothing was in the way
+    possible: int
 
 
 def identity_start(net: nn.Module) -> Identity:
-    """Let every layer begin by copying as many of its inputs as it can; the other outputs stay as they were drawn.
+    """Let every layer begin by copying as many of its inputs as it can; the other outputs stay as
+    they were drawn.
 
-    A matched output has weight 1 at the center tap of its input, weight 0 elsewhere and bias 0. A dense layer
-    matches output i with input i, as torch.nn.init.dirac_; an X-layer goes by `graphs.matching`, and where its graph
-    has no matching that takes all of the smaller side, the outputs that are left over stay as they were drawn.
+    A matched output has weight 1 at the center tap of its input, weight 0 elsewhere and bias 0. A
+    dense layer matches output i with input i, as torch.nn.init.dirac_; an X-layer goes by
+    `graphs.matching`, and where its graph has no matching that takes all of the smaller side, the
+    outputs that are left over stay as they were drawn.
 
-    Changed are convolutions (nn.Conv2d and X) without groups whose kernel has a center, and linear layers (nn.Linear
-    and X). Not changed are the first convolution (`first_conv` of net.pretrained_cfg) and the classifier.
+    Changed are convolutions (nn.Conv2d and X) without groups whose kernel has a center, and linear
+    layers (nn.Linear and X). Not changed are the first convolution (`first_conv` of
+    net.pretrained_cfg) and the classifier.
     """
     classifier = set(cast(Any, net).get_classifier().modules())
     layers, passed, possible = 0, 0, 0
@@ -56,16 +61,18 @@ def identity_start(net: nn.Module) -> Identity:
 def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
     """Let the first convolution begin with filters that whiten the patches of `images`.
 
-    Filters 0 to k - 1 are the eigenvectors of the patches' second moment E[p p^T] with the k largest eigenvalues,
-    each divided by sqrt(eigenvalue + eps); filters k to 2 k - 1 are the same with the other sign. So the outputs of
-    the first k have E[y y^T] = I (but for eps). k is the size of a patch, C * kh * kw, or half the number of filters
-    where that is less. Filters from 2 k on keep their values; the bias is zero.
+    Filters 0 to k - 1 are the eigenvectors of the patches' second moment E[p p^T] with the k
+    largest eigenvalues, each divided by sqrt(eigenvalue + eps); filters k to 2 k - 1 are the same
+    with the other sign. So the outputs of the first k have E[y y^T] = I (but for eps). k is the
+    size of a patch, C * kh * kw, or half the number of filters where that is less. Filters from 2 k
+    on keep their values; the bias is zero.
 
     Args:
         net: a model of timm's form; its first convolution is `first_conv` of net.pretrained_cfg.
         images: float32 [N, C, H, W], as the network sees them: normalized, of the training set.
         eps: keeps directions in which patches hardly differ from being blown up.
-    Raises: ModelError where the first layer is no dense convolution of C inputs, or has fewer than 2 filters.
+    Raises: ModelError where the first layer is no dense convolution of C inputs, or has fewer than
+    2 filters.
     """
     layer = first_convolution(net, images.shape[1])
     weight = layer.weight
@@ -83,20 +90,28 @@ def first_convolution(net: nn.Module, channels: int) -> nn.Conv2d:
     """The layer that `whiten` changes, for images of so many channels. Raises: ModelError as there."""
     names = _first_convs(net)
     if len(names) != 1:
-        told = "no first convolution" if not names else f"{len(names)} first convolutions, {', '.join(names)}"
+        told = (
+            "no first convolution"
+            if not names
+            else f"{len(names)} first convolutions, {', '.join(names)}"
+        )
         raise ModelError(f"{type(net).__name__} has {told}; whitening needs one: leave it out")
     layer = net.get_submodule(names[0])
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         kind = "a grouped Conv2d" if isinstance(layer, nn.Conv2d) else type(layer).__name__
-        raise ModelError(f"first layer {names[0]} is {kind}; whitening needs a dense nn.Conv2d: leave it out")
+        raise ModelError(
+            f"first layer {names[0]} is {kind}; whitening needs a dense nn.Conv2d: leave it out"
+        )
     if layer.in_channels != channels:
         raise ModelError(
-            f"first layer {names[0]} reads {layer.in_channels} channels and the images have {channels}; whitening "
+            f"first layer {names[0]} reads {layer.in_channels} channels and the images have "
+            f"{channels}; whitening "
             f"needs images as the network sees them, or a model built with in_chans={channels}"
         )
     if layer.out_channels < 2:
         raise ModelError(
-            f"first layer {names[0]} has {layer.out_channels} filter; whitening needs 2 or more, for both signs"
+            f"first layer {names[0]} has {layer.out_channels} filter; whitening needs 2 or more, "
+            "for both signs"
         )
     return layer
 
@@ -108,7 +123,9 @@ def _has_identity(layer: nn.Module) -> bool:
 
 
 def _pairs(layer: nn.Module) -> tuple[int, int, Tensor, Tensor]:
-    """Numbers of inputs and outputs; matched outputs, and for each the column of its weights that its input has."""
+    """Numbers of inputs and outputs; matched outputs, and for each the column of its weights that
+    its input has.
+    """
     weight = cast(Tensor, layer.weight)
     n_out, columns = weight.shape[:2]
     if not isinstance(layer, ExpanderConv2d | ExpanderLinear):
@@ -120,7 +137,12 @@ def _pairs(layer: nn.Module) -> tuple[int, int, Tensor, Tensor]:
     rows = neighbours[outputs // layer.share]
     places = (rows == wanted[outputs, None]).argmax(axis=1)
     device = weight.device
-    return layer._n_in, n_out, torch.from_numpy(outputs).to(device), torch.from_numpy(places).to(device)
+    return (
+        layer._n_in,
+        n_out,
+        torch.from_numpy(outputs).to(device),
+        torch.from_numpy(places).to(device),
+    )
 
 
 def _first_convs(net: nn.Module) -> tuple[str, ...]:
@@ -130,7 +152,9 @@ def _first_convs(net: nn.Module) -> tuple[str, ...]:
 
 
 def _second_moment(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """E[p p^T], float64 [d, d], over the patches p of d = C * kh * kw numbers that lie wholly within the images."""
+    """E[p p^T], float64 [d, d], over the patches p of d = C * kh * kw numbers that lie wholly
+    within the images.
+    """
     geometry: Any = {name: getattr(layer, name) for name in ("kernel_size", "stride", "dilation")}
     d = layer.weight[0].numel()
     moment, count = images.new_zeros(d, d, dtype=torch.float64), 0

@@ -9,25 +9,30 @@ SHRINKAGE = 1e-3  # beta of HAM
 
 @torch.no_grad()
 def ham_(optimizer: Optimizer, strength: float) -> None:
-    """Hyperbolic aware minimization: multiply each weight by exp(-rate (strength sign(w) gradient + 1e-3)).
+    """Hyperbolic aware minimization: multiply each weight by exp(-rate (strength sign(w) gradient +
+    1e-3)).
 
-    A weight that the gradient wants to change its sign crosses zero sooner. It goes weight by weight, so that a
-    compact weight is treated as its dense matrix would be. Matrices and kernels alone: vectors are left.
+    A weight that the gradient wants to change its sign crosses zero sooner. It goes weight by
+    weight, so that a compact weight is treated as its dense matrix would be. Matrices and kernels
+    alone: vectors are left.
 
     Source: Jacobs et al., "Hyperbolic Aware Minimization", ICLR 2026 (alpha and beta there).
     """
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight.ndim > 1 and weight.grad is not None:
-                weight.mul_(torch.exp(-group["lr"] * (strength * weight.sign() * weight.grad + SHRINKAGE)))
+                weight.mul_(
+                    torch.exp(-group["lr"] * (strength * weight.sign() * weight.grad + SHRINKAGE))
+                )
 
 
 class Lookahead:
-    """Averages that training goes on from: every `every` steps average <- lerp(average, weights), weights <- average.
+    """Averages that training goes on from: every `every` steps average <- lerp(average, weights),
+    weights <- average.
 
-    What the average keeps of itself grows over the run, 0.95^every * progress^3: it forgets the beginning, and in the
-    end it smooths the last few hundred steps. Of weights and batch norm's statistics; integers (graphs, counters)
-    are left alone.
+    What the average keeps of itself grows over the run, 0.95^every * progress^3: it forgets the
+    beginning, and in the end it smooths the last few hundred steps. Of weights and batch norm's
+    statistics; integers (graphs, counters) are left alone.
 
     Source: Zhang et al. 2019, arXiv 1907.08610; the schedule: Jordan 2024, arXiv 2404.00498.
 
@@ -46,7 +51,9 @@ class Lookahead:
 
     @torch.no_grad()
     def step(self, step: int, progress: float) -> None:
-        """After `step` steps, at `progress` (0 to 1) of the run; at its end the average is what stays."""
+        """After `step` steps, at `progress` (0 to 1) of the run; at its end the average is what
+        stays.
+        """
         ended = progress >= 1
         if step % self.every and not ended:
             return

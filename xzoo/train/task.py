@@ -1,7 +1,8 @@
 """The classifier that Lightning trains, for `xzoo finetune` and every recipe alike.
 
-What a step does depends on where it stands (step, share of the run) and on nothing that a resume could
-lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step, rank).
+What a step does depends on where it stands (step, share of the run) and on nothing that a resume
+could lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step,
+rank).
 """
 
 import hashlib
@@ -41,27 +42,31 @@ def rate(
     floor: float = 0.0,
     start: float = 0.0,
 ) -> float:
-    """Share of the peak rate at `progress` of the run: nothing, a linear rise, then down by the schedule.
+    """Share of the peak rate at `progress` of the run: nothing, a linear rise, then down by the
+    schedule.
 
     Args:
-        progress, warmup, wait: shares of the run, 0 to 1: where it is, how long it rises, how long it waits.
+        progress, warmup, wait: shares of the run, 0 to 1: where it is, how long it rises, how long
+            it waits.
         start: where the rise begins, as a share of the peak.
-        schedule: "cosine" or "linear", to zero at the end; "step", times gamma at each of the milestones
-            (shares of the run), and never below floor (a share of the peak).
+        schedule: "cosine" or "linear", to zero at the end; "step", times gamma at each of the
+            milestones (shares of the run), and never below floor (a share of the peak).
     """
     if progress < wait:
         return 0.0
     if progress < wait + warmup:
         return start + (1 - start) * (progress - wait) / warmup
     if schedule == "step":
-        # A hair of tolerance: a milestone is a step, and steps / steps is not always the decimal that was meant.
+        # A hair of tolerance: a milestone is a step, and steps / steps is not always the decimal
+        # that was meant.
         return max(floor, gamma ** sum(progress >= milestone - 1e-9 for milestone in milestones))
     fallen = min(1.0, (progress - wait - warmup) / max(1e-9, 1 - wait - warmup))
     return 1 - fallen if schedule == "linear" else 0.5 + 0.5 * cos(pi * fallen)
 
 
 def sides(full: int, first: Sequence[int] | None, until: float) -> list[tuple[int, float]]:
-    """Sides of the images that training shows one after the other, in pixels, each with its share of the run.
+    """Sides of the images that training shows one after the other, in pixels, each with its share
+    of the run.
 
     Args: full: of the data; first, until: a Classifier's grow_sizes and grow_until.
     """
@@ -73,47 +78,58 @@ def sides(full: int, first: Sequence[int] | None, until: float) -> list[tuple[in
 class Classifier(pl.LightningModule):
     """A timm or xzoo model, its loss, optimizer and schedule.
 
-    Shape: images float32 [B, C, H, W] -> logits [B, num_classes]. Logs train/loss, val/loss, val/acc1, val/acc5.
+    Shape: images float32 [B, C, H, W] -> logits [B, num_classes]. Logs train/loss, val/loss,
+    val/acc1, val/acc5.
 
     Args:
-        name: of a model that `xzoo.create_model` knows, built with `model_kwargs` (builtins only: they are in
-            the checkpoint, which has to load with weights_only=True).
-        compression, share, spatial_share, graph, graph_seed: of an X-Net, where they are not those of its name:
-            compression=1 is the dense twin, graph="group" a rival.
-        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain one); lr is its peak
-            rate. muon is refused for X-layers: it takes the columns of a compact weight for inputs. adafactor and kron
-            do so too, in what they remember of gradients.
-        lr_base: the peak rate for a batch of 256 images, in place of lr (timm's word): the rate is in proportion to
-            the batch, and with it what SGD's weight decay takes from a weight in an epoch.
+        name: of a model that `xzoo.create_model` knows, built with `model_kwargs` (builtins only:
+            they are in the checkpoint, which has to load with weights_only=True).
+        compression, share, spatial_share, graph, graph_seed: of an X-Net, where they are not those
+            of its name: compression=1 is the dense twin, graph="group" a rival.
+        optimizer: any name of `timm.optim` ("sgd" has Nesterov's momentum, "momentum" the plain
+            one); lr is its peak rate. muon is refused for X-layers: it takes the columns of a
+            compact weight for inputs. adafactor and kron do so too, in what they remember of
+            gradients.
+        lr_base: the peak rate for a batch of 256 images, in place of lr (timm's word): the rate is
+            in proportion to the batch, and with it what SGD's weight decay takes from a weight in
+            an epoch.
         momentum: of the optimizers that have one.
-        decay_all: decay norms and biases too, as the authors did; else, as timm does, weights alone.
+        decay_all: decay norms and biases too, as the authors did; else, as timm does, weights
+            alone.
         schedule, milestones, gamma, floor: how the rate falls; see `rate`.
         warmup: share of the run in which the rate rises.
         warmup_start: share of the peak rate at which that begins.
         body_lr: rate of everything but the head, as a multiple of lr.
         head_first: share of the run in which only the head moves.
-        layer_decay: factor on the rate from each layer to the one before it (timm's grouping of layers).
-        whiten: initial values of the first convolution from 5,000 training images (see `start.whiten`): "start" to
-            train on from there, "fixed" to keep its weight as it is.
+        layer_decay: factor on the rate from each layer to the one before it (timm's grouping of
+            layers).
+        whiten: initial values of the first convolution from 5,000 training images (see
+            `start.whiten`): "start" to train on from there, "fixed" to keep its weight as it is.
         identity_start: initial values that pass channels on (see `start.identity_start`).
-        fix_norm_scale: batch norm's scales stay 1, or what they are in a pretrained network; its biases learn.
-        norm_bias_lr: rate of batch norm's biases, as a multiple of what it would be without this. (Of all three:
-            Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.)
-        norm_momentum: batch norm's own; None for what the network has. Short runs want more than torch's 0.1.
-        lookahead: average the weights every so many steps and go on from there, 0 for never; see `Lookahead`.
+        fix_norm_scale: batch norm's scales stay 1, or what they are in a pretrained network; its
+            biases learn.
+        norm_bias_lr: rate of batch norm's biases, as a multiple of what it would be without this.
+            (Of all three: Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv
+            2404.00498.)
+        norm_momentum: batch norm's own; None for what the network has. Short runs want more than
+            torch's 0.1.
+        lookahead: average the weights every so many steps and go on from there, 0 for never; see
+            `Lookahead`.
         ham: strength of sign-aware shrinking after each step, 0 for none; see `ham_`.
-        grow_sizes: sides of the images that training shows first, in pixels, in equal parts of the run up to
-            grow_until (a share of it); then those of the data. (Howard 2018, fast.ai's progressive resizing.)
+        grow_sizes: sides of the images that training shows first, in pixels, in equal parts of the
+            run up to grow_until (a share of it); then those of the data. (Howard 2018, fast.ai's
+            progressive resizing.)
         mixup, cutmix: alpha of each, 0 for none; see `augment.mixed`.
-        teacher: a trained model that knows the same classes, by timm's name (local-dir:FOLDER and hf-hub:NAME too),
-            whose logits are learnt from as well; see `distill.Teacher`.
+        teacher: a trained model that knows the same classes, by timm's name (local-dir:FOLDER and
+            hf-hub:NAME too), whose logits are learnt from as well; see `distill.Teacher`.
         teacher_weight: share of that in the loss.
         temperature: by which both logits are divided for it.
         compile: torch.compile the network for the fit, in place, so that no name changes.
         channels_last: memory format of the network and its images.
         freeze: train the head alone; the rest stays as it is, batch norm's statistics included.
         freeze_norm: batch norm keeps its statistics; for batches too small to estimate them.
-    Raises: ModelError for a model that cannot be built; XzooError when the loss is no longer a number.
+    Raises: ModelError for a model that cannot be built; XzooError when the loss is no longer a
+    number.
     """
 
     def __init__(
@@ -167,23 +183,35 @@ class Classifier(pl.LightningModule):
         self.save_hyperparameters()
         if not 0 <= teacher_weight <= 1 or temperature <= 0:
             raise ModelError(
-                f"teacher_weight={teacher_weight:g}, temperature={temperature:g}: a share of the loss, and above 0"
+                f"teacher_weight={teacher_weight:g}, temperature={temperature:g}: a share of the "
+                "loss, and above 0"
             )
         for option, value, right, allowed in (
             ("lr_base", lr_base, lr_base is None or lr_base > 0, "a rate over 0"),
             ("momentum", momentum, 0 <= momentum < 1, "from 0 on and below 1"),
             ("warmup_start", warmup_start, 0 <= warmup_start <= 1, "a share of the peak, 0 to 1"),
             ("norm_bias_lr", norm_bias_lr, norm_bias_lr > 0, "a multiple of lr, over 0"),
-            ("norm_momentum", norm_momentum, norm_momentum is None or 0 < norm_momentum <= 1, "over 0 and up to 1"),
+            (
+                "norm_momentum",
+                norm_momentum,
+                norm_momentum is None or 0 < norm_momentum <= 1,
+                "over 0 and up to 1",
+            ),
             ("lookahead", lookahead, lookahead >= 0, "a number of steps, 0 for never"),
             ("ham", ham, ham >= 0, "a strength, 0 for none"),
-            ("grow_until", grow_until, 0 < grow_until <= 1, "a share of the run, over 0 and up to 1"),
+            (
+                "grow_until",
+                grow_until,
+                0 < grow_until <= 1,
+                "a share of the run, over 0 and up to 1",
+            ),
         ):
             if not right:
                 raise ModelError(f"{option}={value}: use {allowed}")
         if pretrained and (whiten or identity_start):
             raise ModelError(
-                "whiten and identity_start would overwrite trained weights: leave them out, or use pretrained=False"
+                "whiten and identity_start would overwrite trained weights: leave them out, or use "
+                "pretrained=False"
             )
         # The weights are a function of the seed too, and of nothing drawn before.
         drawn: dict[str, Any] = {
@@ -193,29 +221,42 @@ class Classifier(pl.LightningModule):
             "graph": graph,
         }
         drawn |= {"seed": graph_seed}
-        arguments = (model_kwargs or {}) | {key_: value for key_, value in drawn.items() if value is not None}
+        arguments = (model_kwargs or {}) | {
+            key_: value for key_, value in drawn.items() if value is not None
+        }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
-            self.net = create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+            self.net = create_model(
+                name, pretrained=pretrained, num_classes=num_classes, **arguments
+            )
         self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
-            raise ModelError(f"{name} has no single classifier layer to train; choose another model")
-        sparse = any(isinstance(part, ExpanderConv2d | ExpanderLinear) for part in self.net.modules())
+            raise ModelError(
+                f"{name} has no single classifier layer to train; choose another model"
+            )
+        sparse = any(
+            isinstance(part, ExpanderConv2d | ExpanderLinear) for part in self.net.modules()
+        )
         if sparse and "muon" in optimizer.lower():
             raise ModelError(
-                f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but its columns are "
-                "other inputs in each row, so its steps would depend on their order; use sgd or a dense network"
+                f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but "
+                "its columns are "
+                "other inputs in each row, so its steps would depend on their order; use sgd or a "
+                "dense network"
             )
         if identity_start:
             start.identity_start(self.net)
         if whiten:
-            start.first_convolution(self.net, cast(Any, self.net).in_chans).weight.requires_grad_(whiten == "start")
+            start.first_convolution(self.net, cast(Any, self.net).in_chans).weight.requires_grad_(
+                whiten == "start"
+            )
         for part in self.net.modules():
             if isinstance(part, _BatchNorm):
                 part.momentum = part.momentum if norm_momentum is None else norm_momentum
                 if fix_norm_scale and part.affine:
                     if not pretrained:
-                        nn.init.ones_(part.weight)  # timm's residual networks begin with zeros, for good then
+                        # timm's residual networks begin with zeros, for good then
+                        nn.init.ones_(part.weight)
                     part.weight.requires_grad_(False)
         if freeze:
             self.net.requires_grad_(False)
@@ -228,12 +269,14 @@ class Classifier(pl.LightningModule):
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         # torchmetrics' default average, "macro", is not top-1 accuracy.
         accuracy = partial(MulticlassAccuracy, num_classes=num_classes, average="micro")
-        # The graph is equal on all ranks, as `on_fit_start` checks; DDP would send it with every step.
+        # The graph is equal on all ranks, as `on_fit_start` checks; DDP would send it with every
+        # step.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in self.named_buffers() if name.endswith(".neighbours")
         ]
         self.acc1, self.acc5 = accuracy(top_k=1), accuracy(top_k=min(5, num_classes))
-        self.mean_loss = MeanMetric(nan_strategy="disable")  # by default it leaves out what is no number
+        # by default it leaves out what is no number
+        self.mean_loss = MeanMetric(nan_strategy="disable")
 
     def forward(self, images: Tensor) -> Tensor:
         if self.hparams["channels_last"]:
@@ -254,18 +297,25 @@ class Classifier(pl.LightningModule):
     # ---- where the run stands
 
     def progress(self, step: int) -> float:
-        """Share of the run after `step` optimizer steps, 0 to 1: by steps or by the clock, whichever is further."""
+        """Share of the run after `step` optimizer steps, 0 to 1: by steps or by the clock,
+        whichever is further.
+        """
         trainer = self.trainer
         clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), None)  # type: ignore[attr-defined]
         by_clock = clock.share if clock else 0.0
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             return by_clock
-        # Never trainer.estimated_stepping_batches: it builds the loaders before the loop is restored, and
-        # the run then starts again at the first batch (Lightning's issue 20550).
+        # Never trainer.estimated_stepping_batches: it builds the loaders before the loop is
+        # restored, and the run then starts again at the first batch (Lightning's issue 20550).
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
-            raise XzooError("the schedule needs the number of steps: pass trainer.fit a data module of xzoo.train")
-        steps = trainer.max_epochs * -(-steps_of_epoch(trainer, data) // trainer.accumulate_grad_batches)
+            raise XzooError(
+                "the schedule needs the number of steps: pass trainer.fit a data module of "
+                "xzoo.train"
+            )
+        steps = trainer.max_epochs * -(
+            -steps_of_epoch(trainer, data) // trainer.accumulate_grad_batches
+        )
         return min(1.0, max(step / steps, by_clock))
 
     @property
@@ -274,7 +324,12 @@ class Classifier(pl.LightningModule):
         if self.hparams["lr_base"] is None:
             return self.hparams["lr"]
         trainer: Any = self.trainer
-        return self.hparams["lr_base"] * trainer.datamodule.batch_size * trainer.accumulate_grad_batches / 256
+        return (
+            self.hparams["lr_base"]
+            * trainer.datamodule.batch_size
+            * trainer.accumulate_grad_batches
+            / 256
+        )
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams
@@ -293,28 +348,46 @@ class Classifier(pl.LightningModule):
 
     def _rate_of(self, wait: float) -> Callable[[int], float]:
         hp = self.hparams
-        fall: dict[str, Any] = {"schedule": hp["schedule"], "milestones": hp["milestones"] or (), "gamma": hp["gamma"]}
+        fall: dict[str, Any] = {
+            "schedule": hp["schedule"],
+            "milestones": hp["milestones"] or (),
+            "gamma": hp["gamma"],
+        }
         fall |= {"floor": hp["floor"], "start": hp["warmup_start"]}
         return lambda step: rate(self.progress(step), hp["warmup"], wait, **fall)
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """timm's groups (no decay for vectors), each with its own rate, and the head apart from the body."""
+        """timm's groups (no decay for vectors), each with its own rate, and the head apart from the
+        body.
+        """
         hp, weight_decay = self.hparams, self.hparams["weight_decay"]
-        # timm asks for these itself only where it makes the groups: position embeddings and the like.
+        # timm asks for these itself only where it makes the groups: position embeddings and the
+        # like.
         spared: set[str] = getattr(model, "no_weight_decay", set)()
         if hp["decay_all"]:
-            groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+            groups: Any = [
+                {
+                    "params": [p for p in model.parameters() if p.requires_grad],
+                    "weight_decay": weight_decay,
+                }
+            ]
         elif hp["layer_decay"] is None:
             groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
         else:
-            groups = param_groups_layer_decay(model, weight_decay, spared, layer_decay=hp["layer_decay"])
+            groups = param_groups_layer_decay(
+                model, weight_decay, spared, layer_decay=hp["layer_decay"]
+            )
         head = {id(p) for p in self.head.parameters()}
         norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
         norm_biases = {id(part.bias) for part in norms if hp["norm_bias_lr"] != 1}
         split = []
         for group in groups:
             for in_head, of_norm in ((False, False), (True, False), (False, True)):
-                params = [p for p in group["params"] if (id(p) in head, id(p) in norm_biases) == (in_head, of_norm)]
+                params = [
+                    p
+                    for p in group["params"]
+                    if (id(p) in head, id(p) in norm_biases) == (in_head, of_norm)
+                ]
                 if not params:
                     continue
                 scale = group.get("lr_scale", 1.0) * (1.0 if in_head else hp["body_lr"])
@@ -343,23 +416,28 @@ class Classifier(pl.LightningModule):
         averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averages and hp["lookahead"]:
             raise ModelError(
-                f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of the same weights; "
+                f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of "
+                "the same weights; "
                 "leave out one of them (ema: null, or lookahead: 0)"
             )
         if hp["ham"] and str(trainer.precision) == "16-mixed":
             raise ModelError(
-                f"ham={hp['ham']:g} with precision=16-mixed: gradients may be infinite there; use bf16-mixed"
+                f"ham={hp['ham']:g} with precision=16-mixed: gradients may be infinite there; use "
+                "bf16-mixed"
             )
         if hp["whiten"] and not hasattr(data, "sample"):
             raise ModelError(
-                f"whiten looks at training images, which {type(data).__name__} does not keep in memory; use CIFAR10, "
+                f"whiten looks at training images, which {type(data).__name__} does not keep in "
+                "memory; use CIFAR10, "
                 "CIFAR100 or TinyImageNet, or leave it out"
             )
         for side in hp["grow_sizes"] or ():
             self._check_size(side, data.input_size)
 
     def make_teacher(self, data: Any) -> Teacher | None:
-        """The teacher that the options name, for the student's images; ModelError where it cannot teach."""
+        """The teacher that the options name, for the student's images; ModelError where it cannot
+        teach.
+        """
         hp = self.hparams
         if not (hp["teacher"] and hp["teacher_weight"]):
             return None
@@ -368,14 +446,17 @@ class Classifier(pl.LightningModule):
     def _check_size(self, side: int, size: tuple[int, int, int]) -> None:
         channels, _, full = size
         if not 0 < side < full:
-            raise ModelError(f"grow_sizes: {side} pixels; use sides below those of the data, {full}")
+            raise ModelError(
+                f"grow_sizes: {side} pixels; use sides below those of the data, {full}"
+            )
         before = self.net.training
         try:
             with torch.no_grad():
                 self.net.eval()(torch.zeros(1, channels, side, side, device=self.device))
         except Exception as error:
             raise ModelError(
-                f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels ({first_line(error)}); "
+                f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels "
+                f"({first_line(error)}); "
                 "use larger ones"
             ) from error
         finally:
@@ -384,7 +465,8 @@ class Classifier(pl.LightningModule):
     def on_fit_start(self) -> None:
         self._check_graphs()
         hp = self.hparams
-        # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and compiled code.
+        # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and
+        # compiled code.
         if teacher := self.make_teacher(self.trainer.datamodule):  # type: ignore[attr-defined]
             self._teacher = teacher.to(self.device)
         if hp["lookahead"]:
@@ -404,7 +486,9 @@ class Classifier(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._average = checkpoint.get("lookahead", {})
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         # Here and not in a hook of the batch's end, where checkpoints are written first.
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.hparams["ham"]:
@@ -415,26 +499,39 @@ class Classifier(pl.LightningModule):
 
     def _check_graphs(self) -> None:
         """All ranks compute on one graph, or their gradients belong to different layers."""
-        graphs = [self.get_buffer(name).cpu().numpy().tobytes() for name in self._ddp_params_and_buffers_to_ignore]
+        graphs = [
+            self.get_buffer(name).cpu().numpy().tobytes()
+            for name in self._ddp_params_and_buffers_to_ignore
+        ]
         mine = hashlib.sha256(b"".join(graphs)).hexdigest()
         equal = mine == self.trainer.strategy.broadcast(mine)
         if not self.trainer.strategy.reduce_boolean_decision(equal, all=True):
-            raise XzooError("the graphs of the processes differ; give all of them the same model, seed and checkpoint")
+            raise XzooError(
+                "the graphs of the processes differ; give all of them the same model, seed and "
+                "checkpoint"
+            )
 
     def on_validation_epoch_start(self) -> None:
-        # Under DDP each rank has seen another part of the last batch. The first one's statistics are taken, which
-        # DDP sends to the others with every step in any case: their mean over the ranks would be lost in a resume.
+        # Under DDP each rank has seen another part of the last batch. The first one's statistics
+        # are taken, which DDP sends to the others with every step in any case: their mean over the
+        # ranks would be lost in a resume.
         if self.trainer.world_size > 1:
             distribute_bn(self.net, self.trainer.world_size, reduce=False)
 
     def on_train_start(self) -> None:
-        # Lightning leaves modes as it finds them, and a module is born in train mode without a call of train().
+        # Lightning leaves modes as it finds them, and a module is born in train mode without a call
+        # of train().
         self.train()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Lightning saves no random state, and gives every rank the same one. The epoch hooks are not called
-        # when a run resumes within an epoch, so this stands here.
-        seed = key(self.hparams["seed"], 0, STEP, self.global_step * self.trainer.world_size + self.global_rank)
+        # Lightning saves no random state, and gives every rank the same one. The epoch hooks are
+        # not called when a run resumes within an epoch, so this stands here.
+        seed = key(
+            self.hparams["seed"],
+            0,
+            STEP,
+            self.global_step * self.trainer.world_size + self.global_rank,
+        )
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -448,7 +545,8 @@ class Classifier(pl.LightningModule):
         return loss
 
     def _log_step(self, loss: Tensor, size: int) -> None:
-        # The mean over all ranks, so that all of them stop at a NaN of one, or the others would hang.
+        # The mean over all ranks, so that all of them stop at a NaN of one, or the others would
+        # hang.
         mean = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
         if not isfinite(mean):
             raise XzooError(
@@ -467,7 +565,9 @@ class Classifier(pl.LightningModule):
         if share < 1:
             loss = share * loss + (1 - share) * self.loss(logits, partners)
         if self._teacher:
-            loss = loss.lerp(distilled(logits, self._teacher(images), hp["temperature"]), hp["teacher_weight"])
+            loss = loss.lerp(
+                distilled(logits, self._teacher(images), hp["temperature"]), hp["teacher_weight"]
+            )
         return loss
 
     def _shrunk(self, images: Tensor) -> Tensor:
@@ -494,8 +594,10 @@ class Classifier(pl.LightningModule):
         logits = self(images)
         self.acc1(logits, labels)
         self.acc5(logits, labels)
-        loss = nn.functional.cross_entropy(logits, labels)  # without smoothing, to compare over runs
-        # Not the number itself: Lightning divides its sum over the ranks by a number of images rounded down.
+        # without smoothing, to compare over runs
+        loss = nn.functional.cross_entropy(logits, labels)
+        # Not the number itself: Lightning divides its sum over the ranks by a number of images
+        # rounded down.
         self.mean_loss(loss, len(labels))
         self.log(f"{part}/loss", self.mean_loss, batch_size=len(labels))
         self.log(f"{part}/acc1", self.acc1, batch_size=len(labels))
