@@ -18,7 +18,7 @@ REFUSED = (XzooError, RuntimeError)
 
 
 def network():
-    """Indices up to 511, of which many are no multiple of what a decay leaves exact."""
+    """Indices up to 511, of which many are not multiple of what a decay leaves exact."""
     torch.manual_seed(0)
     return nn.Sequential(
         xzoo.ExpanderLinear(512, 64, degree=32, seed=3), nn.ReLU(), nn.Linear(64, 4)

@@ -154,7 +154,7 @@ def test_a_card_is_written_anew_where_it_is_stale(exported, tmp_path, capsys):
     assert cli.main(["card", str(folder)]) == 0 and "as it should be" in capsys.readouterr().out
     (folder / "metrics.json").unlink()
     assert cli.main(["card", str(folder)]) == 2
-    assert "is no exported model" in capsys.readouterr().err
+    assert "is not an exported model" in capsys.readouterr().err
 
 
 def test_other_seeds_and_rivals_of_the_recipe_stand_beside_it(exported, tmp_path, monkeypatch):

@@ -76,13 +76,13 @@ def test_help_of_all_and_of_each(capsys):
         ),
         (
             ["export", "/nowhere", "/tmp/x"],
-            "/nowhere is no finished run: it has no model/config.json",
+            "/nowhere is not a finished run: model/config.json is missing",
         ),
         (["compare", "/nowhere.csv"], "/nowhere.csv"),
         (["bench", "--layers", "5x5"], "layer '5x5': no case is called so"),
         (["classify", "/nowhere", "x.png"], "does not exist"),
         (["classify", "x_resnet18"], "images"),
-        (["classify", "", __file__], "'' is no model; give a run folder"),
+        (["classify", "", __file__], "'' is not a model; give a run folder"),
         (["classify", "runs/photos", __file__], "runs/photos: there is no such folder"),
         (["classify", __file__, __file__], "is a file; give the folder that it is in"),
         (["classify", "x_vgg16_2.cifar10_q75/", __file__], "there is no such folder"),
@@ -97,8 +97,8 @@ def test_help_of_all_and_of_each(capsys):
         (["classify", "x_vgg16_2", __file__, "--top", "nan"], "top=nan: expected int"),
         (["finetune", "--workers", "-1"], "workers=-1: an integer from 0 on is needed"),
         (["finetune", "--lr", "nan"], "lr=nan: expected float"),
-        (["finetune", "--model", "local-dir:/nowhere"], "/nowhere is no model folder"),
-        (["inspect", ""], "'' is no model"),
+        (["finetune", "--model", "local-dir:/nowhere"], "/nowhere is not a model folder"),
+        (["inspect", ""], "'' is not a model"),
     ],
 )
 def test_a_mistake_is_one_line_and_exits_with_2(capsys, arguments, told):

@@ -223,7 +223,7 @@ def test_numbers_changed_in_place_are_refused_at_the_next_forward_pass(how):
                 layer.neighbours.copy_(
                     layer.neighbours * 0.9999 + layer.neighbours.roll(1, 0) * 0.0001
                 )
-            elif how == "data":  # a new tensor, which is no graph
+            elif how == "data":  # a new tensor, which is not a graph
                 layer.neighbours.data = torch.zeros_like(layer.neighbours)
                 layer.neighbours.add_(0)
             else:

@@ -296,7 +296,7 @@ def test_mistakes_are_one_line_and_leave_nothing(make_folder, tmp_path):
 
     refused(ModelError, "unknown model 'x_mobilnet050'.*x_mobilenet050", model="x_mobilnet050")
     refused(ModelError, "no_tag", model="resnet18.no_tag")
-    refused(ModelError, "is no model folder", model="local-dir:/nowhere")
+    refused(ModelError, "is not a model folder", model="local-dir:/nowhere")
     refused(
         ModelError, "has no pretrained weights", pretrained=True, model="x_resnet18", expand=None
     )

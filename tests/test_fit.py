@@ -449,7 +449,7 @@ def test_unknown_keys_in_a_file_are_told(recipe, tmp_path, capsys):
             "data: {init_args: {batchsize: 3}}",
             "CIFAR10 has no option batchsize; did you mean batch_size",
         ),
-        ("- 1", "is no recipe: it has no keys"),
+        ("- 1", "is not a recipe: it has no keys"),
         ("a: [", "cannot be read as YAML"),
     ):
         (tmp_path / "bad.yaml").write_text(text)

@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
 
     weights, config = saved[1] / "model.safetensors", saved[1] / "config.json"
     good, text = load_file(weights), config.read_text()
-    refused("is no model folder: it has no config.json", tmp_path)
+    refused("is not a model folder: config.json is missing", tmp_path)
 
     other = create_model("x_resnet18", num_classes=3)
     save_file(other.state_dict(), weights)
@@ -132,10 +132,10 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
     config.write_text(text.replace("x_mobilenet050_c8", "x_nothing"))
     refused("x_nothing")
     config.write_text("{")
-    refused("is no model folder that can be read")
+    refused("is not a model folder that can be read")
     config.write_text(text)
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("is no model folder that can be read")
+    refused("is not a model folder that can be read")
     shutil.rmtree(saved[1])
     refused("it has no config.json")
 
@@ -235,10 +235,10 @@ def test_what_is_no_finished_run_is_not_exported(run, tmp_path):
         export(run, to)
     assert (to / "notes.txt").exists()
     (run / "result.json").write_text("{")
-    with pytest.raises(XzooError, match="is no run that can be read"):
+    with pytest.raises(XzooError, match="is not a run that can be read"):
         export(run, tmp_path / "new")
     (run / "result.json").unlink()
-    with pytest.raises(XzooError, match=r"is no finished run: it has no result\.json"):
+    with pytest.raises(XzooError, match=r"is not a finished run: result\.json is missing"):
         export(run, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -347,7 +347,7 @@ def test_endings(tmp_path):
             for name in ("UPPER.PNG", "wrong.jpg", "no_ending", "camera.cr2", "x.jpg_large")
         )
     )
-    (tmp_path / "ant" / "README").write_text("BMW and RIFF are no images")
+    (tmp_path / "ant" / "README").write_text("BMW and RIFF are not images")
     (tmp_path / "ant" / "labels.csv").write_text("a,b")
     draw(tmp_path / "notes" / "a.txt")
     layout = accounted(tmp_path)

@@ -362,7 +362,7 @@ def test_data_that_are_not_whole_are_refused(
         ({"num_classes": 1000}, "has 4 classes, and num_classes=1000 was asked for"),
         ({"holdout": 17}, "holdout=17 of 20 training images of 4 classes"),
         ({"batch_size": 21}, "batch_size=21 for 20 training images"),
-        ({"root": "/no/such"}, "/no/such is no folder; .* ImageNet-1k is ILSVRC/imagenet-1k"),
+        ({"root": "/no/such"}, "/no/such is not a folder; .* ImageNet-1k is ILSVRC/imagenet-1k"),
         ({"auto_augment": "rand-x9"}, "timm cannot make these transforms"),
         ({"interpolation": "cubic"}, "timm cannot make these transforms: .*cubic"),
         ({"crop_pct": 1.5}, "crop_pct=1.5: a share"),

@@ -1045,7 +1045,7 @@ def test_base_must_be_a_dense_model(base):
             "base='test_nope' is not the name of a dense timm model",
         ),
         ("x_timm", {"base": "resnet10t.nope"}, "resnet10t has no tag 'nope'; it has c3_in1k"),
-        ("ftp:x_vgg16", {}, "'ftp' is no source of models; use hf-hub or local-dir"),
+        ("ftp:x_vgg16", {}, "'ftp' is not a source of models; use hf-hub or local-dir"),
         ("local-dir:/no/such/folder", {}, "local-dir:/no/such/folder: Config file not found"),
         ("x_resnet18", {"widht": 3}, r"x_resnet18 takes no argument 'widht' \(given: 3\)"),
         ("x_mobilenet050_c4", {"widht": 3}, "x_mobilenet050_c4 takes no argument 'widht'"),

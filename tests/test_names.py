@@ -570,7 +570,7 @@ def test_a_card_of_a_folder_with_a_hard_name(tmp_path):
     check(folder)
     text = (folder / "README.md").read_text(encoding="utf-8")
     prose = re.sub("```python.*?```", "", text.split("---\n", 2)[2], flags=re.DOTALL)
-    # what stands in code is no HTML
+    # what stands in code is not HTML
     prose = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
     assert "<script>" not in prose and "&lt;script&gt;" in prose and "<b>" not in prose
     head = yaml.safe_load(text.split("---")[1])

@@ -260,14 +260,14 @@ def test_names_and_tokens_that_are_wrong(hub, net, monkeypatch):
     refused(
         "hf-hub:lab/a b", "'lab/a b' is not the name of a repository of the Hub; give OWNER/NAME"
     )
-    refused("hf-hub:", "hf-hub: is no model that can be built")
+    refused("hf-hub:", "hf-hub: is not a model that can be built")
     refused("hf-hub:lab/a@b@c", "should only contain one @")
     hub.add("lab/net", net)
     refused("hf-hub:lab/net@v9", "lab/net has no revision v9")
     hub.add("lab/photos", {"a.txt": b"a"})
     refused("hf-hub:lab/photos", "lab/photos has no config.json")
     hub.add("lab/odd", {"config.json": b'["no", "model"]', "model.safetensors": b""})
-    refused("hf-hub:lab/odd", "hf-hub:lab/odd is no model that can be built")
+    refused("hf-hub:lab/odd", "hf-hub:lab/odd is not a model that can be built")
     hub.add("lab/gated", net, gated=True)
     refused("hf-hub:lab/gated", "lab/gated is gated: accept its terms at")
     monkeypatch.setenv("HF_TOKEN", "wrong")

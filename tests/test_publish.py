@@ -195,9 +195,9 @@ def test_what_one_may_not(hub, checkout, monkeypatch):
         assert "\n" not in str(caught.value)
 
     refused("ann may not write to xzoo; give --org or --repo, of ann or lab", org=None)
-    refused("is no repository's name", repo="a/b/c")
-    refused("is no repository's name", repo="../x")
-    refused("is no repository's name; give it as OWNER/NAME", repo="flowers")
+    refused("is not a repository's name", repo="a/b/c")
+    refused("is not a repository's name", repo="../x")
+    refused("is not a repository's name; give it as OWNER/NAME", repo="flowers")
     hub.account("reader", "bob", orgs=("lab",), write=False)
     monkeypatch.setenv("HF_TOKEN", "reader")
     refused("the token of bob may only read; make one that writes")

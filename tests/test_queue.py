@@ -121,13 +121,13 @@ d' --model.tag ''
         ),
         ("xzoo fit --out a; exit 3", "bash ends with 3"),
         ("for seed in 0 1; do xzoo fit --out a", "syntax error"),
-        ("xzoo fit --config a", "`xzoo fit --config a` is no `xzoo fit` with an --out"),
-        ("xzoo fit --config a --out", "is no `xzoo fit` with an --out"),
+        ("xzoo fit --config a", "`xzoo fit --config a` is not an `xzoo fit` with an --out"),
+        ("xzoo fit --config a --out", "is not an `xzoo fit` with an --out"),
         (
             "xzoo test --config 'a b' --out c",
-            "`xzoo test --config 'a b' --out c` is no `xzoo fit` with an --out",
+            "`xzoo test --config 'a b' --out c` is not an `xzoo fit` with an --out",
         ),
-        ("xzoo", "`xzoo ` is no `xzoo fit` with an --out"),
+        ("xzoo", "`xzoo ` is not an `xzoo fit` with an --out"),
     ],
 )
 def test_what_is_no_list_of_runs_is_one_line(shell, told):
@@ -167,7 +167,7 @@ def test_blocks_are_chosen_and_mistakes_are_told(place, capsys, monkeypatch):
         "## 7. Twice\n```bash\nfor s in 0 1; do xzoo fit --seed $s --out a; done\n```\n"
     )
     for arguments, told in (
-        (["none.md"], "none.md is no queue: it has no ```bash block"),
+        (["none.md"], "none.md is not a queue: it has no ```bash block"),
         (["nowhere.md"], "nowhere.md: No such file"),
         (["queue.md", "--blocks", "0,5"], "queue.md has no block 5; "),
         (["queue.md", "--jobs", "0"], "jobs=0: from 1 to"),

@@ -636,7 +636,7 @@ def test_bases_that_are_missing_or_go_in_a_circle(tmp_path):
     with pytest.raises(XzooError, match=r"two.yaml: its base one.yaml is based on it in turn"):
         recipes.find(str(one))
     two.write_text("- a list\n")
-    with pytest.raises(XzooError, match=r"two.yaml is no recipe"):
+    with pytest.raises(XzooError, match=r"two.yaml is not a recipe"):
         recipes.find(str(one))
     two.write_text("a: [1\n")
     with pytest.raises(XzooError, match=r"two.yaml cannot be read as YAML"):

@@ -343,7 +343,7 @@ def test_a_pickle_is_not_opened(place, card, tmp_path):
     torch.save(load_file(card / weights.WEIGHTS), folder / weights.WEIGHTS)
     place.card, place.commit = folder, place.hub.add(REPO, files_of(folder))
     place.point()
-    refused("is no model that can be read: SafetensorError")
+    refused("is not a model that can be read: SafetensorError")
     (folder / weights.WEIGHTS).rename(folder / "pytorch_model.bin")
     with pytest.raises(
         ModelError, match="has no model.safetensors; weights of any other format are not loaded"
@@ -381,7 +381,7 @@ def test_names_that_are_paths(place, tmp_path):
         times=10,
         headers={"X-Linked-Etag": '"../../../../../x"', "ETag": '"../../../../../x"'},
     )
-    refused("an ETag that is no hash; nothing was taken")
+    refused("an ETag that is not a hash; nothing was taken")
     assert not cached(tmp_path) and not list(tmp_path.rglob("x.lock"))
 
 
@@ -450,7 +450,7 @@ def test_a_download_ends_by_a_stall_alone_and_goes_on_where_it_stopped(
     place.hub.fault("GET /storage/.*", stall=100_000)
     assert torch.equal(logits(pretrained()), wanted)
     assert place.hub.ranges == ["bytes=100000-"]
-    # Slow is no stall: it takes longer than any limit here.
+    # Slow is not a stall: it takes longer than any limit here.
     shutil.rmtree(os.environ["XZOO_HOME"])
     monkeypatch.setattr(network, "ANSWER", 1.0)
     place.hub.fault("GET /storage/.*", rate=len(place.files[weights.WEIGHTS]) // 4)
@@ -571,12 +571,12 @@ def test_timms_door_finds_what_a_bare_name_means(name):
     ("config", "told"),
     [
         ("{", "JSONDecodeError"),
-        ("[1, 2]", "is no model folder that can be read"),
+        ("[1, 2]", "is not a model folder that can be read"),
         ('{"architecture": "x_nothing", "pretrained_cfg": {}}', "Unknown model (x_nothing)"),
         ('{"pretrained_cfg": {}}', "KeyError"),
         (
             '{"architecture": "x_vgg16_c16", "pretrained_cfg": 7}',
-            "is no model folder that can be read",
+            "is not a model folder that can be read",
         ),
         ("\udcff", "UnicodeDecodeError"),
         (None, "config.json"),

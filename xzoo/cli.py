@@ -37,11 +37,11 @@ COMMANDS = {
     ),
     "fit": ("train by a recipe", "xzoo fit cifar10/x_vgg16_2+air --data.root DATA --out runs/vgg"),
     "validate": (
-        "judge a run's weights on its validation images",
+        "evaluate a run's weights on its validation images",
         "xzoo validate RECIPE --out runs/vgg",
     ),
     "test": (
-        "judge a run's weights on the data set's test part",
+        "evaluate a run's weights on the data set's test part",
         "xzoo test RECIPE --ckpt_path FILE",
     ),
     "predict": (
@@ -49,7 +49,7 @@ COMMANDS = {
         "xzoo predict RECIPE --out runs/vgg",
     ),
     "queue": (
-        "start what is open of a list of runs, or tell how far it is",
+        "run what is left of a list of runs, or show its state",
         "xzoo queue recipes/QUEUE.md --list",
     ),
     "recipes": (
@@ -61,7 +61,7 @@ COMMANDS = {
         "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75",
     ),
     "card": (
-        "write the cards of exported folders anew",
+        "rewrite the cards of exported folders",
         "xzoo card hub_cards/x_vgg16_2.cifar10_q75",
     ),
     "publish": (
@@ -73,7 +73,7 @@ COMMANDS = {
         "xzoo compare recipes/results.csv --out figures",
     ),
     "classify": (
-        "what a model takes images for",
+        "classify images",
         "xzoo classify runs/photos-x_resnet50 holiday/*.jpg",
     ),
     "doctor": (
@@ -232,7 +232,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _overview() -> str:
-    lines = ["usage: xzoo COMMAND ...   (xzoo COMMAND --help tells its options)", ""]
+    lines = ["usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options)", ""]
     for name, (what, example) in COMMANDS.items():
         lines += [f"  {name:<10}{what}", f"  {'':<10}{example}"]
     return "\n".join(lines)
@@ -311,7 +311,7 @@ def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
 
     what = "folder of images or parquet files, Hub data set (org/name), or digits"
     parser.add_argument("data", nargs="?", default="digits", help=what)
-    parser.add_argument("--freeze", action="store_true", help="train the last layer alone")
+    parser.add_argument("--freeze", action="store_true", help="train only the last layer")
     parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
 
     def run(args: Namespace) -> None:
@@ -377,7 +377,7 @@ def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
     parser.add_argument(
         "--list",
         action="store_true",
-        help="tell what is done and guess what is left; start nothing",
+        help="show what is done and estimate what is left; start nothing",
     )
     parser.add_argument(
         "--jobs",
@@ -528,7 +528,7 @@ def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
         for folder in args.folders or publish.folders():
             changed = card.write(folder)
             publish.register(Path(folder))
-            print(shown(f"{folder}: {'written anew' if changed else 'as it should be'}"))
+            print(shown(f"{folder}: {'rewritten' if changed else 'up to date'}"))
 
     return run
 
@@ -538,13 +538,13 @@ def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
         "folder", nargs="?", default=None, help="exported folder, or the folder of a finished run"
     )
     parser.add_argument(
-        "--org", type=str | None, default=None, help="whose repository; by default xzoo's"
+        "--org", type=str | None, default=None, help="owner of the repository; xzoo's by default"
     )
     parser.add_argument(
         "--repo", type=str | None, default=None, help="the repository, as owner/name"
     )
     parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--dry_run", action="store_true", help="tell what would be sent")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be sent")
     parser.add_argument("--all", action="store_true", help="every folder in hub_cards")
 
     def run(args: Namespace) -> None:
@@ -793,7 +793,7 @@ def _console() -> Any:
     """As wide as the terminal; into a file or a pipe no line is folded."""
     from rich.console import Console
 
-    # names of layers are no markup
+    # names of layers are not markup
     plain: Any = {"highlight": False, "markup": False, "emoji": False}
     console = Console(**plain)
     return console if console.is_terminal else Console(**plain, width=200)

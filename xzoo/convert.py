@@ -312,7 +312,7 @@ def _like(new: nn.Module, old: nn.Module) -> None:
 
 
 def computed_tensors(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight or bias is no parameter but computed at each call, with the reason and
+    """Layers whose weight or bias is not a parameter but computed at each call, with the reason and
     the remedy.
     """
     found: dict[str, str] = {}

@@ -41,7 +41,7 @@ def sample(
         kind: one of `KINDS`.
             `random`: each block reads `degree` inputs drawn uniformly.
             `biregular`: the same, and every input is read equally often (within one where
-            blocks * degree is no multiple of n_in).
+            blocks * degree is not a multiple of n_in).
             `ramanujan`: biregular, connected, and its second singular value is at most
             `ramanujan_bound`; redrawn until that holds.
             `group`: the blocks in order read the n_in / degree groups of consecutive inputs.
@@ -179,7 +179,7 @@ def matching(neighbours: Neighbours, n_in: int, share: int = 1) -> NDArray[np.in
     the smaller side: every input is matched if n_in <= n_out, every output if n_out <= n_in (a
     biregular graph splits into matchings: Koenig 1916; by Hall's condition). With share 1 equally
     often within one is enough, so every `biregular` and `ramanujan` graph will do. Otherwise
-    (`random`, or a share where blocks * degree is no multiple of n_in) some may be left.
+    (`random`, or a share where blocks * degree is not a multiple of n_in) some may be left.
 
     Equal arguments give equal matchings, but another version of scipy may choose other pairs.
     Source: Hopcroft and Karp, "An n^{5/2} algorithm for maximum matchings in bipartite graphs",

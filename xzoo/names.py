@@ -1,7 +1,7 @@
 """Names from outside (classes, files, folders, recipes), in any script and any encoding: in a line,
 in a file, hashed.
 
-Python stands in for a byte of a file name that is no UTF-8 by a surrogate, which no encoder takes.
+Python stands in for a byte of a file name that is not UTF-8 by a surrogate, which no encoder takes.
 How names are drawn in pictures is in lettering.py.
 """
 
@@ -23,7 +23,7 @@ def shown(name: object, encoding: str = "utf-8") -> str:
     r"""The name in one line, of what `encoding` has; all else as Python escapes it.
 
     Escaped are what would break a line or move the cursor (`\n`, `\x1b`), what nobody sees
-    (`\u200b`), bytes that are no UTF-8 (`\udce9` for the byte E9), and what the encoding lacks. A
+    (`\u200b`), bytes that are not UTF-8 (`\udce9` for the byte E9), and what the encoding lacks. A
     backslash stays one, for the sake of Windows.
     """
     text = rejoined(str(name))

@@ -238,7 +238,7 @@ def _parsed(entry: Entry, contents: Mapping[str, bytes], path: Path, source: str
         if isinstance(error, XzooError):
             raise
         raise ModelError(
-            f"{path} is no model that can be read: {type(error).__name__}: {error}"
+            f"{path} is not a model that can be read: {type(error).__name__}: {error}"
         ) from error
     check_fingerprint(config, state, str(path))
     _logger.info(
@@ -304,7 +304,7 @@ class Hub:
             )
         if not (_SHA256.fullmatch(found.etag) or _COMMIT.fullmatch(found.etag)):
             raise ModelError(
-                f"{self.endpoint} gives {self.repo}/{name} an ETag that is no hash; nothing was "
+                f"{self.endpoint} gives {self.repo}/{name} an ETag that is not a hash; nothing was "
                 "taken"
             )
         return Pin(found.etag, found.size)

@@ -5,7 +5,7 @@ out, and why.
     a part       class folders in a folder with a usual name (train, Training, seg_train, val_images, test_set, ...);
                  parts may lie deeper (archive/photos/train/CLASS, seg_train/seg_train/CLASS), or within each class
                  (CLASS/train), or val and test beside the classes
-    left out     what KEPT_BY_SYSTEMS and a leading dot name, what is no image or no regular file, images beside the
+    left out     what KEPT_BY_SYSTEMS and a leading dot name, what is not an image or no regular file, images beside the
                  class folders, parts that are not used, and a file that is reached twice, through a link
 
 A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to
@@ -311,7 +311,7 @@ class _Reader:
         return validates if chosen is not None else None
 
     def unwrapped(self, part: Place, classes: set[str]) -> Place:
-        """seg_train/seg_train/CLASS: the inner one. `classes`: names that are no wrappers."""
+        """seg_train/seg_train/CLASS: the inner one. `classes`: names that are not wrappers."""
         subs = self.subs(part)
         while len(subs) == 1 and not listed(subs[0]).images and subs[0].base not in classes:
             part, subs = subs[0], self.subs(subs[0])

@@ -158,7 +158,7 @@ def contents(root: str, num_classes: int) -> Contents:
             found = _shards(path, shards, num_classes) if shards else _folders(path)
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", root):
         raise DataError(
-            f"{root} is no folder; give one with train/ and val/, of tar shards or of parquet "
+            f"{root} is not a folder; give one with train/ and val/, of tar shards or of parquet "
             "files, or a data set "
             f"of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has to be accepted there)"
         )

@@ -256,7 +256,7 @@ def _hub(name: str) -> Listing:
         import datasets
     except ImportError:
         raise DataError(
-            f"{name} is no folder here; to read it as a data set of the Hugging Face Hub: pip "
+            f"{name} is not a folder here; to read it as a data set of the Hugging Face Hub: pip "
             "install 'xzoo[data]'"
         ) from None
     with network.bounded() as contact:

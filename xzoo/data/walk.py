@@ -1,8 +1,8 @@
 """The files below a folder: which are images, which are left out and why, each once although links
 lead to it again.
 
-Left out is what KEPT_BY_SYSTEMS and a leading dot name, what is no image or no regular file, and a
-file that is reached twice. Which image is of which class and part: folders.py.
+Left out is what KEPT_BY_SYSTEMS and a leading dot name, what is not an image or no regular file,
+and a file that is reached twice. Which image is of which class and part: folders.py.
 """
 
 import os
@@ -301,7 +301,7 @@ def each_once(images: Sequence[ImageFile], root: str) -> tuple[list[ImageFile], 
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image at any depth, in text order; also what is called one and is no regular file.
+    """Every image at any depth, in text order; also what is called one and is not a regular file.
     Raises: as `gather`.
     """
     real = os.path.realpath(folder)

@@ -154,7 +154,7 @@ def _read(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise XzooError(
-            f"{file.parent} is no exported model: {type(error).__name__}: {error}"
+            f"{file.parent} is not an exported model: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -175,7 +175,7 @@ def text(folder: Path | str, repo: str | None = None, place: Path | None = None)
         return _text(config, measured, place, repo, pictures)
     except (KeyError, TypeError, ValueError) as error:
         raise XzooError(
-            f"{folder} is no exported model: {type(error).__name__}: {error}"
+            f"{folder} is not an exported model: {type(error).__name__}: {error}"
         ) from error
 
 

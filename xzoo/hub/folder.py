@@ -101,7 +101,7 @@ def load(folder: Path | str) -> nn.Module:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ModelError(f"{folder} is no model folder: it has no {name}")
+            raise ModelError(f"{folder} is not a model folder: {name} is missing")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         architecture = config["architecture"]
@@ -119,7 +119,7 @@ def load(folder: Path | str) -> nn.Module:
         SafetensorError,
     ) as error:
         raise ModelError(
-            f"{folder} is no model folder that can be read: {first_line(error)}"
+            f"{folder} is not a model folder that can be read: {first_line(error)}"
         ) from error
     check_fingerprint(config, weights, str(folder / WEIGHTS))
     _load_all(model, weights, f"{folder / WEIGHTS} does not hold the weights of {architecture}")
@@ -141,7 +141,7 @@ def load_any(model: str) -> nn.Module:
     """A model with its weights: from a run folder, a model folder, or by name."""
     if not model.strip():
         raise ModelError(
-            f"{model!r} is no model; give a run folder, a model folder, or the name of a model"
+            f"{model!r} is not a model; give a run folder, a model folder, or the name of a model"
         )
     path = Path(model.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
@@ -215,7 +215,8 @@ def export(
     for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", "result.json"):
         if not (run / name).is_file():
             raise XzooError(
-                f"{run} is no finished run: it has no {name}; the command that began it ends it"
+                f"{run} is not a finished run: {name} is missing; repeat the command that started "
+                "it"
             )
     if to.exists() and not (to.is_dir() and ({f.name for f in to.iterdir()} <= EXPORTED)):
         raise XzooError(f"{to} holds something else than an exported model; choose another folder")
@@ -229,7 +230,7 @@ def export(
         config = json.loads((run / "model" / CONFIG).read_text(encoding="utf-8"))
         result["top1"] = result["top1"] if "top1" in result else 100 * result["accuracy"]
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise XzooError(f"{run} is no run that can be read: {first_line(error)}") from error
+        raise XzooError(f"{run} is not a run that can be read: {first_line(error)}") from error
     with files.atomic_folder(to) as draft:
         state = {
             key: _narrow(key, value, half is not None) for key, value in model.state_dict().items()

@@ -108,7 +108,7 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Publicati
     try:
         validate_repo_id(repo)
         if repo.count("/") != 1:
-            raise XzooError(f"{repo!r} is no repository's name; give it as OWNER/NAME")
+            raise XzooError(f"{repo!r} is not a repository's name; give it as OWNER/NAME")
         if not dry_run and folder.resolve().parent == weights.homes()[1].resolve():
             check_file(weights.TABLE)  # it is written at the end
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in EXPORTED}
@@ -242,8 +242,8 @@ def _tagged(api: HfApi, repo: str, commit: str) -> str:
         known = [number for number, target in versions.items() if target == commit]
         if known:
             return f"v{max(known)}"
-        # That it is there already is no error for the client, wherever it points; so it is looked
-        # at again.
+        # That it is there already is not an error for the client, wherever it points; so it is
+        # looked at again.
         api.create_tag(repo, tag=f"v{max(versions, default=0) + 1}", revision=commit, exist_ok=True)
     raise XzooError(f"{repo} could not be tagged at {commit}; publish again")
 
@@ -251,7 +251,7 @@ def _tagged(api: HfApi, repo: str, commit: str) -> str:
 def _explained(repo: str, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is no repository's name: {first_line(error)}"
+        return f"{repo!r} is not a repository's name: {first_line(error)}"
     if status in (401, 403):
         return f"the token may not write to {repo}; make one that may, and set HF_TOKEN"
     if status == 412:

@@ -205,7 +205,7 @@ def _explained(
     if source == "local-dir" and isinstance(error, FileNotFoundError):
         return f"{name}: {first}"
     if source == "local-dir" and not isinstance(error, MemoryError):
-        return f"{place} is no model folder that can be read: {type(error).__name__}: {first}"
+        return f"{place} is not a model folder that can be read: {type(error).__name__}: {first}"
     if not (pretrained or colon):
         return None
     cfg = None if colon else timm.get_pretrained_cfg(kwargs.get("base", name))
@@ -223,7 +223,7 @@ def _explained(
     if colon and isinstance(
         error, ValueError | KeyError | TypeError | AttributeError | AssertionError | RuntimeError
     ):
-        return f"{name} is no model that can be built: {type(error).__name__}: {first}"
+        return f"{name} is not a model that can be built: {type(error).__name__}: {first}"
     return None
 
 
@@ -278,7 +278,7 @@ def _check_name(name: str) -> None:
     if colon:
         if source not in _SOURCES:
             raise ModelError(
-                f"{name!r}: {source!r} is no source of models; use {' or '.join(_SOURCES)}"
+                f"{name!r}: {source!r} is not a source of models; use {' or '.join(_SOURCES)}"
             )
         return
     architecture, _, tag = name.partition(".")

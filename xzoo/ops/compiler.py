@@ -110,7 +110,7 @@ def _words(given: str) -> list[str]:
     try:
         words = shlex.split(given)
     except ValueError as error:
-        raise BuildError(f"CXX={given!r} is no command: {error}") from None
+        raise BuildError(f"CXX={given!r} is not a command: {error}") from None
     if words and re.match(r"\w+=", words[0]):
         words = ["env", *words]
     found = shutil.which(os.path.expanduser(words[0])) if words else None

@@ -109,7 +109,7 @@ class Row:
             datetime.datetime.fromisoformat(self.date)
         except ValueError:
             raise XzooError(
-                f"column date: {self.date!r} is no date; write 2026-08-01 or 2026-08-01T12:00:00"
+                f"column date: {self.date!r} is not a date; write 2026-08-01 or 2026-08-01T12:00:00"
             ) from None
 
     def _check_accuracy(self) -> None:
@@ -248,7 +248,7 @@ def recipe_sha(config: Mapping[str, Any]) -> str:
 
     Comments, order and layout do not count; neither do seeds (`seed`, `graph_seed`,
     `seed_everything`, anywhere), so that the runs of one recipe have one hash. Raises: XzooError
-    for what is no plain data.
+    for what is not plain data.
     """
     try:
         text = json.dumps(
@@ -295,7 +295,7 @@ def aggregate(rows: Sequence[Row], confidence: float = 0.95) -> list[Summary]:
     came.
 
     Of rows with both seeds the same (another commit, another machine) the last one counts, since it
-    is no new draw. The interval takes runs for independent.
+    is not a new draw. The interval takes runs for independent.
     """
     from scipy.stats import t  # two seconds to import
 
@@ -323,7 +323,7 @@ def _unseeded(config: Any) -> Any:
     if isinstance(config, Mapping):
         # JSON has only texts for keys, and would make one of 1 and of "1".
         if odd := [key for key in config if not isinstance(key, str)]:
-            raise TypeError(f"the key {odd[0]!r} is no text")
+            raise TypeError(f"the key {odd[0]!r} is not text")
         return {
             k: _unseeded(v)
             for k, v in config.items()

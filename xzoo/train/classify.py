@@ -1,4 +1,4 @@
-"""`xzoo classify`: what a model takes images for."""
+"""`xzoo classify`: classify images."""
 
 import csv
 import io

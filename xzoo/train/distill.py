@@ -25,7 +25,7 @@ def distilled(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 class Teacher:
     """A trained network that is shown a student's images in its own size and normalization.
 
-    Not a module, so that it is no part of the student's.
+    Not a module, so that it is not part of the student's.
 
     Its logits are taken by the names of the classes; where it has as many classes as the student
     and none of the same name, as they are.

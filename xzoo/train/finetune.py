@@ -106,7 +106,7 @@ def finetune(
         model: a name of `xzoo list` or of timm, or local-dir:FOLDER.
         epochs: how often each image is seen; by default 20 times (10 if pretrained), or 500 steps.
         minutes: training time; with epochs as well, whichever is used up first.
-        freeze: train the last layer alone; the rest, statistics of batch norm included, stays as it
+        freeze: train only the last layer; the rest, statistics of batch norm included, stays as it
             is.
         expand: make an X-Net of a dense model first: every expanded layer keeps 1/expand of its
             weights.

@@ -89,7 +89,7 @@ def start(options: Options) -> Start:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"{folder} is no model folder: its config.json cannot be read ({reason})"
+                f"{folder} is not a model folder: its config.json cannot be read ({reason})"
             ) from error
     elif name.startswith("hf-hub:"):
         size, fixed, weights = 224, False, True

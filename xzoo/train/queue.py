@@ -80,12 +80,12 @@ def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[QueuedRun]
     """All runs of a queue file, in its order; of `numbers`, those of the blocks below headings of
     these numbers.
 
-    Raises: XzooError for a file without blocks, an unknown number, a block that is no list of `xzoo
-        fit --out` or needs a variable that is not set, and two runs in one folder.
+    Raises: XzooError for a file without blocks, an unknown number, a block that is not a list of
+        `xzoo fit --out` or needs a variable that is not set, and two runs in one folder.
     """
     found = blocks(Path(path).read_text(encoding="utf-8"))
     if not found:
-        raise XzooError(f"{path} is no queue: it has no ```bash block")
+        raise XzooError(f"{path} is not a queue: it has no ```bash block")
     for number in numbers:
         known = [block for block, _ in found]
         if number not in known:
@@ -144,7 +144,7 @@ def expand(shell: str, environment: Mapping[str, str]) -> list[tuple[str, ...]]:
     commands = [tuple(islice(fields, int(count))) for count in fields]
     for command in commands:
         if command[:1] != ("fit",) or not _option(command, "out"):
-            raise XzooError(f"`xzoo {shlex.join(command)}` is no `xzoo fit` with an --out")
+            raise XzooError(f"`xzoo {shlex.join(command)}` is not an `xzoo fit` with an --out")
     return [command[1:] for command in commands]
 
 

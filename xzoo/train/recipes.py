@@ -236,7 +236,7 @@ def merged(content: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 def find(name: str) -> Recipe:
     """A recipe by its name, or by the path of its file.
 
-    Raises: XzooError with the nearest names; for a file that is no YAML mapping, a base that is
+    Raises: XzooError with the nearest names; for a file that is not a YAML mapping, a base that is
         missing, or a circle of bases.
     """
     short = _short(name)
@@ -278,14 +278,14 @@ def _composed_base(file: Path, base: str) -> tuple[Layer, ...]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a file says. Raises: XzooError if it is no YAML mapping."""
+    """What a file says. Raises: XzooError if it is not a YAML mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).split())
         raise XzooError(f"{path} cannot be read as YAML: {told}") from error
     if not isinstance(content, dict):
-        raise XzooError(f"{path} is no recipe: it has no keys")
+        raise XzooError(f"{path} is not a recipe: it has no keys")
     return content
 
 

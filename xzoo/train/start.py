@@ -71,8 +71,8 @@ def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
         net: a model of timm's form; its first convolution is `first_conv` of net.pretrained_cfg.
         images: float32 [N, C, H, W], as the network sees them: normalized, of the training set.
         eps: keeps directions in which patches hardly differ from being blown up.
-    Raises: ModelError where the first layer is no dense convolution of C inputs, or has fewer than
-    2 filters.
+    Raises: ModelError where the first layer is not a dense convolution of C inputs, or has fewer
+    than 2 filters.
     """
     layer = first_convolution(net, images.shape[1])
     weight = layer.weight

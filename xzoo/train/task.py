@@ -275,7 +275,7 @@ class Classifier(pl.LightningModule):
             name for name, buffer in self.named_buffers() if name.endswith(".neighbours")
         ]
         self.acc1, self.acc5 = accuracy(top_k=1), accuracy(top_k=min(5, num_classes))
-        # by default it leaves out what is no number
+        # by default it leaves out what is not a number
         self.mean_loss = MeanMetric(nan_strategy="disable")
 
     def forward(self, images: Tensor) -> Tensor:
