@@ -43,7 +43,6 @@ PARTS = ("", "_input_grad", "_weight_grad")
 # In place of memory.h's: made anew at each request, as long as asked, and full of NaN (as an index,
 # of -1).
 SCRATCH = r"""
-#include <initializer_list>
 extern "C" { int xzoo_guard_begin; long xzoo_scratch_asked, xzoo_scratch_refused; }
 struct Scratch {
   char* base = nullptr;

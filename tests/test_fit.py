@@ -274,7 +274,9 @@ def test_later_configurations_win_key_by_key(recipe, tmp_path):
     own = config["data"]["init_args"]
     assert own["channels_last"] is True and own["batch_size"] == 16 and config["model"]["lr"] == 0.7
     assert cli.config.data.init_args.seed == cli.config.model.seed == 0
-    assert cli.recipe == Path(recipe)  # the first one says what is trained
+    assert cli.recipe is not None and cli.recipe.layers[0].path == Path(
+        recipe
+    )  # the first one says what is trained
 
 
 @pytest.mark.slow
