@@ -17,7 +17,7 @@ from xzoo.bench import Figure, finetune, layer, model, training
 from xzoo.cli import main
 from xzoo.errors import GraphError, ModelError, XzooError
 from xzoo.ops import native
-from xzoo.ops.tune import PRODUCTS, Layer, alternate, tensors, tune
+from xzoo.ops.tune import PRODUCTS, LayerShape, alternate, tensors, tune
 from xzoo.train import CIFAR10, Classifier, TinyImageNet
 
 TRAINED = "x_vgg16_c16.cifar10_q75"
@@ -140,7 +140,7 @@ def test_mistakes_are_told_before_anything_is_measured():
 
 # ---- the stop-watch
 
-SMALL = Layer(3, 16, 24, 6, 1, 4, 1, 16)
+SMALL = LayerShape(3, 16, 24, 6, 1, 4, 1, 16)
 
 
 def test_all_take_turns_and_the_first_calls_do_not_count():
@@ -184,7 +184,7 @@ def test_tune_measures_every_backend_that_can_run_a_layer():
 def test_names_of_layers_go_both_ways():
     for case in layer.CASES:
         assert layer.named(layer.name(case.layer)) == case.layer
-    strided = Layer(3, 128, 256, 28, 2, 16, 1, 16, True)
+    strided = LayerShape(3, 128, 256, 28, 2, 16, 1, 16, True)
     assert (
         layer.name(strided) == "3x3 128->256 28x28/2 b16 d16 s1 last"
         and layer.named(layer.name(strided)) == strided

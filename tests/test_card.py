@@ -148,10 +148,10 @@ def test_a_card_is_written_anew_where_it_is_stale(exported, tmp_path, capsys):
     (folder / "metrics.json").write_text(json.dumps(metrics | {"top1": 62.5}))
     with pytest.raises(XzooError, match="is stale"):
         check(folder)
-    assert cli.main(["card", str(folder)]) == 0 and "written anew" in capsys.readouterr().out
+    assert cli.main(["card", str(folder)]) == 0 and "rewritten" in capsys.readouterr().out
     check(folder)
     assert "62.50 %" in (folder / "README.md").read_text()
-    assert cli.main(["card", str(folder)]) == 0 and "as it should be" in capsys.readouterr().out
+    assert cli.main(["card", str(folder)]) == 0 and "up to date" in capsys.readouterr().out
     (folder / "metrics.json").unlink()
     assert cli.main(["card", str(folder)]) == 2
     assert "is not an exported model" in capsys.readouterr().err

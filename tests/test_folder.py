@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     refused("is not a model folder that can be read")
     shutil.rmtree(saved[1])
-    refused("it has no config.json")
+    refused("config.json is missing")
 
 
 RESULT = {

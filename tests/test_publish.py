@@ -310,12 +310,12 @@ def test_the_command(hub, checkout, run, capsys, monkeypatch):
 def test_cards_are_written_and_entered_by_one_command(hub, checkout, capsys):
     (checkout / "README.md").write_text("by hand")
     assert cli.main(["card"]) == 0
-    assert "written anew" in capsys.readouterr().out and table()[NAME]["commit"] is None
+    assert "rewritten" in capsys.readouterr().out and table()[NAME]["commit"] is None
     # embedded, published or not
     assert create_model(f"{NAME.partition('.')[0]}", pretrained=True) is not None
     done = publish(checkout, org="lab")
     assert cli.main(["card", str(checkout)]) == 0
-    assert "as it should be" in capsys.readouterr().out and table()[NAME]["commit"] == done.commit
+    assert "up to date" in capsys.readouterr().out and table()[NAME]["commit"] == done.commit
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 _KINDS: dict[type, str] = {
     str: "text",
-    int: "whole number",
-    float: "finite number",
+    int: "a whole number",
+    float: "a finite number",
     bool: "true or false",
 }
 
@@ -55,7 +55,7 @@ def check_types(row: Any) -> None:
             value, (int, float) if kind is float else kind
         )
         if not fits or (kind is float and not math.isfinite(value)):
-            raise XzooError(f"column {name}: {value!r} is not a {_KINDS[kind]}")
+            raise XzooError(f"column {name}: {value!r} is not {_KINDS[kind]}")
         if kind is str and (not value or value != value.strip() or not value.isprintable()):
             raise XzooError(
                 f"column {name}: {value!r}; a text is one line, not empty, without spaces at its "
@@ -192,7 +192,7 @@ def _value(name: str, text: str, kind: type, optional: bool) -> Any:
     with suppress(KeyError, ValueError):
         if "_" not in text and text == text.strip():
             return {"true": True, "false": False}[text] if kind is bool else kind(text)
-    raise XzooError(f"column {name}: {text!r} is not a {_KINDS[kind]}")
+    raise XzooError(f"column {name}: {text!r} is not {_KINDS[kind]}")
 
 
 def _texts(row: Any) -> list[str]:
