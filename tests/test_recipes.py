@@ -509,7 +509,9 @@ def test_a_recipe_is_found_by_name_and_by_path(tmp_path):
     (tmp_path / "mine.yaml").write_text("# Mine\nmodel: {lr: 1}\n")
     recipe = recipes.find(str(tmp_path / "mine.yaml"))
     assert (recipe.name, recipe.run) == ("mine", "mine")
-    assert recipe.layers == (recipes.Layer(tmp_path / "mine.yaml", {"model": {"lr": 1}}, "Mine"),)
+    assert recipe.layers == (
+        recipes.Settings(tmp_path / "mine.yaml", {"model": {"lr": 1}}, "Mine"),
+    )
     for name in ("cifar10/x_vgg16_2", "cifar10/x_vgg16_2.yaml", "recipes/cifar10/x_vgg16_2.yaml"):
         assert recipes.find(name) == recipes.compose("cifar10/x_vgg16_2")
 

@@ -74,7 +74,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layer:
+class Settings:
     """What a file of one's own says, or (without a path) all that a name is composed of."""
 
     path: Path | None
@@ -94,7 +94,7 @@ class Recipe:
 
     name: str
     run: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Settings, ...]
 
 
 def folder() -> Path:
@@ -167,7 +167,7 @@ def compose(name: str) -> Recipe:
     canonical = plain_name + "".join(added)
     run = canonical if today == short else short
     notes = "\n".join([data_sets()[place].notes, *(part.notes for part in chosen)])
-    return Recipe(canonical, run.replace("/", "-"), (Layer(None, content, notes),))
+    return Recipe(canonical, run.replace("/", "-"), (Settings(None, content, notes),))
 
 
 def _chosen(name: str, plain_name: str, asked: Sequence[str]) -> list[Part]:
@@ -255,14 +255,14 @@ def hardware() -> list[str]:
 
 
 def _of_file(path: Path) -> Recipe:
-    layers: list[Layer] = []
+    layers: list[Settings] = []
     file: Path | None = path
     while file is not None:
         if file.resolve() in [layer.path.resolve() for layer in layers if layer.path]:
             raise XzooError(f"{layers[0].path}: its base {file.name} is based on it in turn")
         content = read(file)
         base = content.pop("base", None)
-        layers.insert(0, Layer(file, content, head(file)))
+        layers.insert(0, Settings(file, content, head(file)))
         beside = file.parent / str(base)
         if base is not None and not beside.is_file():
             layers = [*_composed_base(file, str(base)), *layers]
@@ -270,7 +270,7 @@ def _of_file(path: Path) -> Recipe:
     return Recipe(path.stem, path.stem, tuple(layers))
 
 
-def _composed_base(file: Path, base: str) -> tuple[Layer, ...]:
+def _composed_base(file: Path, base: str) -> tuple[Settings, ...]:
     try:
         return compose(base).layers
     except XzooError as error:
@@ -310,7 +310,7 @@ def _part(path: Path) -> Part:
     )
 
 
-def text(layer: Layer) -> str:
+def text(layer: Settings) -> str:
     """A file that says the same."""
     if layer.path is not None:
         return layer.path.read_text(encoding="utf-8")
