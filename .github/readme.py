@@ -159,11 +159,10 @@ def speed_cases() -> dict[str, list[dict[str, str]]]:
     for row in _csv("speed.csv"):
         if row["part"] == "model":
             name, _, case = row["what"].partition(", ")
-            cases = found.setdefault(name, {}).setdefault(
-                case, {"case": case, "ideal": row["ideal"]}
-            )
-            cases[row["against"]] = row["median"]
-            cases["ideal"] = row["ideal"] if row["against"] == "dense" else cases["ideal"]
+            times = found.setdefault(name, {}).setdefault(case, {"case": case})
+            times[row["against"]] = row["median"]
+            if row["against"] == "dense":
+                times["ideal"] = row["ideal"]
     return {name: sorted(cases.values(), key=_order) for name, cases in found.items()}
 
 

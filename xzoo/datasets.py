@@ -1,6 +1,6 @@
 """The data sets that results and weights are of: what is true of each, written down once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -54,33 +54,23 @@ class DataSet:
     lossless: bool = False
 
 
+_CIFAR10 = DataSet(
+    title="CIFAR-10",
+    hub="uoft-cs/cifar10",
+    classes=10,
+    sides=(32,),
+    mean=_CIFAR10_MEAN,
+    std=_CIFAR10_STD,
+    split="test",
+    n=10_000,
+    train=50_000,
+    license=_NO_LICENSE,
+    lossless=True,
+)
 DATASETS = {
-    "cifar10": DataSet(
-        title="CIFAR-10",
-        hub="uoft-cs/cifar10",
-        classes=10,
-        sides=(32,),
-        mean=_CIFAR10_MEAN,
-        std=_CIFAR10_STD,
-        split="test",
-        n=10_000,
-        train=50_000,
-        license=_NO_LICENSE,
-        lossless=True,
-    ),
+    "cifar10": _CIFAR10,
     # Of rows and weights that are there already; no run makes one any more.
-    "cifar10_q75": DataSet(
-        title="CIFAR-10 as JPEG of quality 75",
-        hub="uoft-cs/cifar10",
-        classes=10,
-        sides=(32,),
-        mean=_CIFAR10_MEAN,
-        std=_CIFAR10_STD,
-        split="test",
-        n=10_000,
-        train=50_000,
-        license=_NO_LICENSE,
-    ),
+    "cifar10_q75": replace(_CIFAR10, title="CIFAR-10 as JPEG of quality 75", lossless=False),
     "cifar100": DataSet(
         title="CIFAR-100",
         hub="uoft-cs/cifar100",

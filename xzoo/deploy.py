@@ -378,7 +378,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _noise(model: nn.Module, example: Tensor) -> Tensor:
     """Noise like the example, which may be all zero and hide every mistake; the example where noise
-    is not input.
+    is not an input.
     """
     if not example.is_floating_point():
         return example

@@ -5,7 +5,7 @@ out, and why.
     a part       class folders in a folder with a usual name (train, Training, seg_train, val_images, test_set, ...);
                  parts may lie deeper (archive/photos/train/CLASS, seg_train/seg_train/CLASS), or within each class
                  (CLASS/train), or val and test beside the classes
-    left out     what KEPT_BY_SYSTEMS and a leading dot name, what is not an image or no regular file, images beside the
+    left out     what KEPT_BY_SYSTEMS and a leading dot name, what is neither an image nor a file, images beside the
                  class folders, parts that are not used, and a file that is reached twice, through a link
 
 A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to

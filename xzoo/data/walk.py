@@ -1,7 +1,7 @@
 """The files below a folder: which are images, which are left out and why, each once although links
 lead to it again.
 
-Left out is what KEPT_BY_SYSTEMS and a leading dot name, what is not an image or no regular file,
+Left out is what KEPT_BY_SYSTEMS and a leading dot name, what is not an image or not a regular file,
 and a file that is reached twice. Which image is of which class and part: folders.py.
 """
 

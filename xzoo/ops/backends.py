@@ -27,7 +27,7 @@ class Backend(Protocol):
     # What conv2d and linear do to their result by themselves, where it is given as their last
     # argument.
     ACTIVATIONS: Collection[str]
-    # Whether the functions raise IndexError by themselves where a neighbour is not input. Those of
+    # Whether the functions raise IndexError by themselves where a neighbour is not an input. Those of
     # the others get neighbours that were looked at, as int32 and dense in memory.
     CHECKS_NEIGHBOURS: bool
 

@@ -167,7 +167,7 @@ _PLACES = {
 def _product(name: str, *arguments: Any) -> Tensor:
     """An operation by the shortest way that leaves its derivatives to whoever asks for them."""
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.xzoo, name)(*arguments)
+        return _registered(name, *arguments)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _Product.apply(name, *arguments)
     if _differentiated(*arguments[:4]):
@@ -276,8 +276,9 @@ def _derivative(
     return call(ctx.operation, *tensors[1:], neighbours, None, *ctx.rest)
 
 
-def _registered(name: str, *arguments: Any) -> Tensor:
-    return getattr(torch.ops.xzoo, name)(*arguments)
+def _registered(name: str, first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+    """The operation as torch knows it, which is where autograd, a mode or a transform sees it."""
+    return getattr(torch.ops.xzoo, name)(_unwrapped(first), _unwrapped(second), *rest)
 
 
 def _is_batched(tensor: Tensor | None) -> bool:
@@ -333,10 +334,9 @@ def _do(name: str, *arguments: Any) -> Tensor:
     torch's dispatcher takes 7 us for an operation in Python, and some 40 while its caches are cold:
     a quarter of a small network's time at batch 1 (x_vgg16_c8, Zen 4).
     """
-    first, second, *rest = arguments
-    plain = type(first) is Tensor and type(second) in (Tensor, Parameter)
+    plain = type(arguments[0]) is Tensor and type(arguments[1]) in (Tensor, Parameter)
     if torch.compiler.is_compiling() or not plain or _watched():
-        return getattr(torch.ops.xzoo, name)(_unwrapped(first), _unwrapped(second), *rest)
+        return _registered(name, *arguments)
     return _FUNCTIONS[name](*arguments)
 
 
