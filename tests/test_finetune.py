@@ -23,6 +23,7 @@ from timm.data import create_transform, resolve_model_data_config
 from xzoo.data.scan import read
 from xzoo.errors import DataError, ModelError, XzooError
 from xzoo.hub import folder as model_folder
+from xzoo.results.runs import COLUMNS
 from xzoo.train.classify import classify
 from xzoo.train.finetune import finetune
 from xzoo.train.plan import Options, plan, start
@@ -73,15 +74,29 @@ def test_a_run_learns_and_leaves_all_that_a_user_needs(make_folder, tmp_path, ca
     result = finetune(str(data), epochs=8, out=str(run), **TINY)
     assert {file.name for file in run.iterdir()} - {".lock"} == FILES | {"skipped.txt"}
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    assert result.accuracy >= 0.8 and result.images == 9 and result.epochs == 8
-    assert timm_accuracy(run, str(data)) == result.accuracy
+    assert result.top1 >= 80 and result.n_val == 9 and result.epochs == 8
+    assert 100 * timm_accuracy(run, str(data)) == pytest.approx(result.top1, abs=1e-4)
+    # The keys and columns of `xzoo fit` (test_fit.py).
+    assert set(json.loads((run / "result.json").read_text())) == {*COLUMNS, "loss"}
+    columns = "step,epoch,train/loss,lr,val/loss,val/acc1,val/acc5"
+    assert (run / "metrics.csv").read_text().splitlines()[0] == columns
+    facts = result.facts
+    assert (facts["split"], facts["epochs"], facts["ema"], facts["dataset"]) == (
+        "val",
+        8,
+        True,
+        None,
+    )
+    # 39 images in batches, three MACs of training for each MAC forward
+    steps = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert facts["train_macs"] == 3 * facts["macs"] * facts["global_batch"] * steps
     assert "ant/broken.jpg" in (run / "skipped.txt").read_text()
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["options"]["epochs"] == 8 and config["data"]["classes"] == ["ant", "bee", "cow"]
     rows = read_metrics(run / "metrics.csv")
     accuracies = [row["val/acc1"] for row in rows if "val/acc1" in row]
-    assert len(accuracies) == 8 and accuracies[-1] == pytest.approx(result.accuracy)
+    assert len(accuracies) == 8 and 100 * accuracies[-1] == pytest.approx(result.top1, abs=1e-4)
     told = capsys.readouterr().err
     assert "as asked, training from scratch" in told and "ant/broken.jpg" in told
     assert told.count("val accuracy") == 8
@@ -100,12 +115,13 @@ torch.set_num_threads(1)
 import xzoo.train
 module = sys.modules["xzoo.train.finetune"]
 sys.modules["xzoo.train.callbacks"].SAVE_EVERY = float(sys.argv[3])
-save = module.AtomicCheckpointIO.save_checkpoint
+Checkpoints = sys.modules["xzoo.train.run"].AtomicCheckpointIO
+save = Checkpoints.save_checkpoint
 def save_and_die(self, checkpoint, path, storage_options=None):
     save(self, checkpoint, path, storage_options)
     if checkpoint["global_step"] == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
-module.AtomicCheckpointIO.save_checkpoint = save_and_die
+Checkpoints.save_checkpoint = save_and_die
 from tests_tiny import TINY
 module.finetune(sys.argv[1], epochs=6, out=sys.argv[2], **TINY)
 """
@@ -155,7 +171,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(make_folder, tmp_path, capsy
     resumed = finetune(str(data), epochs=6, out=str(tmp_path / "cut"), **TINY)
     assert "going on after" in capsys.readouterr().err
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    assert (resumed.accuracy, resumed.loss) == (whole.accuracy, whole.loss)
+    assert (resumed.top1, resumed.loss) == (whole.top1, whole.loss)
     table = [read_metrics(tmp_path / run / "metrics.csv") for run in ("cut", "whole")]
     assert table[0] == table[1]
 
@@ -219,7 +235,7 @@ def test_minutes_end_a_run_and_its_schedule(make_folder, tmp_path):
     # Killed before its result was written, it does not train again.
     (run / "result.json").unlink()
     again = finetune(str(data), minutes=0.05, out=str(run), **TINY)
-    assert (again.accuracy, again.loss) == (result.accuracy, result.loss)
+    assert (again.top1, again.loss) == (result.top1, result.loss)
 
 
 def test_from_pretrained_weights_frozen_and_not(make_folder, tmp_path, capsys):
@@ -253,7 +269,7 @@ def test_any_dense_model_can_be_expanded_first(make_folder, tmp_path):
     result = finetune(str(data), epochs=1, out=str(run), **TINY)
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["architecture"] == "x_timm" and config["model_args"]["base"] == "test_resnet"
-    assert timm_accuracy(run, str(data)) == result.accuracy
+    assert 100 * timm_accuracy(run, str(data)) == pytest.approx(result.top1, abs=1e-4)
 
 
 def test_what_is_not_asked_for_suits_the_images():
@@ -438,7 +454,7 @@ def test_a_foreign_folder_and_changed_images_are_refused(make_folder, tmp_path):
 def test_digits_with_no_argument(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = finetune()
-    assert result.accuracy >= 0.97 and result.seconds < 300
+    assert result.top1 >= 97 and result.seconds < 300
 
 
 @pytest.mark.slow
@@ -447,7 +463,7 @@ def test_sign_digits_killed_resumed_and_loaded_by_timm(real_data, tmp_path):
     data, run = real_data / "sign-digits", tmp_path / "run"
     kill_when(start_run(data, run, 0), lambda: steps_saved(run) >= 300)
     result = finetune(str(data), epochs=6, out=str(run), **TINY)
-    assert result.accuracy > 0.3
+    assert result.top1 > 30
     code = (
         "import sys, xzoo\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[3])\n"
         "from test_finetune import timm_accuracy\n"
@@ -459,4 +475,4 @@ def test_sign_digits_killed_resumed_and_loaded_by_timm(real_data, tmp_path):
         text=True,
         check=True,
     )
-    assert float(told.stdout) == result.accuracy
+    assert 100 * float(told.stdout) == pytest.approx(result.top1, abs=1e-4)

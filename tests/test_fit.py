@@ -26,9 +26,10 @@ from xzoo.cli import main
 from xzoo.datasets import DATASETS
 from xzoo.errors import XzooError
 from xzoo.hub import check
-from xzoo.results.runs import read, recipe_sha
+from xzoo.results.runs import COLUMNS, read, recipe_sha
 from xzoo.train.evaluate import evaluate, predict
-from xzoo.train.fit import _commit, fit
+from xzoo.train.fit import fit
+from xzoo.train.outcome import commit
 from xzoo.train.parse import RecipeCLI
 from xzoo.train.run import AtomicCheckpointIO, read_metrics
 
@@ -91,9 +92,13 @@ def steps_saved(run: Path) -> int:
 def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     run = tmp_path / "run"
     asked = arguments(recipe, data, run)
-    result = fit(asked)
+    result = fit(asked).facts
     assert {file.name for file in run.iterdir()} - {".lock"} == FILES
     assert json.loads((run / "result.json").read_text()) == result
+    # The keys and columns of `xzoo finetune` (test_finetune.py).
+    assert set(result) == {*COLUMNS, "loss"}
+    columns = "step,epoch,train/loss,lr,val/loss,val/acc1,val/acc5"
+    assert (run / "metrics.csv").read_text().splitlines()[0] == columns
     assert result["dataset"] is None  # a sample is not called cifar10
     assert result["n_val"] == 31 and result["epoch_reported"] == 3
     assert result["train_macs"] == 3 * result["macs"] * 80 * 3
@@ -119,24 +124,24 @@ def test_a_run_leaves_all_that_is_needed(recipe, data, tmp_path, capsys):
     assert told.count("val accuracy") == 3 and f"{result['top1']:.2f} % of 31 val images" in told
     # The same again is told, another one refused; where it runs may change, what it computes may
     # not.
-    assert fit(asked) == result and "is finished" in capsys.readouterr().err
+    assert fit(asked).facts == result and "is finished" in capsys.readouterr().err
     with pytest.raises(
         XzooError, match=r"holds another run: model.lr is 0.05 there and 0.1 here; .*--out"
     ):
         fit([*asked, "--model.lr", "0.1"])
-    assert fit([*asked, "--trainer.strategy", "ddp", "--data.root", "/elsewhere"]) == result
+    assert fit([*asked, "--trainer.strategy", "ddp", "--data.root", "/elsewhere"]).facts == result
     # Folders know the data modules by the names of xzoo.train, where they once were, whatever name
     # a recipe uses.
     assert "class_path: xzoo.train.CIFAR10\n" in (run / "config.yaml").read_text()
-    assert fit([*asked, "--data", "xzoo.data.CIFAR10"]) == result
+    assert fit([*asked, "--data", "xzoo.data.CIFAR10"]).facts == result
     assert RecipeCLI(["--config", str(run / "config.yaml")]).sha == result["recipe_sha"]
 
 
 def test_the_folder_is_a_recipe_that_does_the_same(recipe, data, tmp_path):
-    one = fit(arguments(recipe, data, tmp_path / "one", model__lr=0.03))
+    one = fit(arguments(recipe, data, tmp_path / "one", model__lr=0.03)).facts
     other = fit(
         ["--config", str(tmp_path / "one" / "config.yaml"), "--out", str(tmp_path / "other")]
-    )
+    ).facts
     assert {k: v for k, v in one.items() if k not in ("wall_s", "recipe")} == {
         k: v for k, v in other.items() if k not in ("wall_s", "recipe")
     }
@@ -147,7 +152,7 @@ def test_a_run_is_exported_in_half_precision_if_it_stays_as_good(
     recipe, data, tmp_path, capsys, monkeypatch
 ):
     run, to = tmp_path / "run", tmp_path / "x_mobilenet050_c4.tiny"
-    result = fit(arguments(recipe, data, run, trainer__max_epochs=1))
+    result = fit(arguments(recipe, data, run, trainer__max_epochs=1)).facts
     assert main(["export", str(run), str(to), "--half"]) == 0
     check(to)
     kinds = {
@@ -172,7 +177,7 @@ def test_rivals_under_the_same_recipe(recipe, data, tmp_path):
     ):
         result = fit(
             arguments(recipe, data, tmp_path / wanted["graph"], trainer__max_epochs=1, **override)
-        )
+        ).facts
         assert {name: result[name] for name in wanted} == wanted
 
 
@@ -186,9 +191,9 @@ def test_the_result_becomes_a_row(recipe, data, tmp_path, monkeypatch):
         fit(asked)
     assert not table.exists() and not (tmp_path / "run" / "checkpoints").exists()
     tiny = {"cifar10": dataclasses.replace(DATASETS["cifar10"], n=31, train=80)}
-    for module in ("results.runs", "train.fit", "data.memory"):
+    for module in ("results.runs", "train.outcome", "data.memory"):
         monkeypatch.setattr(f"xzoo.{module}.DATASETS", tiny)
-    result = fit(asked)
+    result = fit(asked).facts
     row = read(table)[0]
     assert row.top1 == result["top1"] and row.recipe_sha == RecipeCLI(asked).sha and row.ema
 
@@ -203,18 +208,20 @@ def test_a_row_names_a_clean_commit_while_other_runs_add_theirs(tmp_path, monkey
     for name in ("recipes/results.csv", "recipes/base.yaml", "xzoo/train/fit.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
-    monkeypatch.setattr("xzoo.train.fit.__file__", str(tmp_path / "xzoo" / "train" / "fit.py"))
-    assert _commit() is None
+    monkeypatch.setattr(
+        "xzoo.train.outcome.__file__", str(tmp_path / "xzoo" / "train" / "outcome.py")
+    )
+    assert commit() is None
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     head = git("rev-parse", "HEAD")[:12]
-    assert _commit() == head
+    assert commit() == head
     (tmp_path / "recipes" / "results.csv").write_text("1\n2\n")
     (tmp_path / "untracked").write_text("x")
-    assert _commit() == head
+    assert commit() == head
     (tmp_path / "recipes" / "base.yaml").write_text("2\n")
-    assert _commit() == f"{head}-dirty"
+    assert commit() == f"{head}-dirty"
 
 
 def test_images_of_ones_own(make_folder, tmp_path):
@@ -222,7 +229,7 @@ def test_images_of_ones_own(make_folder, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(RECIPE.replace("CIFAR10", "ImageFolder").replace("shift: 2", "img_size: 32"))
     photos = str(make_folder(("ant", "bee", "cow"), each=12))
-    result = fit(arguments(str(recipe), photos, tmp_path / "run"))
+    result = fit(arguments(str(recipe), photos, tmp_path / "run")).facts
     assert result["dataset"] is None and result["n_val"] == 6 and result["epoch_reported"] == 3
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "cow"] and config["pretrained_cfg"][
@@ -285,9 +292,9 @@ def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
     the batch.
     """
     frozen = {"model__freeze_norm": True, "model__lr": 0.01}
-    whole = fit(arguments(recipe, data, tmp_path / "whole", **frozen))
+    whole = fit(arguments(recipe, data, tmp_path / "whole", **frozen)).facts
     parts = {"data__batch_size": 8, "trainer__accumulate_grad_batches": 2}
-    halves = fit(arguments(recipe, data, tmp_path / "halves", **frozen, **parts))
+    halves = fit(arguments(recipe, data, tmp_path / "halves", **frozen, **parts)).facts
     assert (
         halves["global_batch"] == whole["global_batch"] == 16
         and halves["train_macs"] == whole["train_macs"]
@@ -316,7 +323,7 @@ def test_a_batch_in_two_parts_is_one_batch(recipe, data, tmp_path):
     ids=lambda flags: "-".join(key.partition("__")[2] for key in flags),
 )
 def test_flags(recipe, data, tmp_path, flags):
-    result = fit(arguments(recipe, data, tmp_path / "run", trainer__max_epochs=1, **flags))
+    result = fit(arguments(recipe, data, tmp_path / "run", trainer__max_epochs=1, **flags)).facts
     assert result["epoch_reported"] == 1 and 0 < result["loss"] < 10
     assert result["precision"] == flags.get("trainer__precision", "32-true")
 
@@ -328,7 +335,7 @@ def test_validate_test_and_predict_judge_the_run(recipe, data, tmp_path, capsys)
     run = tmp_path / "run"
     with pytest.raises(XzooError, match=r"no weights to judge: .*last.ckpt is not there"):
         evaluate("validate", arguments(recipe, data, run))
-    result = fit(arguments(recipe, data, run))
+    result = fit(arguments(recipe, data, run)).facts
     capsys.readouterr()
     found = evaluate("validate", arguments(recipe, data, run))
     assert 100 * found["val/acc1"] == pytest.approx(result["top1"], abs=1e-4)
@@ -643,7 +650,7 @@ def test_the_schedule_ends_with_the_steps_that_are_taken(recipe, data, tmp_path)
     """Under a limit on batches the rate falls to nothing at the run's end, not at that of whole
     epochs.
     """
-    result = fit(arguments(recipe, data, tmp_path / "run", trainer__limit_train_batches=2))
+    result = fit(arguments(recipe, data, tmp_path / "run", trainer__limit_train_batches=2)).facts
     rates = [row["lr"] for row in read_metrics(tmp_path / "run" / "metrics.csv") if "lr" in row]
     assert len(rates) == 6 and rates[-1] < 0.2 * max(rates)
     assert result["train_macs"] == 3 * result["macs"] * 16 * 2 * 3

@@ -235,7 +235,7 @@ def test_what_is_no_finished_run_is_not_exported(run, tmp_path):
         export(run, to)
     assert (to / "notes.txt").exists()
     (run / "result.json").write_text("{")
-    with pytest.raises(XzooError, match="is not a run that can be read"):
+    with pytest.raises(XzooError, match="result.json cannot be read"):
         export(run, tmp_path / "new")
     (run / "result.json").unlink()
     with pytest.raises(XzooError, match=r"is not a finished run: result\.json is missing"):

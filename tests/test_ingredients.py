@@ -167,7 +167,7 @@ def test_images_grow_and_their_work_is_counted(recipe, data, tmp_path, monkeypat
         return forward(self, images)
 
     monkeypatch.setattr(Classifier, "forward", spy)
-    result = fit(arguments(recipe, data, tmp_path / "run", model__grow_until=0.8))
+    result = fit(arguments(recipe, data, tmp_path / "run", model__grow_until=0.8)).facts
     trained = [side for training, side in seen if training]
     assert trained == [20] * 6 + [24] * 6 + [32] * 3  # of 15 steps
     assert {side for training, side in seen if not training} == {32}
@@ -338,11 +338,11 @@ def test_a_run_from_before_an_option_goes_on(recipe, data, tmp_path, capsys):  #
     """Its folder does not say what the option was: the default."""
     run = tmp_path / "run"
     asked = arguments(recipe, data, run, trainer__max_epochs=1)
-    result = fit(asked)
+    result = fit(asked).facts
     text = (run / "config.yaml").read_text()
     assert "  lr: 0.001\n" in text
     (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", ""))
-    assert fit(asked) == result
+    assert fit(asked).facts == result
     (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", "  lr: 0.002\n"))
     with pytest.raises(XzooError, match="model.lr is 0.002 there and 0.001 here"):
         fit(asked)

@@ -21,9 +21,10 @@ import xzoo
 from xzoo.cli import main
 from xzoo.errors import XzooError
 from xzoo.machine import cores
+from xzoo.results.record import RESULT
 from xzoo.train import queue
 from xzoo.train.fit import fit
-from xzoo.train.run import LAST, RESULT, claimed, is_claimed
+from xzoo.train.run import LAST, claimed, is_claimed
 
 RECIPE = """
 # A tiny net on tiny data.

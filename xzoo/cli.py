@@ -317,7 +317,7 @@ def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
     def run(args: Namespace) -> None:
         machine.keep_memory()
         result = finetune(**args.as_dict())
-        print(f"{100 * result.accuracy:.2f} %\t{shown(result.run)}")
+        print(f"{result.top1:.2f} %\t{shown(result.run)}")
 
     return run
 

@@ -117,10 +117,10 @@ def _runs(
         row |= {
             "minutes": f"{minutes:g}",
             "img_size": str(side),
-            "top1": f"{100 * result.accuracy:.2f}",
+            "top1": f"{result.top1:.2f}",
         }
         row |= {
-            "n_val": str(result.images),
+            "n_val": str(result.n_val),
             "epochs": str(result.epochs),
             "on": hardware(torch.device("cpu")),
         }

@@ -25,9 +25,7 @@ from ..data.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
 from ..data.order import TrainOrder
 from ..errors import XzooError
 from ..models import create_model
-from ..train.callbacks import Clock, ProgressReport, checkpoints
-from ..train.run import AtomicCheckpointIO, MetricsFile, quiet
-from ..train.run import fit as run_fit
+from ..train.run import Run, log_every, quiet
 from ..train.task import Classifier, rate
 from .figures import Figure, ratios, threads
 
@@ -173,27 +171,17 @@ def alternated(ours: Classifier, theirs: Classifier, batch_size: int, pairs: int
         data = drawn(CIFAR10, Path(folder), batch_size, steps * batch_size)
         other = bare_loop(theirs, data, device)
         turns = Turns(lambda: next(other), turn, device)
-        # As fit.py has it.
+        run = Run(Path(folder))
+        arguments = run.trainer_arguments(Console(stderr=True))
+        arguments["callbacks"].insert(0, turns)
         trainer = pl.Trainer(
             max_epochs=1,
             devices=1,
             accelerator=device.type,
-            default_root_dir=folder,
-            callbacks=[
-                turns,
-                Clock(),
-                ProgressReport(Console(stderr=True)),
-                *checkpoints(Path(folder) / "checkpoints"),
-            ],
-            plugins=[AtomicCheckpointIO()],
-            logger=[MetricsFile(Path(folder) / "metrics.csv")],
-            log_every_n_steps=max(1, min(LOG_EVERY, steps // 3)),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
+            log_every_n_steps=log_every(steps, LOG_EVERY),
+            **arguments,
         )
-        run_fit(trainer, ours, data, None)
+        run.fit(trainer, ours, data)
     return turns
 
 

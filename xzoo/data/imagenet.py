@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar, overload
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -43,6 +42,7 @@ from .augment import colours_of, normalised
 from .folders import VAL_NAMES, check_same_classes, few
 from .images import load_rgb
 from .loader import Loader, Views, batch_bytes
+from .module import DataModule
 from .order import EvalOrder, TrainOrder, held_out, standing
 from .scan import Images
 from .sources import Item, list_images, split_of
@@ -379,7 +379,7 @@ def stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return images.permute(0, 3, 1, 2), labels
 
 
-class ImageNet(pl.LightningDataModule):
+class ImageNet(DataModule):
     """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of ImageNet or a set in
     one of its forms.
 
@@ -448,11 +448,7 @@ class ImageNet(pl.LightningDataModule):
             seed,
             holdout,
         )
-        self.channels_last, self.crop_pct, self.interpolation = (
-            channels_last,
-            crop_pct,
-            interpolation,
-        )
+        self.channels_last, self.crop_pct = channels_last, crop_pct
         self.mean, self.std = tuple(mean), tuple(std)
         self.workers = min(8, cores()) if workers is None else workers
         self._common: dict[str, Any] = {
@@ -489,12 +485,12 @@ class ImageNet(pl.LightningDataModule):
             raise DataError(f"timm cannot make these transforms: {error!r}") from error
 
     @property
-    def input_size(self) -> tuple[int, int, int]:
-        return 3, self.img_size, self.img_size
+    def interpolation(self) -> str:
+        return str(self._common["interpolation"])
 
     @property
     def class_names(self) -> list[str]:
-        """Of each label, from the data; their numbers where the data have no names."""
+        """Name of each label; its number where the data have no names."""
         return self._found().classes
 
     @property
@@ -536,12 +532,8 @@ class ImageNet(pl.LightningDataModule):
 
     # ---- loaders
 
-    def batches_per_epoch(self, world: int = 1) -> int:
-        """Steps in an epoch, known before any loader exists."""
-        return len(self._train_order(0, world))
-
-    def _train_order(
-        self, rank: int, world: int, done: int = 0, limit: int | float = 1.0
+    def train_order(
+        self, rank: int = 0, world: int = 1, done: int = 0, limit: int | float = 1.0
     ) -> TrainOrder:
         n = len(self._found().train[0]) - self.holdout
         return TrainOrder(n, self.batch_size, self.seed, rank, world, done, limit, exact=True)
@@ -549,7 +541,7 @@ class ImageNet(pl.LightningDataModule):
     def train_dataloader(self) -> Loader:
         images, _ = self._found().train
         views = Views(images, self._transform(training=True), self.seed)
-        return self._loader(views, self._kept, self._train_order(*standing(self.trainer)))
+        return self._loader(views, self._kept, self.train_order(*standing(self.trainer)))
 
     def val_dataloader(self) -> Loader:
         images, _ = self._found().train if self.holdout else self._found().val
@@ -557,9 +549,6 @@ class ImageNet(pl.LightningDataModule):
 
     def test_dataloader(self) -> Loader:
         return self._eval_loader(self._found().val[0], None)
-
-    def predict_dataloader(self) -> Loader:
-        return self.test_dataloader()
 
     def _eval_loader(self, images: Stored, numbers: Tensor | None) -> Loader:
         rank, world, *_ = standing(self.trainer)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -28,6 +27,7 @@ from ..errors import DataError
 from ..machine import cores
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
+from .module import DataModule
 from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
 from .sources import Item, Listing, list_images
 
@@ -68,7 +68,7 @@ class PlaceLoader(Resumable):
             yield self.make(places) if self.make else places
 
 
-class InMemory(pl.LightningDataModule):
+class InMemory(DataModule):
     """Batches (images float32 [B, 3, img_size, img_size], labels int64 [B]) of a data set that fits
     in memory.
 
@@ -106,6 +106,7 @@ class InMemory(pl.LightningDataModule):
 
     key: ClassVar[str]  # of xzoo.datasets
     facts: ClassVar[DataSet]
+    has_sample = True
 
     def __init__(
         self,
@@ -151,10 +152,6 @@ class InMemory(pl.LightningDataModule):
         self._whole, self._side = False, 0  # of the files
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._moved: dict[tuple[str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        return 3, self.img_size, self.img_size
 
     @property
     def class_names(self) -> list[str]:
@@ -303,12 +300,8 @@ class InMemory(pl.LightningDataModule):
 
     # ---- loaders
 
-    def batches_per_epoch(self, world: int = 1) -> int:
-        """Steps in an epoch, known before any loader exists."""
-        return len(self._train_order(0, world))
-
-    def _train_order(
-        self, rank: int, world: int, done: int = 0, limit: int | float = 1.0
+    def train_order(
+        self, rank: int = 0, world: int = 1, done: int = 0, limit: int | float = 1.0
     ) -> TrainOrder:
         self.setup()
         return TrainOrder(
@@ -323,15 +316,12 @@ class InMemory(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> PlaceLoader:
-        return self._loader("train", self._train_order(*standing(self.trainer)))
+        return self._loader("train", self.train_order(*standing(self.trainer)))
 
     def val_dataloader(self) -> PlaceLoader:
         return self._eval_loader("val")
 
     def test_dataloader(self) -> PlaceLoader:
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> PlaceLoader:
         return self._eval_loader("test")
 
     def _eval_loader(self, part: str) -> PlaceLoader:
@@ -363,9 +353,6 @@ class InMemory(pl.LightningDataModule):
         return x, labels[places.numbers]
 
     def sample(self, count: int) -> Tensor:
-        """About `count` training images, evenly over their order, as validation would show them:
-        float32 on the CPU.
-        """
         self.setup()
         images, _, colours = self._on("train", torch.device("cpu"))
         chosen = images[:: max(1, len(images) // count)][:count]

@@ -1,8 +1,7 @@
-"""The data module of the user's images: timm's transforms over `Views` (loader.py)."""
+"""The data modules of the user's images: timm's transforms over `Views` (loader.py)."""
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -11,17 +10,23 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from ..machine import cores
 from ..names import say
 from .loader import Loader, Transform, Views, batch_bytes
+from .module import DataModule
 from .order import EvalOrder, TrainOrder, standing
 from .scan import ImageData, read
 
 
-class ImageModule(pl.LightningDataModule):
+class ImageModule(DataModule):
     """Batches (images float32 [B, 3, H, W], labels int64 [B]) of an `ImageData`.
 
+    Its validation images are the test images, too.
+
     Args:
+        data: the images.
         data_config: timm's description of the input (`timm.data.resolve_model_data_config`).
         batch_size: images in a step, over all devices.
+        seed: of the order and the augmentation.
         crop: smallest share of the area that a training crop shows.
+        mirror: also show mirror images in training.
         workers: processes that decode and transform; None decides. Without them images come from
             the training process itself, which is best where pixels are in memory and the CPU trains
             as well.
@@ -39,9 +44,10 @@ class ImageModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.input_size: tuple[int, int, int] = data_config["input_size"]
+        self.num_classes, self.grey_range = len(data.classes), dict(data.ranges)
+        self.img_size, self.crop_pct = data_config["input_size"][-1], data_config["crop_pct"]
         self.mean, self.std = tuple(data_config["mean"]), tuple(data_config["std"])
-        self.class_names = data.classes
+        self._interpolation: str = data_config["interpolation"]
         self.train_transform: Transform = create_transform(
             **data_config,
             is_training=True,
@@ -55,52 +61,67 @@ class ImageModule(pl.LightningDataModule):
             workers = 0 if data.in_memory and not torch.cuda.is_available() else min(8, cores())
         self.workers = workers
 
-    def batches_per_epoch(self, world: int = 1) -> int:
-        """Steps in an epoch, known before any loader exists."""
-        return len(TrainOrder(len(self.data.train), self.batch_size, world=world))
+    @property
+    def interpolation(self) -> str:
+        return self._interpolation
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.data.classes
+
+    @property
+    def dataset(self) -> None:
+        """None: these images are not in the table of results."""
+        return None
+
+    @property
+    def n_val(self) -> int:
+        return len(self.data.val)
+
+    @property
+    def n_test(self) -> int:
+        return len(self.data.val)
+
+    def train_order(
+        self, rank: int = 0, world: int = 1, done: int = 0, limit: int | float = 1.0
+    ) -> TrainOrder:
+        n = len(self.data.train)
+        return TrainOrder(n, self.batch_size, self.seed, rank, world, done, limit)
 
     def train_dataloader(self) -> Loader:
-        order = TrainOrder(
-            len(self.data.train), self.batch_size, self.seed, *standing(self.trainer)
-        )
-        return self._loader(Views(self.data.train, self.train_transform, self.seed), order)
+        views = Views(self.data.train, self.train_transform, self.seed)
+        return self._loader(views, self.train_order(*standing(self.trainer)))
 
     def val_dataloader(self) -> Loader:
         rank, world, *_ = standing(self.trainer)
         order = EvalOrder(len(self.data.val), self.batch_size, rank, world)
         return self._loader(Views(self.data.val, self.eval_transform, None), order)
 
+    def test_dataloader(self) -> Loader:
+        return self.val_dataloader()
+
     def _loader(self, views: Views, order: TrainOrder | EvalOrder) -> Loader:
         size = batch_bytes(self.batch_size, self.input_size)
         return Loader(views, order, self.workers, batch_bytes=size)
-
-
-@rank_zero_only
-def _tell(root: str, data: ImageData) -> None:
-    console = Console(stderr=True)
-    for text in (*data.remarks, data.account()):
-        say(console, f"{root}: {text}")
 
 
 class ImageFolder(ImageModule):
     """The images of DATA in any form that `xzoo finetune` reads (see sources.py), for a recipe of
     one's own.
 
-    Its validation images, its own or a fifth held out by a hash of their names, are those that are
-    tested too.
+    Its validation images are the data's own, or a fifth held out by a hash of their names.
 
     Args:
         root: folder of class folders or of parquet files, data set on the Hub (org/name), or
             digits.
-        img_size: pixels a side that the model sees.
+        img_size: side of the images that the model sees, in pixels.
         crop_pct: share of the shorter side that is seen in validation.
         interpolation: timm's name of the filter that resizes.
-        mean, std: of the colours, in 0 to 1.
+        mean: of the colors, in 0 to 1.
+        std: likewise.
         batch_size, seed, crop, mirror, workers: as in ImageModule.
     Raises: DataError as `scan.read`, which runs here: a recipe's model needs the number of classes.
     """
-
-    dataset, holdout = None, 0  # none of the table of results
 
     def __init__(
         self,
@@ -116,21 +137,20 @@ class ImageFolder(ImageModule):
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
         workers: int | None = None,
     ) -> None:
-        self.img_size, self.input_size, self.crop_pct = img_size, (3, img_size, img_size), crop_pct
-        self.interpolation, self.mean, self.std = interpolation, tuple(mean), tuple(std)
         config = {
-            name: getattr(self, name)
-            for name in ("input_size", "crop_pct", "interpolation", "mean", "std")
+            "input_size": (3, img_size, img_size),
+            "crop_pct": crop_pct,
+            "interpolation": interpolation,
+            "mean": tuple(mean),
+            "std": tuple(std),
         }
         data = read(root, at_least=2 * img_size)
         _tell(root, data)
         super().__init__(data, config, batch_size, seed, crop, mirror, workers)
-        self.grey_range = dict(data.ranges)
-        self.num_classes = len(data.classes)
-        self.n_val = self.n_test = len(data.val)
 
-    def test_dataloader(self) -> Loader:
-        return self.val_dataloader()
 
-    def predict_dataloader(self) -> Loader:
-        return self.val_dataloader()
+@rank_zero_only
+def _tell(root: str, data: ImageData) -> None:
+    console = Console(stderr=True)
+    for text in (*data.remarks, data.account()):
+        say(console, f"{root}: {text}")

@@ -186,18 +186,9 @@ def metrics(
     counted and measured.
     """
     net, counts = cast(Any, model), profile(model)
-    # `xzoo finetune` has words of its own.
-    own = {"run", "model", "accuracy", "accuracy5", "images", "seconds"}
-    known = {key: value for key, value in result.items() if key not in own}
-    if "accuracy" in result:
-        known |= {"top5": 100 * result["accuracy5"] if net.num_classes > 5 else None}
-        known |= {
-            "n_val": result["images"],
-            "wall_s": result["seconds"],
-            "split": "val",
-            "dataset": None,
-        }
-    known |= {"model": config["architecture"]} | standing(known)
+    known = result | {"model": config["architecture"]} | standing(result)
+    if net.num_classes <= 5:  # fine-tuning runs of before wrote it for these, too
+        known["top5"] = None
     known |= {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
     arguments = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
     dense = None

@@ -35,6 +35,7 @@ from ..errors import ModelError, XzooError, first_line
 from ..models import create_model
 from ..names import cut, encoded, shown, to_yaml
 from ..profile import profile
+from ..results import record
 from ..theory import graphs_of, spectrum
 from ..weights import CONFIG, WEIGHTS, check_fingerprint, fingerprint
 from . import card
@@ -212,7 +213,7 @@ def export(
     disk.
     """
     run, to = Path(run), Path(to)
-    for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", "result.json"):
+    for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "config.yaml", record.RESULT):
         if not (run / name).is_file():
             raise XzooError(
                 f"{run} is not a finished run: {name} is missing; repeat the command that started "
@@ -224,11 +225,10 @@ def export(
 
     files.check_folder(to)
     model: Any = load(run / "model")
+    result = dict(record.read(run).facts)
     try:
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         config = json.loads((run / "model" / CONFIG).read_text(encoding="utf-8"))
-        result["top1"] = result["top1"] if "top1" in result else 100 * result["accuracy"]
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise XzooError(f"{run} is not a run that can be read: {first_line(error)}") from error
     with files.atomic_folder(to) as draft:

@@ -15,6 +15,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..data.module import DataModule
 from ..errors import XzooError
 from ..files import check_file, check_folder, write_text
 from ..machine import own_threads
@@ -88,7 +89,7 @@ def predict(arguments: Sequence[str]) -> Path:
     return path
 
 
-def _with_weights(cli: RecipeCLI) -> tuple[Classifier, Any, pl.Trainer]:
+def _with_weights(cli: RecipeCLI) -> tuple[Classifier, DataModule, pl.Trainer]:
     place = cli.config.ckpt_path or (
         cli.run_folder / LAST if (cli.run_folder / LAST).exists() else None
     )
@@ -127,7 +128,7 @@ def load_weights(task: Classifier, path: Path) -> None:
 
 
 @torch.inference_mode()
-def judged(model: nn.Module, data: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def judged(model: nn.Module, data: DataModule, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] and labels [N] of all validation images, in order, on the CPU; in this
     process alone.
     """

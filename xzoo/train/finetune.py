@@ -1,19 +1,15 @@
 """`xzoo finetune`: from a folder of images to a model folder, in one call that can be repeated.
 
 The same call continues a run that was interrupted and returns the result of one that is finished. A
-run never mixes two sets of options: another one needs another folder.
-
-What is reported is the validation accuracy of what is saved: the averaged weights (EMA) at the end
-of the run, read back from the model folder. Not the best epoch, which is chosen by the images that
-judge it; its weights are in checkpoints/best.ckpt.
+run never mixes two sets of options: another one needs another folder. What is reported is in
+outcome.py; the weights of the best epoch are in checkpoints/best.ckpt.
 """
 
 import hashlib
-import json
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +27,19 @@ from ..data.sources import check_name
 from ..data.walk import refuse_within
 from ..errors import ModelError, XzooError, first_line
 from ..files import write_text
-from ..hub import folder as model_folder
 from ..lettering import spared
 from ..machine import device_named, own_threads
 from ..names import encoded, escaped, say, shown, to_yaml
+from ..results import record
+from ..results.record import Result
 from . import pictures
-from .callbacks import EMA, Clock, ProgressReport, checkpoints
-from .evaluate import judged, top
+from .callbacks import EMA
+from .outcome import facts, finish
 from .plan import Options, Plan, plan, start, use_weights
-from .run import (
-    CONFIG,
-    LAST,
-    METRICS,
-    RESULT,
-    AtomicCheckpointIO,
-    MetricsFile,
-    claimed,
-    fit,
-    quiet,
-    read_metrics,
-    refuse_other,
-    steps_of,
-)
+from .run import CONFIG, Run, claimed, log_every, quiet, refuse_other
 from .task import Classifier
 
 DEFAULT_MODEL = "x_resnet18"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run came to; accuracies are shares of `images` validation images, top 1 and
-    top 5.
-    """
-
-    run: str
-    model: str
-    accuracy: float
-    accuracy5: float
-    loss: float
-    images: int
-    epochs: int
-    seconds: float
-
-    def __str__(self) -> str:
-        right = round(self.accuracy * self.images)
-        return (
-            f"validation accuracy {100 * self.accuracy:.2f} % ({right} of {self.images} images); "
-            f"model: {self.model}"
-        )
 
 
 def finetune(
@@ -147,170 +108,129 @@ def finetune(
     built = start(options)
     use_weights(options, built.has_weights)
     where = device_named(device)
-    run = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
+    folder = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
 
-    refuse_within(run, place)
-    refuse_other(run, asdict(options), "xzoo finetune", "options")
-    if (run / RESULT).exists():
-        result = Result(**json.loads((run / RESULT).read_text(encoding="utf-8")))
-        say(console, f"{run} is finished: {result}. Choose another --out to train again.")
+    refuse_within(folder, place)
+    refuse_other(folder, asdict(options), "xzoo finetune", "options")
+    if (folder / record.RESULT).exists():
+        result = record.read(folder)
+        say(console, f"{folder} is finished: {result}. Choose another --out to train again.")
         return result
-    with claimed(run), quiet(), own_threads():
+    with claimed(folder), quiet(), own_threads():
         images = read(options.data, at_least=2 * (img_size or built.input_size))
-        refuse_other(run, {"images": images.fingerprint()}, "xzoo finetune", "data")
+        refuse_other(folder, {"images": images.fingerprint()}, "xzoo finetune", "data")
         recipe = plan(options, built, images)
-        _tell(console, options, images, recipe, run)
-        job = _Job(run, options, images, recipe, workers, where)
-        job.train(console)
-        result = job.finish(console)
-        say(console, str(result))
-        return result
+        _tell(console, options, images, recipe, folder)
+        return _train(Run(folder, recipe.minutes), options, images, recipe, workers, where, console)
 
 
-class _Job:
-    """One start of a run: what has been built for it, from data to trainer."""
+def _train(
+    run: Run,
+    options: Options,
+    images: ImageData,
+    recipe: Plan,
+    workers: int | None,
+    device: torch.device,
+    console: Console,
+) -> Result:
+    # A resumed run takes all weights from its checkpoint, and needs no network for others.
+    arguments = recipe.classifier | ({"pretrained": False} if run.resumes else {})
+    task = _build(arguments, options.model)
+    # The new head says nothing at first. Some families start theirs so wide (MobileNet: 0.3 at ten
+    # classes, a loss of 3.9) that the body spends its first epochs on undoing it.
+    for parameter in task.head.parameters():
+        nn.init.zeros_(parameter)
+    config = resolve_model_data_config(task.net)
+    config["input_size"] = (config["input_size"][0], recipe.img_size, recipe.img_size)
+    data = ImageModule(
+        images,
+        config,
+        batch_size=recipe.batch_size,
+        seed=options.seed,
+        crop=recipe.crop,
+        mirror=recipe.mirror,
+        workers=workers,
+    )
+    on_gpu = device.type == "cuda"
+    trainer = pl.Trainer(
+        accelerator="gpu" if on_gpu else device.type,
+        devices=1,
+        precision="bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true",
+        # Only epochs: a run with max_steps or max_time as well does not resume where it was.
+        max_epochs=recipe.epochs or -1,
+        log_every_n_steps=log_every(data.batches_per_epoch(), 10),
+        **run.trainer_arguments(console, EMA()),
+    )
+    if run.resumes:
+        say(console, f"going on after {run.done} steps, from {run.last}")
+    else:
+        _describe(run.folder, options, images, recipe, config)
+    run.fit(trainer, task, data)
+    known = facts(trainer, task, data)
+    known["wall_s"] = round(run.clock.seconds, 1)
+    made = {
+        "run": run.folder.name,
+        "train_images": len(images.train),
+        "seed": options.seed,
+    }
+    result, logits, labels = finish(
+        run.folder, trainer, task, data, known, {"finetune": made}, run.folder.name, console
+    )
+    _draw(images, logits, labels, result, console)
+    record.write(result)
+    say(console, f"{result}; model: {run.folder / 'model'}")
+    return result
 
-    def __init__(
-        self,
-        run: Path,
-        options: Options,
-        images: ImageData,
-        recipe: Plan,
-        workers: int | None,
-        device: torch.device,
-    ) -> None:
-        self.run, self.images, self.recipe = run, images, recipe
-        self.last = run / LAST
-        resumes = self.last.exists()
-        # A resumed run takes all weights from its checkpoint, and needs no network for others.
-        arguments = recipe.classifier | ({"pretrained": False} if resumes else {})
-        self.task = _build(arguments, options.model)
-        # The new head says nothing at first. Some families start theirs so wide (MobileNet: 0.3 at
-        # ten classes, a loss of 3.9) that the body spends its first epochs on undoing it.
-        for parameter in self.task.head.parameters():
-            nn.init.zeros_(parameter)
-        self.data_config = _data_config(self.task.net, recipe.img_size)
-        self.module = ImageModule(
-            images,
-            self.data_config,
-            batch_size=recipe.batch_size,
-            seed=options.seed,
-            crop=recipe.crop,
-            mirror=recipe.mirror,
-            workers=workers,
+
+def _describe(
+    folder: Path, options: Options, images: ImageData, recipe: Plan, config: dict[str, Any]
+) -> None:
+    """Write what the run is, before it begins."""
+    described = {
+        "options": asdict(options),
+        "recipe": asdict(recipe),
+        "input": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        "data": {
+            "images": images.fingerprint(),
+            "train": len(images.train),
+            "val": len(images.val),
+            "classes": images.classes,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+        },
+    }
+    head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
+    write_text(folder / CONFIG, head + to_yaml(described))
+    if images.left_out:
+        lines = [f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in images.left_out]
+        write_text(folder / "skipped.txt", "".join(lines))
+
+
+def _draw(
+    images: ImageData, logits: Tensor, labels: Tensor, result: Result, console: Console
+) -> None:
+    """Which classes are mistaken for which, and some of the validation images."""
+    classes, predicted = images.classes, logits.argmax(1)
+    confusion, samples = result.run / "confusion.png", result.run / "samples.png"
+    score = f"{result.run.name}: {result}"
+    with spared(confusion, console):
+        counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
+        pictures.confusion(counts, classes, confusion, score)
+    with spared(samples, console):
+        chosen = _shown(predicted, labels)
+        pictures.samples(
+            [images.val.image(i) for i in chosen],
+            labels[chosen].tolist(),
+            predicted[chosen].tolist(),
+            [float(logits[i].softmax(0).max()) for i in chosen],
+            classes,
+            samples,
+            score + " (mistakes first)",
         )
-        self.clock = Clock(recipe.minutes)
-        self.device = device
-        self.done = steps_of(self.last) if resumes else 0
-        if not resumes:
-            self._describe(options)
-
-    def _describe(self, options: Options) -> None:
-        """Write what the run is, before it begins."""
-        config = {
-            "options": asdict(options),
-            "recipe": asdict(self.recipe),
-            "input": {
-                k: list(v) if isinstance(v, tuple) else v for k, v in self.data_config.items()
-            },
-            "data": {
-                "images": self.images.fingerprint(),
-                "train": len(self.images.train),
-                "val": len(self.images.val),
-                "classes": self.images.classes,
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "timm": timm.__version__,
-            },
-        }
-        head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
-        write_text(self.run / CONFIG, head + to_yaml(config))
-        if self.images.left_out:
-            lines = [
-                f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in self.images.left_out
-            ]
-            write_text(self.run / "skipped.txt", "".join(lines))
-
-    def train(self, console: Console) -> None:
-        steps = self.module.batches_per_epoch()
-        on_gpu = self.device.type == "cuda"
-        trainer = pl.Trainer(
-            accelerator="gpu" if on_gpu else self.device.type,
-            devices=1,
-            precision="bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true",
-            default_root_dir=str(self.run),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            # Only epochs: a run with max_steps or max_time as well does not resume where it was.
-            max_epochs=self.recipe.epochs or -1,
-            callbacks=[EMA(), self.clock, ProgressReport(console), *checkpoints(self.last.parent)],
-            logger=MetricsFile(self.run / METRICS, self.done),
-            log_every_n_steps=max(1, min(10, steps // 3)),
-            plugins=[AtomicCheckpointIO()],
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-        if self.done:
-            say(console, f"going on after {self.done} steps, from {self.last}")
-        fit(trainer, self.task, self.module, self.last if self.done else None)
-
-    def finish(self, console: Console) -> Result:
-        """Save the model, read it back, judge it, draw the pictures; result.json comes last and
-        ends the run.
-        """
-        checkpoint = torch.load(self.last, map_location="cpu", weights_only=True)
-        self.task.load_state_dict(checkpoint["state_dict"])
-        made = {
-            "run": self.run.name,
-            "train_images": len(self.images.train),
-            "seed": self.task.hparams["seed"],
-        }
-        folder = self.run / "model"
-        block = {"finetune": made, model_folder.GREY: dict(self.images.ranges)}
-        model_folder.save(self.task.net, folder, self.images.classes, self.data_config, block)
-        logits, labels = judged(model_folder.load(folder).to(self.device), self.module, self.device)
-        result = Result(
-            run=str(self.run),
-            model=str(folder),
-            accuracy=top(logits, labels, 1),
-            accuracy5=top(logits, labels, min(5, logits.shape[1])),
-            loss=float(nn.functional.cross_entropy(logits, labels)),
-            images=len(labels),
-            epochs=int(checkpoint["epoch"]) + 1,
-            seconds=round(self.clock.seconds, 1),
-        )
-        self._draw(logits, labels, result, console)
-        write_text(self.run / RESULT, json.dumps(asdict(result), indent=2) + "\n")
-        return result
-
-    def _draw(self, logits: Tensor, labels: Tensor, result: Result, console: Console) -> None:
-        classes, predicted = self.images.classes, logits.argmax(1)
-        curves, confusion, samples = (
-            self.run / name for name in ("curves.png", "confusion.png", "samples.png")
-        )
-        score = (
-            f"{self.run.name}: {100 * result.accuracy:.2f} % of {result.images} validation images"
-        )
-        with spared(curves, console):
-            if (self.run / METRICS).exists():
-                pictures.curves(read_metrics(self.run / METRICS), curves, score)
-        with spared(confusion, console):
-            counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
-            np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
-            pictures.confusion(counts, classes, confusion, score)
-        with spared(samples, console):
-            chosen = _shown(predicted, labels)
-            pictures.samples(
-                [self.images.val.image(i) for i in chosen],
-                labels[chosen].tolist(),
-                predicted[chosen].tolist(),
-                [float(logits[i].softmax(0).max()) for i in chosen],
-                classes,
-                samples,
-                score + " (mistakes first)",
-            )
 
 
 def _build(arguments: dict[str, Any], name: str) -> Classifier:
@@ -326,11 +246,6 @@ def _build(arguments: dict[str, Any], name: str) -> Classifier:
         raise ModelError(
             f"no weights for {name}: {reason}; --pretrained false trains from scratch"
         ) from error
-
-
-def _data_config(net: nn.Module, img_size: int) -> dict[str, Any]:
-    config = resolve_model_data_config(net)
-    return config | {"input_size": (config["input_size"][0], img_size, img_size)}
 
 
 def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:

@@ -19,12 +19,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ..data.module import DataModule
 from ..errors import XzooError
 from ..names import to_yaml
 from ..options import explain
 from ..results.runs import recipe_sha
 from . import recipes
 from .callbacks import SyncBatchNorm
+from .run import TRAINER
 from .task import Classifier
 
 # Where a run happens; it may change from one start to the next.
@@ -140,7 +142,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """See `build`."""
 
-    def build(self, **trainer: Any) -> tuple[pl.Trainer, Classifier, Any]:
+    def build(self, **trainer: Any) -> tuple[pl.Trainer, Classifier, DataModule]:
         """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it
         after its lists.
         """
@@ -158,14 +160,8 @@ class RecipeCLI(LightningCLI):
                 trainer[name] = [*ours, *(own if isinstance(own, list) else [own])]
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
-        quietly = {
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-        }
-        # The data modules shard by themselves.
         try:
-            made = pl.Trainer(**given | quietly | {"use_distributed_sampler": False} | trainer)
+            made = pl.Trainer(**given | TRAINER | trainer)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             # Flags that do not go together, or with this machine.
             raise XzooError(f"trainer: {' '.join(str(error).split())}") from error

@@ -35,10 +35,11 @@ from ..models import create_model
 from ..names import say
 from ..options import nearest
 from ..profile import Profile, profile
+from ..results.record import RESULT
 from ..results.runs import read
 from . import recipes
 from .parse import RecipeCLI
-from .run import AT_WORK, LAST, RESULT, epochs_of, is_claimed, quiet
+from .run import AT_WORK, LAST, epochs_of, is_claimed, quiet
 from .task import sides
 
 QUEUE = "QUEUE.md"

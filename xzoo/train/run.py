@@ -26,14 +26,63 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from rich.console import Console
 
 from .. import files
+from ..data.module import DataModule
 from ..errors import XzooError
 from ..files import atomic
+from .callbacks import EMA, Clock, ProgressReport, checkpoints
 
-LOCK, CONFIG, RESULT, METRICS = ".lock", "config.yaml", "result.json", "metrics.csv"
+LOCK, CONFIG, METRICS = ".lock", "config.yaml", "metrics.csv"
 LAST = Path("checkpoints") / "last.ckpt"
 AT_WORK = "another process is at work in"
+# Of every Trainer: xzoo reports by itself, and the data modules shard by themselves.
+TRAINER = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+
+
+class Run:
+    """One start of a run: where it resumes, and what the Trainer needs so that it can.
+
+    Args:
+        folder: the run folder.
+        minutes: training time, over all starts, after which the run ends; None for no limit.
+    Raises: XzooError if the checkpoint to resume from cannot be read.
+    """
+
+    def __init__(self, folder: Path, minutes: float | None = None) -> None:
+        self.folder, self.last, self.clock = folder, folder / LAST, Clock(minutes)
+        self.resumes = self.last.exists()
+        self.done = steps_of(self.last) if self.resumes else 0
+
+    def trainer_arguments(self, console: Console, ema: EMA | None = None) -> dict[str, Any]:
+        """The Trainer's arguments that every run has; a recipe's callbacks come after these."""
+        average = [] if ema is None else [ema]
+        return TRAINER | {
+            "default_root_dir": str(self.folder),
+            "callbacks": [
+                *average,
+                self.clock,
+                ProgressReport(console),
+                *checkpoints(self.last.parent),
+            ],
+            "plugins": [AtomicCheckpointIO()],
+            "logger": [MetricsFile(self.folder / METRICS, self.done)],
+        }
+
+    def fit(self, trainer: pl.Trainer, task: pl.LightningModule, data: DataModule) -> None:
+        """Train, from the last checkpoint if there is one."""
+        fit(trainer, task, data, self.last if self.resumes else None)
+
+
+def log_every(steps: int, at_most: int) -> int:
+    """Steps between two rows of metrics: at least three rows in an epoch of `steps`."""
+    return max(1, min(at_most, steps // 3))
 
 
 @contextmanager

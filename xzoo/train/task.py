@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.augment import mixed
+from ..data.module import DataModule
 from ..data.order import STEP, key, steps_of_epoch
 from ..errors import ModelError, XzooError, first_line
 from ..layers import ExpanderConv2d, ExpanderLinear
@@ -410,7 +411,7 @@ class Classifier(pl.LightningModule):
             if self.hparams["whiten"] and self.trainer.ckpt_path is None:
                 start.whiten(self.net, data.sample(5000))
 
-    def check(self, trainer: pl.Trainer, data: Any) -> None:
+    def check(self, trainer: pl.Trainer, data: DataModule) -> None:
         """Raise ModelError where options do not go with the trainer's callbacks or the data module."""
         hp = self.hparams
         averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
@@ -425,7 +426,7 @@ class Classifier(pl.LightningModule):
                 f"ham={hp['ham']:g} with precision=16-mixed: gradients may be infinite there; use "
                 "bf16-mixed"
             )
-        if hp["whiten"] and not hasattr(data, "sample"):
+        if hp["whiten"] and not data.has_sample:
             raise ModelError(
                 f"whiten looks at training images, which {type(data).__name__} does not keep in "
                 "memory; use CIFAR10, "
@@ -434,7 +435,7 @@ class Classifier(pl.LightningModule):
         for side in hp["grow_sizes"] or ():
             self._check_size(side, data.input_size)
 
-    def make_teacher(self, data: Any) -> Teacher | None:
+    def make_teacher(self, data: DataModule) -> Teacher | None:
         """The teacher that the options name, for the student's images; ModelError where it cannot
         teach.
         """
