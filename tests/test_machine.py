@@ -306,7 +306,7 @@ def test_x_layers_compute_in_a_fork_as_before_it(child):
 def test_python_within_another_program_has_no_arguments():
     code = (
         "import sys; sys.argv = []; sys.orig_argv = []; import xzoo.machine; "
-        "print(xzoo.machine._is_command())"
+        "print(xzoo.machine.is_command())"
     )
     told = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600

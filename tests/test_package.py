@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(xzoo.__file__).parent
 STAIR = (
     {"__main__"},
     {"cli"},
+    {"public"},
     {"bench", "doctor"},
     {"train"},
     {"data"},
@@ -132,11 +134,59 @@ def test_public_names_are_these():
     assert set(xzoo.__all__) == {
         *("create_model", "list_models", "profile", "expand", "to_dense", "deploy"),
         *("ExpanderConv2d", "ExpanderLinear"),
-        *("graphs", "ops"),
+        *("graphs", "ops", "theory"),
         *("XzooError", "GraphError", "ModelError", "DataError"),
     }
     assert xzoo.__all__ == sorted(xzoo.__all__)
     assert all(hasattr(xzoo, name) for name in xzoo.__all__)
+
+
+def modules_after(program, *arguments, **variables):
+    """What a program of Python has imported when it ends."""
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
+    command = [sys.executable, "-c", code + program, *arguments]
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return set(done.stderr.splitlines()[-1].split()), done
+
+
+AS_THE_COMMAND = "sys.argv[0] = 'xzoo'; from xzoo.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        ([], 0),
+        (["fintune"], 2),
+        (["lsit", "--help"], 2),
+        *(([name, "--help"], 0) for name in ("list", "doctor", "inspect", "bench", "queue")),
+        (["list", "--filtre"], 2),
+    ],
+)
+def test_help_and_misspelled_commands_import_neither_torch_nor_timm(arguments, code):
+    modules, done = modules_after(AS_THE_COMMAND, *arguments)
+    assert done.returncode == code and "xzoo.cli" in modules
+    assert not modules & {"torch", "timm", "numpy", "pytorch_lightning"}
+
+
+def test_importing_xzoo_registers_its_models_with_timm():
+    program = "import xzoo, timm; assert timm.is_model('x_resnet50'); xzoo.theory.spectrum"
+    modules, done = modules_after(program)
+    assert done.returncode == 0 and "xzoo.models.x_resnet" in modules
+
+
+def test_the_command_has_all_public_names_when_it_runs_something():
+    """Where a recipe's class may use them; before that, each is imported when it is used."""
+    names = sorted(xzoo.__all__)
+    first = "sys.argv[0] = 'xzoo'; import xzoo; assert 'torch' not in sys.modules;"
+    ask = f"assert all(hasattr(xzoo, name) for name in {names!r});"
+    loaded = "import xzoo.profile, xzoo.deploy, xzoo.cli; xzoo.cli._load_package();"
+    last = "import timm; assert callable(xzoo.profile) and timm.is_model('x_vgg16_2')"
+    assert modules_after(first + ask + loaded + last)[1].returncode == 0
+    assert modules_after(first + loaded + ask + last)[1].returncode == 0
 
 
 @pytest.mark.parametrize("name", ["GraphError", "ModelError", "DataError"])
@@ -187,9 +237,6 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         "torchmetrics",
     }
     assert not roots & (heavy | {"jsonargparse", "rich", "transformers", "onnx", "pandas"})
-    assert not [
-        name
-        for name in new
-        if name.startswith(("xzoo.train", "xzoo.data", "xzoo.results", "xzoo.cli", "xzoo.hub"))
-    ]
+    parts = {name.split(".")[1] for name in new if name.startswith("xzoo.")}
+    assert parts and not parts & {"train", "data", "results", "cli", "hub", "bench", "doctor"}
     assert len([name for name in new if not name.startswith("xzoo")]) < 100

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: Sequence[str]) -> None:
     if command in LIGHTNING:
+        _load_package()
         _lightning(command, arguments)
         return
     parser = ArgumentParser(
@@ -151,7 +153,22 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     run = globals()[f"_{command}"](parser)
-    run(_parse(parser, arguments))
+    args = _parse(parser, arguments)
+    _load_package()
+    run(args)
+
+
+def _load_package() -> None:
+    """Give the package its public names, as importing it does in any other program.
+
+    A class that a recipe names may use them. Its functions `profile` and `deploy` have the names of
+    modules, so they are set even where those modules were imported before.
+    """
+    from . import public
+
+    package = vars(import_module("xzoo"))
+    for name in public.__all__:
+        package[name] = getattr(public, name)
 
 
 def _check_folder() -> None:

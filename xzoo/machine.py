@@ -39,7 +39,7 @@ def wait_briefly(root: Path | str = "/") -> None:
     A program that imports xzoo is left alone. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's come
     first.
     """
-    if "torch" in sys.modules or not _is_command() or "OMP_WAIT_POLICY" in os.environ:
+    if "torch" in sys.modules or not is_command() or "OMP_WAIT_POLICY" in os.environ:
         return
     if "GOMP_SPINCOUNT" not in os.environ and _is_busy(root):
         os.environ["GOMP_SPINCOUNT"] = SPINS
@@ -81,7 +81,7 @@ def keep_memory() -> None:
 _KEEPING = {-4: 0, -1: -1, -2: 2**28}
 
 
-def _is_command() -> bool:
+def is_command() -> bool:
     """Whether this process is `xzoo ...` or `python -m xzoo ...`."""
     program = sys.argv[0] if sys.argv else ""  # Python within another program may have none
     return Path(program).stem == "xzoo" or ("-m", "xzoo") in pairwise(sys.orig_argv)

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import ops  # noqa: F401  (it registers torch.ops.xzoo)
 from .errors import ModelError, first_line
 
 
