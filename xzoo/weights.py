@@ -360,7 +360,7 @@ class Hub:
         )
 
     def _check_pin(self, name: str, pin: Pin) -> None:
-        """Raise ModelError, before any download, if the Hub has another file than the pinned one."""
+        """Raise ModelError if the Hub has another file than the pinned one."""
         stated = self.stated(name)
         both_sha256 = len(stated.digest) == len(pin.digest) == 64
         if stated.size != pin.size or (both_sha256 and stated.digest != pin.digest):
