@@ -1,18 +1,38 @@
 """Write the tables of README.md and of the folders' README files: `python .github/readme.py`.
 
+With a folder, `python .github/readme.py .github/images`, draw the pictures there instead.
+
 A table stands between `<!-- name: python .github/readme.py -->` and `<!-- end of name -->`.
 tests/test_readme.py fails where one is out of date.
 """
 
 import csv
 import json
+import math
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
 import xzoo
-from xzoo import weights
+from xzoo import theory, weights
 from xzoo.datasets import DATASETS
+from xzoo.drawing import (
+    COLOUR,
+    INK,
+    LABEL,
+    MARKER,
+    draw_growth,
+    draw_histogram,
+    draw_stacks,
+    save,
+)
+from xzoo.lettering import Picture
 from xzoo.results.runs import aggregate, read
+from xzoo.theory import Graph
 
 ROOT = Path(__file__).parent.parent
 
@@ -220,9 +240,177 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: python .github/readme.py -->\n", f"<!-- end of {name} -->"
 
 
-if __name__ == "__main__":
+def write_tables() -> None:
     for page, name, table in TABLES:
         text = (ROOT / page).read_text(encoding="utf-8")
         begin, end = marks(name)
         head, tail = text.split(begin)[0], text.split(end)[1]
         (ROOT / page).write_text(f"{head}{begin}{table()}{end}{tail}", encoding="utf-8")
+
+
+# ---- pictures
+
+
+def pictures() -> dict[str, Figure]:
+    """The pictures of README.md and theory.md, by name; half a minute."""
+    return {
+        "graph": _picture_graph(),
+        "spectrum": _picture_spectrum(),
+        "reach": _picture_reach(),
+        "mixing": _picture_mixing(),
+    }
+
+
+def _picture_graph() -> Figure:
+    n, degree, layers = 16, 4, 3
+    return draw_stacks(
+        {
+            "dense": list(theory.stack("biregular", n, n, layers)),
+            "group": list(theory.stack("group", n, degree, layers)),
+            "expander": list(theory.stack("biregular", n, degree, layers)),
+        },
+        output=6,
+    )
+
+
+def _picture_spectrum() -> Figure:
+    """Left: all values of one graph. Right: the second value against compression, for kinds and
+    shares.
+    """
+    n = 512
+    figure = Picture(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    draw_histogram(left, Graph.sample("biregular", n, n, 16))
+    left.set_title("One layer, 512 to 512 channels, degree 16", fontsize=12)
+    compressions = [2, 4, 8, 16, 32, 64]
+    lines = [("group", 1), ("random", 1), ("biregular", 1), ("biregular", 4)]
+    for kind, share in lines:
+        label = LABEL[kind] if share == 1 else f"{LABEL[kind]}, share {share}"
+        if kind == "group":
+            label = "group, group + shuffle"
+        found = [theory.spectrum(Graph.sample(kind, n, n, n // c, share)) for c in compressions]
+        right.plot(
+            compressions,
+            [each.normalised for each in found],
+            color=COLOUR[kind],
+            linestyle={"group": "-", "random": "none", "biregular": "-" if share == 1 else "--"}[
+                kind
+            ],
+            marker=MARKER[kind],
+            # The random graphs lie under the biregular ones: a larger, hollow marker shows both.
+            markerfacecolor="white"
+            if (kind, share) in (("random", 1), ("biregular", 4))
+            else COLOUR[kind],
+            markersize=9 if kind == "random" else 6,
+            label=label,
+        )
+        if kind == "biregular":
+            bound = [each.bound / each.first for each in found]
+            name = "smaller of the two bounds" if share == 1 else None
+            right.plot(compressions, bound, color=INK, linewidth=1.3, linestyle=":", label=name)
+    right.set_xscale("log", base=2)
+    right.set_xticks(compressions, [str(c) for c in compressions])
+    right.set(
+        xlabel="compression, inputs / degree",
+        ylabel="second / first singular value",
+        ylim=(0, 1.05),
+    )
+    right.set_title("The smaller, the better one layer mixes (512 channels)", fontsize=12)
+    right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.93))
+    return figure
+
+
+def _picture_reach() -> Figure:
+    """Left: growth for the kinds. Right: sensitivity depth against width, over the least possible."""
+    figure = Picture(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    kinds = ("biregular", "shuffle", "random", "group")
+    draw_growth(left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=10)) for kind in kinds})
+    left.set_title("512 channels, degree 4", fontsize=12)
+    widths = [2**e for e in range(6, 13)]
+    for degree, marker, colour in (
+        (3, "o", "#08306b"),
+        (4, "s", COLOUR["biregular"]),
+        (8, "^", "#6baed6"),
+    ):
+        depths = [theory.sensitivity_depth(theory.stack("biregular", n, degree)) for n in widths]
+        line = [depth or math.nan for depth in depths]
+        right.plot(widths, line, marker=marker, color=colour, label=f"degree {degree}")
+        right.plot(widths, [math.log(n, degree) for n in widths], ":", color=colour, linewidth=1.3)
+    right.plot([], [], ":", color=INK, label="least possible, log n / log degree")
+    right.set_xscale("log", base=2)
+    right.set_xticks(widths, [f"{n:,}" for n in widths])
+    right.set(xlabel="channels", ylabel="layers", ylim=(0, None))
+    right.set_title("Expander layers until all is connected", fontsize=12)
+    right.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _picture_mixing() -> Figure:
+    """How far the edges between two sets of k channels are from expected: random sets, and the
+    worst found.
+    """
+    n, degree = 512, 16
+    figure = Picture(7.5, 4.6)
+    axes = figure.subplots()
+    draw = np.random.default_rng(0)
+    sizes = np.arange(degree // 2, n, degree // 2)
+    for kind, worst in (
+        ("group", "consecutive channels"),
+        ("biregular", "sets by singular vectors"),
+    ):
+        graph = Graph.sample(kind, n, n, degree)
+        outputs, inputs = (
+            _adverse_order(graph) if kind == "biregular" else (np.arange(n), np.arange(n))
+        )
+        adverse = [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
+        chance = [
+            theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size])
+            for size in sizes
+        ]
+        colour, name = COLOUR[kind], LABEL[kind]
+        bound = [each.sharp for each in adverse]
+        second = theory.spectrum(graph).second
+        axes.plot(
+            sizes, bound, color=colour, linewidth=1.4, label=f"{name}: bound, lambda = {second:.1f}"
+        )
+        for found, fill, label in ((adverse, colour, worst), (chance, "white", "random sets")):
+            deviation = [abs(each.edges - each.expected) for each in found]
+            axes.scatter(
+                sizes,
+                deviation,
+                14,
+                fill,
+                marker=MARKER[kind],
+                edgecolors=colour,
+                linewidths=0.8,
+                label=label,
+            )
+    axes.set(
+        xlim=(0, n), ylim=(0, None), xlabel="k, channels in each set", ylabel="|edges - expected|"
+    )
+    axes.set_title("Edges between k inputs and k outputs, 512 channels, degree 16", fontsize=12)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def _adverse_order(graph: Graph) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Outputs and inputs by their entries in the second singular vectors: the first k of each mix
+    badly.
+    """
+    left, _, right = np.linalg.svd(np.repeat(graph.matrix(), graph.share, axis=0))
+    return np.argsort(-left[:, 1]), np.argsort(-right[1])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        for path in save(pictures(), sys.argv[1]):
+            print(path)
+    else:
+        write_tables()

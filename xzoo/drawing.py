@@ -1,5 +1,4 @@
-"""Pictures of graphs and models, from measurements: `python -m xzoo.drawing FOLDER` draws the
-README's.
+"""Pictures of graphs and models, from measurements.
 
 Every function returns a matplotlib Figure, made without pyplot, so that nothing global is touched
 and a notebook, a test and the command line can all use it. Colours are those of Okabe and Ito, told
@@ -8,15 +7,12 @@ apart by the colour-blind; a kind of graph has the same colour, marker and name 
 Not here: the measurements themselves (theory.py).
 """
 
-import argparse
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from . import theory
@@ -96,7 +92,7 @@ def draw_spectrum(graph: Graph, title: str = "") -> "Figure":
     """
     figure = _figure(7, 4.2)
     axes = figure.subplots()
-    _draw_histogram(axes, graph)
+    draw_histogram(axes, graph)
     axes.set_title(title or f"{graph.n_in} inputs, {graph.blocks} blocks, degree {graph.degree}")
     return figure
 
@@ -104,7 +100,7 @@ def draw_spectrum(graph: Graph, title: str = "") -> "Figure":
 def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
     """Part of all pairs (input, output) that is connected, layer by layer; one curve for each name."""
     figure = _figure(7, 4.2)
-    _draw_growth(figure.subplots(), curves)
+    draw_growth(figure.subplots(), curves)
     figure.suptitle(title)
     return figure
 
@@ -172,169 +168,7 @@ def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> lis
         ),
         "graph": draw_adjacency(drawn[smallest], f"{name}: {cut(shown(smallest), 60)}"),
     }
-    return _save(pictures, folder)
-
-
-def draw_readme(folder: str | Path) -> list[Path]:
-    """Draw graph.png, spectrum.png, reach.png and mixing.png of the README into `folder`; half a
-    minute.
-    """
-    pictures = {
-        "graph": _readme_graph(),
-        "spectrum": _readme_spectrum(),
-        "reach": _readme_reach(),
-        "mixing": _readme_mixing(),
-    }
-    return _save(pictures, folder)
-
-
-def _readme_graph() -> "Figure":
-    n, degree, layers = 16, 4, 3
-    return draw_stacks(
-        {
-            "dense": list(theory.stack("biregular", n, n, layers)),
-            "group": list(theory.stack("group", n, degree, layers)),
-            "expander": list(theory.stack("biregular", n, degree, layers)),
-        },
-        output=6,
-    )
-
-
-def _readme_spectrum() -> "Figure":
-    """Left: all values of one graph. Right: the second value against compression, for kinds and
-    shares.
-    """
-    n = 512
-    figure = _figure(11, 4.4)
-    left, right = figure.subplots(1, 2)
-    _draw_histogram(left, Graph.sample("biregular", n, n, 16))
-    left.set_title("One layer, 512 to 512 channels, degree 16", fontsize=12)
-    compressions = [2, 4, 8, 16, 32, 64]
-    lines = [("group", 1), ("random", 1), ("biregular", 1), ("biregular", 4)]
-    for kind, share in lines:
-        label = LABEL[kind] if share == 1 else f"{LABEL[kind]}, share {share}"
-        if kind == "group":
-            label = "group, group + shuffle"
-        found = [theory.spectrum(Graph.sample(kind, n, n, n // c, share)) for c in compressions]
-        right.plot(
-            compressions,
-            [each.normalised for each in found],
-            color=COLOUR[kind],
-            linestyle={"group": "-", "random": "none", "biregular": "-" if share == 1 else "--"}[
-                kind
-            ],
-            marker=MARKER[kind],
-            # The random graphs lie under the biregular ones: a larger, hollow marker shows both.
-            markerfacecolor="white"
-            if (kind, share) in (("random", 1), ("biregular", 4))
-            else COLOUR[kind],
-            markersize=9 if kind == "random" else 6,
-            label=label,
-        )
-        if kind == "biregular":
-            bound = [each.bound / each.first for each in found]
-            name = "smaller of the two bounds" if share == 1 else None
-            right.plot(compressions, bound, color=INK, linewidth=1.3, linestyle=":", label=name)
-    right.set_xscale("log", base=2)
-    right.set_xticks(compressions, [str(c) for c in compressions])
-    right.set(
-        xlabel="compression, inputs / degree",
-        ylabel="second / first singular value",
-        ylim=(0, 1.05),
-    )
-    right.set_title("The smaller, the better one layer mixes (512 channels)", fontsize=12)
-    right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.93))
-    return figure
-
-
-def _readme_reach() -> "Figure":
-    """Left: growth for the kinds. Right: sensitivity depth against width, over the least possible."""
-    figure = _figure(11, 4.4)
-    left, right = figure.subplots(1, 2)
-    kinds = ("biregular", "shuffle", "random", "group")
-    _draw_growth(
-        left, {kind: theory.reach(theory.stack(kind, 512, 4, layers=10)) for kind in kinds}
-    )
-    left.set_title("512 channels, degree 4", fontsize=12)
-    widths = [2**e for e in range(6, 13)]
-    for degree, marker, colour in (
-        (3, "o", "#08306b"),
-        (4, "s", COLOUR["biregular"]),
-        (8, "^", "#6baed6"),
-    ):
-        depths = [theory.sensitivity_depth(theory.stack("biregular", n, degree)) for n in widths]
-        line = [depth or math.nan for depth in depths]
-        right.plot(widths, line, marker=marker, color=colour, label=f"degree {degree}")
-        right.plot(widths, [math.log(n, degree) for n in widths], ":", color=colour, linewidth=1.3)
-    right.plot([], [], ":", color=INK, label="least possible, log n / log degree")
-    right.set_xscale("log", base=2)
-    right.set_xticks(widths, [f"{n:,}" for n in widths])
-    right.set(xlabel="channels", ylabel="layers", ylim=(0, None))
-    right.set_title("Expander layers until all is connected", fontsize=12)
-    right.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def _readme_mixing() -> "Figure":
-    """How far the edges between two sets of k channels are from expected: random sets, and the
-    worst found.
-    """
-    n, degree = 512, 16
-    figure = _figure(7.5, 4.6)
-    axes = figure.subplots()
-    draw = np.random.default_rng(0)
-    sizes = np.arange(degree // 2, n, degree // 2)
-    for kind, worst in (
-        ("group", "consecutive channels"),
-        ("biregular", "sets by singular vectors"),
-    ):
-        graph = Graph.sample(kind, n, n, degree)
-        outputs, inputs = (
-            _adverse_order(graph) if kind == "biregular" else (np.arange(n), np.arange(n))
-        )
-        adverse = [theory.mixing(graph, inputs[:size], outputs[:size]) for size in sizes]
-        chance = [
-            theory.mixing(graph, draw.permutation(n)[:size], draw.permutation(n)[:size])
-            for size in sizes
-        ]
-        colour, name = COLOUR[kind], LABEL[kind]
-        bound = [each.sharp for each in adverse]
-        second = theory.spectrum(graph).second
-        axes.plot(
-            sizes, bound, color=colour, linewidth=1.4, label=f"{name}: bound, lambda = {second:.1f}"
-        )
-        for found, fill, label in ((adverse, colour, worst), (chance, "white", "random sets")):
-            deviation = [abs(each.edges - each.expected) for each in found]
-            axes.scatter(
-                sizes,
-                deviation,
-                14,
-                fill,
-                marker=MARKER[kind],
-                edgecolors=colour,
-                linewidths=0.8,
-                label=label,
-            )
-    axes.set(
-        xlim=(0, n), ylim=(0, None), xlabel="k, channels in each set", ylabel="|edges - expected|"
-    )
-    axes.set_title("Edges between k inputs and k outputs, 512 channels, degree 16", fontsize=12)
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-    )
-    return figure
-
-
-def _adverse_order(graph: Graph) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Outputs and inputs by their entries in the second singular vectors: the first k of each mix
-    badly.
-    """
-    left, _, right = np.linalg.svd(np.repeat(graph.matrix(), graph.share, axis=0))
-    return np.argsort(-left[:, 1]), np.argsort(-right[1])
+    return save(pictures, folder)
 
 
 def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str) -> int:
@@ -409,7 +243,7 @@ def _draw_lines(axes: "Axes", graph: Graph) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_histogram(axes: "Axes", graph: Graph) -> None:
+def draw_histogram(axes: "Axes", graph: Graph) -> None:
     values, found = theory.all_singular_values(graph), theory.spectrum(graph)
     axes.hist(
         values[1:],
@@ -449,7 +283,7 @@ def _draw_histogram(axes: "Axes", graph: Graph) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
+def draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
     """A curve that is complete goes on at 100 % beside longer ones, since no layer can undo that."""
     from matplotlib.ticker import MaxNLocator
 
@@ -489,7 +323,7 @@ def _figure(width: float, height: float) -> "Figure":
     return Picture(width, height)
 
 
-def _save(pictures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:
+def save(pictures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -497,12 +331,3 @@ def _save(pictures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:
         figure.savefig(folder / f"{name}.png", dpi=110, pil_kwargs={"optimize": True})
         paths.append(folder / f"{name}.png")
     return paths
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        "python -m xzoo.drawing", description="Draw the README's pictures, from measurements."
-    )
-    parser.add_argument("folder", type=Path, help="where to write them, for example .github/images")
-    for path in draw_readme(parser.parse_args().folder):
-        print(path)

@@ -21,6 +21,7 @@ import urllib.error
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,70 +311,64 @@ class Hub:
         return Pin(found.etag, found.size)
 
     def file(self, name: str, pin: Pin) -> tuple[bytes, Path, str]:
-        """Verified bytes, their place, and whether they came from the "cache" or the "Hub"."""
-        cached = self._cached(name)
-        if cached is not None:
+        """Verified bytes, their path, and whether they came from the "cache" or the "Hub"."""
+        from huggingface_hub import hf_hub_download
+
+        fetch_file = partial(
+            hf_hub_download, self.repo, name, revision=self.commit, cache_dir=self.cache
+        )
+        state = "not in"
+        with suppress(OSError, ValueError):  # not in the cache
+            cached = Path(fetch_file(local_files_only=True))
             data = _read(cached)
             if data is not None and pin.fits(data):
                 return data, cached, "cache"
-            _logger.warning("%s is damaged, and is fetched again", cached)
+            state = "damaged in"
+            _logger.warning("%s is damaged and will be fetched again", cached)
         if self.offline:
-            state = f"damaged in {self.cache}" if cached else f"not in {self.cache}"
             raise ModelError(
-                f"{self.repo}/{name} is {state}, and HF_HUB_OFFLINE is set; unset it once to fetch "
-                "it"
+                f"{self.repo}/{name} is {state} {self.cache}, and HF_HUB_OFFLINE is set; unset it "
+                "once to fetch it"
             )
-        stated = self.stated(name)
-        if stated.size != pin.size or (
-            len(stated.digest) == 64 == len(pin.digest) and stated.digest != pin.digest
-        ):
-            raise ModelError(
-                f"{self.endpoint} has another {name} in {self.repo} at {self.commit[:12]} than "
-                "this xzoo was made "
-                f"for ({stated.size} bytes, {pin.size} expected); nothing was taken"
-            )
+        self._check_pin(name, pin)
         for last in (False, True):
             try:
-                path = self._download(name, cached is not None or last)
+                with network.bounded():
+                    path = Path(
+                        fetch_file(
+                            endpoint=self.endpoint,
+                            etag_timeout=network.patience(),
+                            force_download=last or state == "damaged in",
+                        )
+                    )
             except Exception as error:
-                if last or network.unreachable() or not _passes(error):
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                refused = status is not None and status < 500
+                unwritten = getattr(error, "errno", None) is not None  # a full disk, permissions
+                if last or refused or unwritten or network.unreachable():
                     raise self._error(name, error) from error
-                _logger.warning(
-                    "%s/%s: %s; once more", self.repo, name, network.failure() or first_line(error)
-                )
                 continue
             data = path.read_bytes()
             if pin.fits(data):
                 return data, path, "Hub"
-            # Out of the cache with it, or the next one takes it for what it should be.
-            for place in (path.resolve(), path):
-                place.unlink(missing_ok=True)
-            _logger.warning("%s/%s came damaged", self.repo, name)
+            # Other programs read this cache and check nothing: a damaged file must not stay there.
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         raise ModelError(
             f"{self.repo}/{name} came damaged twice from {self.endpoint}; nothing was kept, try "
             "again later"
         )
 
-    def _cached(self, name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
-
-        with suppress(OSError, ValueError):  # not there
-            found = hf_hub_download(
-                self.repo, name, revision=self.commit, cache_dir=self.cache, local_files_only=True
+    def _check_pin(self, name: str, pin: Pin) -> None:
+        """Raise ModelError if the Hub has another file than the pinned one."""
+        stated = self.stated(name)
+        both_sha256 = len(stated.digest) == len(pin.digest) == 64
+        if stated.size != pin.size or (both_sha256 and stated.digest != pin.digest):
+            raise ModelError(
+                f"{self.endpoint} has another {name} in {self.repo} at {self.commit[:12]} than "
+                f"this xzoo was made for ({stated.size} bytes, {pin.size} expected); nothing was "
+                "taken"
             )
-            return Path(found)
-        return None
-
-    def _download(self, name: str, force: bool) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        where: dict[str, Any] = {
-            "revision": self.commit,
-            "cache_dir": self.cache,
-            "endpoint": self.endpoint,
-        }
-        with network.bounded():
-            return Path(hf_hub_download(self.repo, name, force_download=force, **where))
 
     def _error(self, name: str, error: Exception) -> ModelError:
         if isinstance(error, XzooError):
@@ -444,19 +439,6 @@ def explained(
             "connection"
         )
     return None
-
-
-def _passes(error: Exception) -> bool:
-    """Whether the same request may do better: a server in trouble, a broken connection."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    truncated = isinstance(error, OSError) and "Consistency check" in str(error)
-    broken = isinstance(
-        error, httpx.TransportError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError
-    )
-    return truncated or broken or (status is not None and status >= 500)
 
 
 def _read(path: Path) -> bytes | None:

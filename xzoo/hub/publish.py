@@ -10,8 +10,6 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +112,13 @@ def _publish(folder: Path, repo: str, private: bool, dry_run: bool) -> Publicati
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in EXPORTED}
         # For a repository of another name the card says other things.
         files[card.CARD] = encoded(card.text(folder, repo))
-        with _patience():
+        session = get_session()
+        limits = session.timeout
+        session.timeout = WAIT  # the client's own default is to wait forever
+        try:
             return _send(HfApi(endpoint=constants.ENDPOINT), folder, repo, files, private, dry_run)
+        finally:
+            session.timeout = limits
     except XzooError:
         raise
     except (httpx.HTTPError, OSError, ValueError, RuntimeError, KeyError) as error:
@@ -131,7 +134,7 @@ def _send(
         return Publication(repo, None, None, sorted(files), digests, False)
     if not dry_run:
         api.create_repo(repo, private=private, exist_ok=True)
-    head = str(api.model_info(repo).sha)
+    head = str(api.model_info(repo, timeout=WAIT).sha)
     changed, surplus = _differences(api, repo, head, files)
     if dry_run:
         return Publication(repo, None, None, changed + surplus, digests, False)
@@ -145,7 +148,7 @@ def _send(
                 repo, operations, commit_message=title, parent_commit=head
             ).oid
         except httpx.TransportError:  # done, perhaps, and the answer was lost
-            commit = str(api.model_info(repo).sha)
+            commit = str(api.model_info(repo, timeout=WAIT).sha)
     if _differences(api, repo, commit, files) != ([], []):
         raise XzooError(f"{repo} has other files at {commit} than were sent; publish again")
     with tempfile.TemporaryDirectory() as cache:
@@ -156,25 +159,6 @@ def _send(
     return Publication(
         repo, commit, version, changed + surplus, digests, register(folder, repo, commit, version)
     )
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """An end to each request, since the client asks for none in its calls of the API."""
-
-    def limit(request: Any) -> None:
-        asked = request.extensions.get("timeout") or {}
-        request.extensions["timeout"] = {
-            key: asked.get(key) or WAIT for key in ("connect", "read", "write", "pool")
-        }
-
-    session = get_session()
-    hooks = session.event_hooks
-    session.event_hooks = hooks | {"request": [*hooks["request"], limit]}
-    try:
-        yield
-    finally:
-        session.event_hooks = hooks
 
 
 def _check_rights(repo: str) -> None:
