@@ -130,7 +130,7 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """Consecutive X-layers of a model, each reading what the one before it computes."""
 
     names: tuple[str, ...]
@@ -272,7 +272,7 @@ def graphs_of(model: nn.Module) -> dict[str, Graph]:
     }
 
 
-def runs(model: nn.Module) -> list[Run]:
+def runs(model: nn.Module) -> list[Stretch]:
     """Every maximal run of X-layers of which each reads the outputs of the one before it.
 
     The order of `named_modules` is taken for the order of computation, as it is in the zoo's
@@ -295,9 +295,9 @@ def runs(model: nn.Module) -> list[Run]:
     return [_run(layers) for layers in found]
 
 
-def _run(layers: dict[str, Graph]) -> Run:
+def _run(layers: dict[str, Graph]) -> Stretch:
     unread = {name: graph.n_in - len(np.unique(graph.neighbours)) for name, graph in layers.items()}
-    return Run(tuple(layers), reach(layers.values()), {name: n for name, n in unread.items() if n})
+    return Stretch(tuple(layers), reach(layers.values()), {name: n for name, n in unread.items() if n})
 
 
 def _mixes_channels(module: nn.Module) -> bool:
