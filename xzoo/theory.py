@@ -297,7 +297,9 @@ def runs(model: nn.Module) -> list[Stretch]:
 
 def _run(layers: dict[str, Graph]) -> Stretch:
     unread = {name: graph.n_in - len(np.unique(graph.neighbours)) for name, graph in layers.items()}
-    return Stretch(tuple(layers), reach(layers.values()), {name: n for name, n in unread.items() if n})
+    return Stretch(
+        tuple(layers), reach(layers.values()), {name: n for name, n in unread.items() if n}
+    )
 
 
 def _mixes_channels(module: nn.Module) -> bool:
