@@ -93,9 +93,8 @@ def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -
     task.check(trainer, data)
     # what cannot teach is told now; the fit makes its own, since EMA would copy this one
     task.make_teacher(data)
-    known = facts(trainer, task, data, shlex.join([cli.name, *cli.overrides]), cli.sha)
     if cli.config.results:
-        _check_row(cli, data, known)
+        _check_row(cli, data, _facts(cli, trainer, task, data))
     steps = steps_of_epoch(trainer, data)
     _check_validation(cli.config.trainer, steps)
     trainer.log_every_n_steps = log_every(steps, trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -113,6 +112,12 @@ def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -
     if not trainer.is_global_zero:
         return None
     return _finish(cli, run, trainer, task, data, console)
+
+
+def _facts(
+    cli: RecipeCLI, trainer: pl.Trainer, task: Classifier, data: DataModule
+) -> dict[str, Any]:
+    return facts(trainer, task, data, shlex.join([cli.name, *cli.overrides]), cli.sha)
 
 
 def _check_row(cli: RecipeCLI, data: DataModule, known: dict[str, Any]) -> None:
@@ -150,7 +155,7 @@ def _finish(
     console: Console,
 ) -> Result:
     """The result of a run that has ended; result.json comes last."""
-    known = facts(trainer, task, data, shlex.join([cli.name, *cli.overrides]), cli.sha)
+    known = _facts(cli, trainer, task, data)
     known["wall_s"] = round(run.clock.seconds, 1)
     made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
     result, _, _ = finish(run.folder, trainer, task, data, known, {"fit": made}, cli.name, console)
