@@ -194,7 +194,7 @@ def _fold_norms(proof: Proof) -> int:
     trace stays as it is.
     """
     changes: dict[str, Change] = {}
-    for layer, norm in _pairs(proof.models[0], "folded", reads_matter=True):
+    for layer, norm in following(proof.models[0], "folded", reads_matter=True):
         parts = [proof.models[0].get_submodule(name) for name in (layer, norm)]
         if _folds(parts[0], parts[1], proof.dims.get(norm, 0)):
             changes[norm] = functools.partial(_fold, layer, norm)
@@ -206,14 +206,16 @@ def _fuse_activations(proof: Proof) -> int:
     many do.
     """
     changes: dict[str, Change] = {}
-    for layer, act in _pairs(proof.models[0], "fused", reads_matter=False):
+    for layer, act in following(proof.models[0], "fused"):
         parts = [proof.models[0].get_submodule(name) for name in (layer, act)]
         if type(parts[0]) in X_LAYERS and type(parts[1]) in ACTIVATIONS and all(map(_plain, parts)):
             changes[act] = functools.partial(_fuse, layer, act)
     return len(_change(proof, changes, "done by the layer before it"))
 
 
-def _pairs(model: nn.Module, what: str, reads_matter: bool) -> Iterator[tuple[str, str]]:
+def following(
+    model: nn.Module, what: str, reads_matter: bool = False
+) -> Iterator[tuple[str, str]]:
     """Names of two modules, of which the second alone gets the first one's result; each called
     once, under one name, and with parameters of its own, which no code but its own reads. Modules
     between them that do nothing count as absent."""
