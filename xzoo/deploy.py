@@ -87,7 +87,9 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     """
     model = unwrapped(model)
     refuse_unsized(model)
-    fast = copy_of(model, _own).eval().requires_grad_(False)
+    from .norms import unfuse
+
+    fast = unfuse(copy_of(model, _own)).eval().requires_grad_(False)
     proof = Proof(fast, example)
     if not proof.trials:
         _logger.warning(

@@ -230,7 +230,10 @@ int xzoo_norm_grad(const Norm* a, const float* dy, const float* x, float* statis
   float* slope = scratch[1].floats(2 * a->C);
   if (no_memory) return NO_MEMORY;
   with_activation(*a, [&](auto act) {
-    norm_gradients<decltype(act)::value>(*a, dy, x, s, slope, slope + a->C, dx, dgamma, dbeta);
+    constexpr int A = decltype(act)::value;
+    float* level = slope + a->C;
+    if (a->training) norm_gradients<A, true>(*a, dy, x, s, slope, level, dx, dgamma, dbeta);
+    else norm_gradients<A, false>(*a, dy, x, s, slope, level, dx, dgamma, dbeta);
   });
   return ended();
 }

@@ -292,8 +292,9 @@ struct Way {
   V scale, shift, mean, slope, level;
 };
 
-// dgamma and dbeta, and dx; `slope` and `level` are room for a.C floats each.
-template <int A>
+// dgamma and dbeta, and dx; `slope` and `level` are room for a.C floats each. By fixed statistics,
+// dx = scale * d.
+template <int A, bool BY_BATCH>
 void norm_gradients(const Norm& a, const float* dy, const float* x, const Statistics& by,
                     float* slope, float* level, float* dx, float* dgamma, float* dbeta) {
   const double count = (double)a.N * (double)a.P;
@@ -308,15 +309,15 @@ void norm_gradients(const Norm& a, const float* dy, const float* x, const Statis
         const double i = inverse[c];
         dgamma[c] = (float)(along * i);
         dbeta[c] = (float)sum;
-        slope[c] = a.training ? (float)(-scale[c] * i * i * along / count) : 0;
-        level[c] = a.training ? (float)(-scale[c] * sum / count) : 0;
+        slope[c] = (float)(-scale[c] * i * i * along / count);
+        level[c] = (float)(-scale[c] * sum / count);
       },
       [=](auto at) {
         return Way{at.of(scale), at.of(shift), at.of(mean), at.of(slope), at.of(level)};
       },
       [=](const Way& k, long i, long n) ALWAYS {
         const V v = some(x + i, n), d = through<A>(some(dy + i, n), fma(v, k.scale, k.shift));
-        put(dx + i, fma(d, k.scale, fma(v - k.mean, k.slope, k.level)), n);
+        put(dx + i, BY_BATCH ? fma(d, k.scale, fma(v - k.mean, k.slope, k.level)) : d * k.scale, n);
       });
 }
 
