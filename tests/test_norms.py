@@ -69,11 +69,12 @@ def cases(draw):
 
 def results(function, x, grad, affine, activation, training, dtype):
     """y, the running statistics afterwards, and the gradients by x, weight and bias."""
-    x, *affine = (
-        t if t is None else t.to(dtype).clone().requires_grad_() for t in (x, *affine)
-    )
+    x, *affine = (t if t is None else t.to(dtype).clone().requires_grad_() for t in (x, *affine))
     channels = x.shape[1]
-    running = torch.linspace(-1, 1, channels, dtype=dtype), torch.linspace(0.5, 2, channels, dtype=dtype)
+    running = (
+        torch.linspace(-1, 1, channels, dtype=dtype),
+        torch.linspace(0.5, 2, channels, dtype=dtype),
+    )
     y = function(x, *running, *affine, training, 0.3, 1e-3, activation)
     y.backward(grad.to(dtype))
     grads = [t.grad for t in (x, *affine) if t is not None]
@@ -228,7 +229,13 @@ MODELS = {
     "torchvision's form": torchvision_block,
     **{
         name: lambda name=name: xzoo.create_model(name, num_classes=5)
-        for name in ("x_vgg16_c8", "x_resnet18", "x_densenetbc_40_24", "x_mobilenet050_c8", "x_air94")
+        for name in (
+            "x_vgg16_c8",
+            "x_resnet18",
+            "x_densenetbc_40_24",
+            "x_mobilenet050_c8",
+            "x_air94",
+        )
     },
 }
 

@@ -215,9 +215,7 @@ def _fuse_activations(proof: Proof) -> int:
     return len(_change(proof, changes, "done by the layer before it"))
 
 
-def following(
-    model: nn.Module, what: str, reads_matter: bool = False
-) -> Iterator[tuple[str, str]]:
+def following(model: nn.Module, what: str, reads_matter: bool = False) -> Iterator[tuple[str, str]]:
     """Names of two modules, of which the second alone gets the first one's result; each called
     once, under one name, and with parameters of its own, which no code but its own reads. Modules
     between them that do nothing count as absent."""

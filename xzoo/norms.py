@@ -34,8 +34,8 @@ def fuse(model: nn.Module) -> nn.Module:
     for name, norm in modules.items():
         if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d):
             continue
-        act = modules.get(pairs.get(name, ""))
-        if type(norm) is nn.BatchNorm2d and type(act) in _FUSED and _name(act):
+        act = modules[pairs[name]] if name in pairs else nn.Identity()
+        if type(norm) is nn.BatchNorm2d and _name(act):
             vars(norm)["activation"] = _name(act)
             act.__class__ = _FUSED[type(act)]
         norm.__class__ = _FUSED[type(norm)]
@@ -51,7 +51,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _name(act: nn.Module | None) -> str:
+def _name(act: nn.Module) -> str:
     """What ops.norms calls this activation; "" where it has none for it."""
     if type(act) is nn.GELU and act.approximate == "none":
         return "gelu"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .operations import forced, is_observed
+from .operations import activate, forced, is_observed
 
 ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "gelu": 3}  # of native/norms.h
 _NORM = struct.Struct("7q2d")  # norms.h's
@@ -71,8 +71,7 @@ def _has_kernel(x: Tensor, training: bool, *tensors: Tensor | None) -> bool:
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:
-    functions = {"relu": F.relu, "relu6": F.relu6, "gelu": F.gelu}
-    return functions[activation](y) if activation else y
+    return F.gelu(y) if activation == "gelu" else activate(y, activation)
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -137,11 +136,7 @@ def _differentiable(
         y = (x - mean) * inverse
         y = y if weight is None else y * weight.view(-1, 1, 1)
         y = y if bias is None else y + bias.view(-1, 1, 1)
+    inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     y = _activate(y, ctx.activation)
-    inputs = (x, weight, bias)
-    grads: list[Tensor | None] = [None] * 3
-    needed = [i for i in range(3) if ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(y, [inputs[i] for i in needed], grad, create_graph=True)
-    for i, g in zip(needed, found, strict=True):
-        grads[i] = g
-    return grads
+    grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:3]]

@@ -76,7 +76,7 @@ template <int A>
 INLINE V through(V d, V v) {
   V bell;
   if (A == RELU) return v <= all(0) ? all(0) : d;
-  if (A == RELU6) return (v <= all(0)) | (v >= all(6)) ? all(0) : d;
+  if (A == RELU6) return ((v <= all(0)) | (v >= all(6))) ? all(0) : d;
   if (A == GELU) {
     const V under = normal(v, bell);
     return d * fma(v * all(0.39894228f), bell, under);
