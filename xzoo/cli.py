@@ -5,19 +5,22 @@ bug in xzoo, with its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands a
 they are run, so that few wait for Lightning.
 """
 
+import inspect
 import io
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import files, machine
@@ -25,7 +28,8 @@ from .errors import XzooError
 from .names import shown
 from .options import explain, nearest
 
-# What each command does, and an example of it.
+Several = Sequence[str]  # an argument of several words
+# What each command does, and an example of it. The function `_NAME` runs it.
 COMMANDS = {
     "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
     "inspect": (
@@ -145,6 +149,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         _load_package()
         _lightning(command, arguments)
         return
+    function = globals()[f"_{command}"]
     parser = ArgumentParser(
         prog=f"xzoo {command}",
         description=COMMANDS[command][0],
@@ -152,10 +157,14 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    run = globals()[f"_{command}"](parser)
+    _add_arguments(parser, function)
+    if command == "finetune":
+        from .train.finetune import finetune
+
+        parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
     args = _parse(parser, arguments)
     _load_package()
-    run(args)
+    function(**args.as_dict())
 
 
 def _load_package() -> None:
@@ -279,7 +288,31 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise XzooError(explain(str(error), options)) from None
 
 
-# ---- commands: each adds its options and returns what runs them
+# ---- the commands. A function's parameters are the command's arguments, those behind the `*` its
+# options, and its docstring has their help.
+
+
+def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> None:
+    described = docstring_parser.parse(function.__doc__ or "").params
+    texts = {argument.arg_name: argument.description for argument in described}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        kind, default = parameter.annotation, parameter.default
+        is_option = parameter.kind is parameter.KEYWORD_ONLY
+        settings: dict[str, Any] = {"help": texts.get(name)}
+        is_required = default is parameter.empty
+        if not is_required:
+            settings["default"] = default
+        if kind is bool:
+            settings["action"] = "store_true"
+        elif kind in (Several, Several | None):
+            settings["nargs"] = "+" if is_required else "*"
+        elif not (is_option or is_required):
+            settings["nargs"] = "?"
+        if is_option and kind is not bool:
+            settings["type"] = str if "nargs" in settings else kind
+        parser.add_argument(f"--{name}" if is_option else name, **settings)
 
 
 def _lightning(command: str, arguments: Sequence[str]) -> None:
@@ -296,511 +329,443 @@ def _lightning(command: str, arguments: Sequence[str]) -> None:
         evaluate.evaluate(command, arguments)
 
 
-def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("filter", nargs="?", default="*", help="a pattern, such as 'x_resnet*'")
+def _list(filter: str = "*") -> None:
+    """Print a table of models.
 
-    def run(args: Namespace) -> None:
-        import torch
+    Args:
+        filter: a pattern, such as 'x_resnet*'
+    """
+    import torch
 
-        from .models import create_model, list_models
-        from .profile import profile
+    from .models import create_model, list_models
+    from .profile import profile
 
-        names = list_models(args.filter)
-        if not names:
-            raise XzooError(
-                f"no model is called {args.filter}; {nearest(args.filter, list_models())}"
-            )
-        console, table = _console(), _table("model", "pixels", "weights", "MACs")
-        for name in names:
-            with torch.device("meta"):  # counting needs no weights
-                model: Any = create_model(name)
-            counts, size = profile(model), model.pretrained_cfg["input_size"]
-            table.add_row(
-                name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
-            )
-        console.print(table)
-
-    return run
+    names = list_models(filter)
+    if not names:
+        raise XzooError(f"no model is called {filter}; {nearest(filter, list_models())}")
+    table = _table("model", "pixels", "weights", "MACs")
+    for name in names:
+        with torch.device("meta"):  # counting needs no weights
+            model: Any = create_model(name)
+        counts, size = profile(model), model.pretrained_cfg["input_size"][-1]
+        table.add_row(name, str(size), *_in_millions(counts))
+    _console().print(table)
 
 
-def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
+def _finetune(data: str = "digits", *, freeze: bool = False, **options: Any) -> None:
+    """Train a model on a user's images.
+
+    Args:
+        data: folder of images or parquet files, Hub data set (org/name), or digits
+        freeze: train only the last layer
+        options: the others of `xzoo.train.finetune`
+    """
     from .train.finetune import finetune
 
-    what = "folder of images or parquet files, Hub data set (org/name), or digits"
-    parser.add_argument("data", nargs="?", default="digits", help=what)
-    parser.add_argument("--freeze", action="store_true", help="train only the last layer")
-    parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
-
-    def run(args: Namespace) -> None:
-        machine.keep_memory()
-        result = finetune(**args.as_dict())
-        print(f"{result.top1:.2f} %\t{shown(result.run)}")
-
-    return run
+    machine.keep_memory()
+    result = finetune(data, freeze=freeze, **options)
+    print(f"{result.top1:.2f} %\t{shown(result.run)}")
 
 
-def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("model", help="run folder, model folder, or name of a pretrained model")
-    parser.add_argument("images", nargs="+", help="images, and folders of images")
-    parser.add_argument(
-        "--csv", type=str | None, default=None, help="write all of them to this file"
+def _classify(
+    model: str,
+    images: Several,
+    *,
+    csv: str | None = None,
+    top: int = 5,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> None:
+    """Print the likeliest classes of each image, or write them to a table.
+
+    Args:
+        model: run folder, model folder, or name of a pretrained model
+        images: images, and folders of images
+        csv: write all of them to this file
+        top: how many classes
+        batch_size: images at a time
+        device: auto, cpu, cuda or mps
+    """
+    from .train.classify import classify, write_csv
+
+    if top < 1 or batch_size < 1:
+        raise XzooError(f"top={top}, batch_size={batch_size}: 1 or more are needed")
+    if csv is not None:
+        files.check_file(csv, "--csv")
+
+    def show(prediction: Any) -> None:
+        classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
+        print(shown(f"{prediction.image}: {classes}"), flush=True)
+
+    read, predictions = [], []
+    try:
+        for prediction in classify(model, images, top, batch_size, device):
+            predictions.append(prediction)
+            if prediction.error is not None:
+                print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
+                continue
+            read.append(prediction)
+            if csv is None:
+                show(prediction)
+    finally:  # Ctrl-C leaves the predictions so far
+        if csv is not None and predictions:
+            try:
+                write_csv(predictions, Path(csv), top)
+            except XzooError:  # the disk has become full: they are not lost
+                for prediction in read:
+                    show(prediction)
+                raise
+            print(shown(f"{len(predictions)} images in {csv}"))
+    if not read:
+        raise XzooError(f"none of the {len(predictions)} images can be read")
+
+
+def _queue(
+    file: str | None = None,
+    *,
+    list: bool = False,
+    jobs: int | None = None,
+    blocks: str | None = None,
+) -> None:
+    """Run a queue, or show its state.
+
+    Args:
+        file: Markdown with blocks of shell; by default QUEUE.md
+        list: show what is done and estimate what is left; start nothing
+        jobs: runs side by side; by default 2, on one core 1
+        blocks: only those of these numbers, such as 0,3
+    """
+    from .train import queue, recipes
+
+    numbers = () if blocks is None else blocks.split(",")
+    runs = queue.read_queue(file or recipes.folder() / queue.QUEUE, numbers)
+    if not list:
+        queue.run_queue(runs, jobs)
+        return
+    table = _table("block", "run", "state", "core-hours left", left=("run", "state"))
+    total = 0.0
+    for entry, state, hours in queue.listed(runs):
+        known = not math.isnan(hours)
+        total += hours if known else 0.0
+        table.add_row(entry.block, shown(entry.out), state, f"{hours:,.1f}" if known else "?")
+    console = _console()
+    console.print(table)
+    finished = sum(entry.is_finished for entry in runs)
+    console.print(
+        f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left"
     )
-    parser.add_argument("--top", type=int, default=5, help="how many classes")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
-
-    def run(args: Namespace) -> None:
-        from .train.classify import classify, write_csv
-
-        if args.top < 1 or args.batch_size < 1:
-            raise XzooError(f"top={args.top}, batch_size={args.batch_size}: 1 or more are needed")
-        if args.csv is not None:
-            files.check_file(args.csv, "--csv")
-
-        def tell(prediction: Any) -> None:
-            classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-            print(shown(f"{prediction.image}: {classes}"), flush=True)
-
-        predictions = []
-        try:
-            for prediction in classify(
-                args.model, args.images, args.top, args.batch_size, args.device
-            ):
-                predictions.append(prediction)
-                if prediction.error is not None:
-                    print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
-                elif args.csv is None:
-                    tell(prediction)
-        finally:  # Ctrl-C leaves what was found
-            if args.csv is not None and predictions:
-                try:
-                    write_csv(predictions, Path(args.csv), args.top)
-                except XzooError:  # the disk has become full: they are not lost
-                    for prediction in predictions:
-                        if prediction.error is None:
-                            tell(prediction)
-                    raise
-                print(shown(f"{len(predictions)} images in {args.csv}"))
-        if all(prediction.error is not None for prediction in predictions):
-            raise XzooError(f"none of the {len(predictions)} images can be read")
-
-    return run
 
 
-def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "file", nargs="?", default=None, help="Markdown with blocks of shell; by default QUEUE.md"
-    )
-    parser.add_argument(
-        "--list",
-        action="store_true",
-        help="show what is done and estimate what is left; start nothing",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int | None,
-        default=None,
-        help="runs side by side; by default 2, on one core 1",
-    )
-    parser.add_argument(
-        "--blocks", type=str | None, default=None, help="only those of these numbers, such as 0,3"
-    )
+def _recipes(what: str = "list", recipe: str | None = None, to: str = ".") -> None:
+    """List recipes, or copy one.
 
-    def run(args: Namespace) -> None:
-        from .train import queue, recipes
+    Args:
+        what: list, copy, or a pattern such as 'cifar10/*+air'
+        recipe: with list, a pattern; with copy, a name or a file
+        to: with copy, the folder
+    """
+    from .train import recipes
 
-        file = args.file or recipes.folder() / queue.QUEUE
-        runs = queue.read_queue(file, args.blocks.split(",") if args.blocks is not None else ())
-        if not args.list:
-            queue.run_queue(runs, args.jobs)
-            return
-        console, table = _console(), _table("block", "run", "state", "core-hours left")
-        rows = queue.listed(runs)
-        for entry, state, hours in rows:
-            table.add_row(
-                entry.block, shown(entry.out), state, "?" if math.isnan(hours) else f"{hours:,.1f}"
-            )
-        for column in table.columns[1:3]:
-            column.justify = "left"
-        console.print(table)
-        finished = sum(entry.is_finished for entry in runs)
-        total = sum(hours for _, _, hours in rows if not math.isnan(hours))
-        console.print(
-            f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left"
-        )
-
-    return run
-
-
-def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    what = "list, copy, or a pattern such as 'cifar10/*+air'"
-    parser.add_argument("what", nargs="?", default="list", help=what)
-    parser.add_argument(
-        "recipe", nargs="?", default=None, help="with list, a pattern; with copy, a name or a file"
-    )
-    parser.add_argument("to", nargs="?", default=".", help="with copy, the folder")
-
-    def run(args: Namespace) -> None:
-        from .train import recipes
-
-        if args.what == "copy":
-            if args.recipe is None:
-                raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
-            for path in recipes.copy(args.recipe, args.to):
-                print(shown(path))
-        elif args.what == "list":
-            _list_recipes(args.recipe or "*")
-        elif "/" in args.what or "*" in args.what:
-            _list_recipes(args.what)
-        else:
-            raise XzooError(f"recipes {args.what}: {nearest(args.what, ('list', 'copy'))}")
-
-    return run
+    if what == "copy":
+        if recipe is None:
+            raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
+        for path in recipes.copy(recipe, to):
+            print(shown(path))
+    elif what == "list":
+        _list_recipes(recipe or "*")
+    elif "/" in what or "*" in what:
+        _list_recipes(what)
+    else:
+        raise XzooError(f"recipes {what}: {nearest(what, ('list', 'copy'))}")
 
 
 def _list_recipes(pattern: str) -> None:
-    """A line as soon as it is counted, since all of them take a minute; of a single recipe all that
-    it says.
+    """A line as soon as it is counted, since all of them take a minute; everything that a recipe
+    says where it is the only one.
     """
-    from fnmatch import fnmatch
+    import fnmatch
 
     from .train import queue, recipes
     from .train.parse import RecipeCLI
     from .train.run import quiet
 
-    known = recipes.names() if "+" in pattern else recipes.plain_names()
-    found = [name for name in known if fnmatch(name, pattern)]
-    places = [name for name in recipes.hardware() if fnmatch(name, pattern)]
-    if not found and not places:
+    names = fnmatch.filter(recipes.names() if "+" in pattern else recipes.plain_names(), pattern)
+    hardware = fnmatch.filter(recipes.hardware(), pattern)
+    if not names and not hardware:
         raise XzooError(f"no recipe is called {pattern}; {recipes.hint(pattern, recipes.names())}")
-    width = max(map(len, found + places))
-    if found:
+    width = max(map(len, names + hardware))
+    if names:
         print(f"{'recipe':{width}}    px  epochs     weights        MACs  settings")
-    for name in found:
+    for name in names:
         with quiet():
             cli = RecipeCLI([name])
         size, epochs = queue.size_of(cli), cli.config.trainer.max_epochs
-        counts = queue.counts(cli, size)
-        weights, macs = f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
-        more = [] if "+" in name else [f"+{part.name}" for part in recipes.settings_of(name)]
-        line = f"{name:{width}}  {size:4}  {epochs:6}  {weights:>10}  {macs:>10}  {' '.join(more)}"
+        weights, macs = _in_millions(queue.counts(cli, size))
+        line = f"{name:{width}}  {size:4}  {epochs:6}  {weights:>10}  {macs:>10}"
+        if "+" not in name:
+            line += "  " + " ".join(f"+{part.name}" for part in recipes.settings_of(name))
         print(line.rstrip(), flush=True)
-    for name in places:
+    for name in hardware:
         print(f"{name:{width}}  {recipes.find(name).layers[0].notes.partition(chr(10))[0]}")
-    if len(found) == 1:
-        (layer,) = recipes.find(found[0]).layers
-        print(f"\nxzoo fit {found[0]} --data.root DATA\n\n{recipes.text(layer)}", end="")
+    if len(names) == 1:
+        (layer,) = recipes.find(names[0]).layers
+        print(f"\nxzoo fit {names[0]} --data.root DATA\n\n{recipes.text(layer)}", end="")
 
 
-def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "run", help="folder of a run of fit or finetune that is finished; for a file, any model"
-    )
-    parser.add_argument("to", help="the new folder; or a file that ends in .onnx or .pt2")
-    parser.add_argument(
-        "--half", action="store_true", help="weights in float16, if the accuracy does not move"
-    )
+def _export(run: str, to: str, *, half: bool = False) -> None:
+    """Write a run's model as a model folder, or as a program.
 
-    def run(args: Namespace) -> None:
-        from .hub import export, program
+    Args:
+        run: folder of a run of fit or finetune that is finished; for a file, any model
+        to: the new folder; or a file that ends in .onnx or .pt2
+        half: weights in float16, if the accuracy does not move
+    """
+    from .hub import export, program
+    from .hub.folder import load_any
 
-        if Path(args.to).suffix in program.ENDINGS:
-            from .hub.folder import load_any
-
-            files.check_file(args.to)
-            print(shown(f"{args.to}: {program.write(load_any(args.run), args.to)}"))
-        else:
-            print(
-                shown(
-                    export(
-                        args.run, args.to, half=partial(_judged, args.run) if args.half else None
-                    )
-                )
-            )
-
-    return run
+    if Path(to).suffix in program.ENDINGS:
+        files.check_file(to)
+        print(shown(f"{to}: {program.write(load_any(run), to)}"))
+    else:
+        print(shown(export(run, to, half=partial(_accuracy, run) if half else None)))
 
 
-def _judged(run: str, weights: Path) -> float:
+def _accuracy(run: str, weights: Path) -> float:
     """Top-1 accuracy, in per cent, of a file of weights on the validation images of a run of `xzoo
     fit`.
     """
     from .train.evaluate import evaluate
 
-    figures = evaluate(
-        "validate", ["--config", str(Path(run) / "config.yaml"), "--ckpt_path", str(weights)]
-    )
+    recipe = str(Path(run) / "config.yaml")
+    figures = evaluate("validate", ["--config", recipe, "--ckpt_path", str(weights)])
     assert figures is not None  # this is the only process
     return round(100 * figures["val/acc1"], 4)  # as in result.json
 
 
-def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "folders", nargs="*", default=[], help="exported folders; by default all in hub_cards"
-    )
+def _card(folders: Sequence[str] = []) -> None:
+    """Rewrite cards.
 
-    def run(args: Namespace) -> None:
-        from .hub import card, publish
+    Args:
+        folders: exported folders; by default all in hub_cards
+    """
+    from .hub import card, publish
 
-        for folder in args.folders or publish.folders():
-            changed = card.write(folder)
-            publish.register(Path(folder))
-            print(shown(f"{folder}: {'rewritten' if changed else 'up to date'}"))
-
-    return run
+    for folder in folders or publish.folders():
+        changed = card.write(folder)
+        publish.register(Path(folder))
+        print(shown(f"{folder}: {'rewritten' if changed else 'up to date'}"))
 
 
-def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "folder", nargs="?", default=None, help="exported folder, or the folder of a finished run"
-    )
-    parser.add_argument(
-        "--org", type=str | None, default=None, help="owner of the repository; xzoo's by default"
-    )
-    parser.add_argument(
-        "--repo", type=str | None, default=None, help="the repository, as owner/name"
-    )
-    parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be sent")
-    parser.add_argument("--all", action="store_true", help="every folder in hub_cards")
+def _publish(
+    folder: str | None = None,
+    *,
+    org: str | None = None,
+    repo: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+    all: bool = False,
+) -> None:
+    """Send model folders to the Hub.
 
-    def run(args: Namespace) -> None:
-        from .hub import publish
+    Args:
+        folder: exported folder, or the folder of a finished run
+        org: owner of the repository; xzoo's by default
+        repo: the repository, as owner/name
+        private: make a private repository
+        dry_run: show what would be sent
+        all: every folder in hub_cards
+    """
+    from .hub import publish
 
-        if args.all == (args.folder is not None) or (args.all and args.repo):
-            raise XzooError(
-                "give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org"
-            )
-        for folder in publish.folders() if args.all else [args.folder]:
-            done = publish.publish(folder, args.org, args.repo, args.private, args.dry_run)
-            changed = ", ".join(done.changed) or "nothing"
-            if args.dry_run:
-                print(shown(f"{done.repo}: {changed} would be sent"))
-                continue
-            print(shown(f"{done.repo} {done.version}: {changed} sent; commit {done.commit}"))
-            for name, sha in done.sha256.items():
-                print(shown(f"  {sha}  {name}"))
-            if done.registered:
-                print("  entered in xzoo/weights.json")
-
-    return run
-
-
-def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("results", help="table of runs, such as recipes/results.csv")
-    parser.add_argument(
-        "--out", type=str, default="figures", help="folder for the pictures and the table"
-    )
-    parser.add_argument("--datasets", type=list[str], default=[], help="only these data sets")
-
-    def run(args: Namespace) -> None:
-        from .results.compare import compare
-
-        for path in compare(args.results, args.out, args.datasets):
-            print(shown(path))
-
-    return run
-
-
-def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("model", help="name of a model, run folder, or model folder")
-    parser.add_argument(
-        "--pictures", type=str | None, default=None, help="draw its graphs into this folder"
-    )
-
-    def run(args: Namespace) -> None:
-        from .drawing import draw_model
-        from .hub.folder import load_any
-        from .models import create_model
-        from .profile import profile
-        from .theory import runs
-
-        if args.pictures is not None:
-            files.check_folder(args.pictures, "--pictures")
-        model: Any = load_any(args.model) if Path(args.model).is_dir() else create_model(args.model)
-        counts, console = profile(model), _console()
-        console.print(_layers_table(model, counts))
-        size = " x ".join(map(str, model.pretrained_cfg["input_size"]))
-        console.print(
-            f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}",
-            highlight=False,
+    if all == (folder is not None) or (all and repo):
+        raise XzooError(
+            "give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org"
         )
-        for stretch in runs(model):
-            first, last, n = stretch.names[0], stretch.names[-1], len(stretch.names)
-            depth = stretch.reach.depth
-            reached = (
-                f"sensitivity depth {depth}"
-                if depth
-                else "not every output depends on every input yet"
-            )
-            console.print(
-                f"{n} X-layers, {first} to {last}: {reached}", highlight=False, soft_wrap=True
-            )
-        if args.pictures is not None:
-            try:
-                for picture in draw_model(model, args.pictures, args.model):
-                    print(shown(picture))
-            except OSError as error:
-                raise XzooError(
-                    f"cannot draw into {args.pictures}: {files.reason(error)}"
-                ) from error
-
-    return run
+    for path in [folder] if folder is not None else publish.folders():
+        done = publish.publish(path, org, repo, private, dry_run)
+        changed = ", ".join(done.changed) or "nothing"
+        if dry_run:
+            print(shown(f"{done.repo}: {changed} would be sent"))
+            continue
+        print(shown(f"{done.repo} {done.version}: {changed} sent; commit {done.commit}"))
+        for name, sha in done.sha256.items():
+            print(shown(f"  {sha}  {name}"))
+        if done.registered:
+            print("  entered in xzoo/weights.json")
 
 
-def _doctor(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    def run(args: Namespace) -> None:
-        from .doctor import doctor
+def _compare(results: str, *, out: str = "figures", datasets: list[str] = []) -> None:  # noqa: B006
+    """Draw results and write a table of them.
 
-        facts = doctor()
-        width = max(map(len, facts)) + 2
-        for name, fact in facts.items():
-            print(shown(f"{name:<{width}}{fact}"))
+    Args:
+        results: table of runs, such as recipes/results.csv
+        out: folder for the pictures and the table
+        datasets: only these data sets
+    """
+    from .results.compare import compare
 
-    return run
-
-
-def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parts = {
-        "models": "whole models, in inference and training (the default); names, or none for all",
-        "layers": (
-            "single layers; texts that their names contain, sizes of your own, or none for all"
-        ),
-        "policy": "what `auto` takes against the library's best, over 20 shapes",
-        "share": "second singular value and speed by share",
-        "scaling": (
-            "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)"
-        ),
-        "loop": "the training loop, augmentation, and loading of images",
-    }
-    for part, what in parts.items():
-        several: dict[str, Any] = {"nargs": "*", "type": str, "default": None}
-        parser.add_argument(
-            f"--{part}",
-            help=what,
-            **(several if part in ("models", "layers") else {"action": "store_true"}),
-        )
-    parser.add_argument(
-        "--finetune", type=str | None, default=None, help="images to learn with and without weights"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of torch's; 1 measures a thread's own time"
-    )
-    parser.add_argument(
-        "--pairs", type=int | None, default=None, help="times that each form is measured"
-    )
-    parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="of models, and of the loop"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="dense models by torch.compile as well"
-    )
-    parser.add_argument(
-        "--model", type=str | None, default=None, help="what the loop, or --finetune, trains"
-    )
-    parser.add_argument(
-        "--minutes", type=float | None, default=None, help="of each run of --finetune; by default 2"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int | None,
-        default=None,
-        help="runs of each kind of --finetune; by default 3",
-    )
-    parser.add_argument(
-        "--each",
-        type=int | None,
-        default=None,
-        help="images per class of --finetune; by default 10",
-    )
-    parser.add_argument(
-        "--photos", type=int | None, default=None, help="files that are drawn for the loop's loader"
-    )
-    parser.add_argument(
-        "--csv", type=str | None, default=None, help="write the figures to this file too"
-    )
-    parser.add_argument(
-        "--plot", type=str | None, default=None, help="draw models and layers into this file"
-    )
-
-    def run(args: Namespace) -> None:
-        from . import bench
-
-        if args.finetune is not None:
-            _bench_finetuning(args)
-            return
-        asked = [part for part in parts if getattr(args, part) not in (None, False)] or ["models"]
-        pairs = {} if args.pairs is None else {"pairs": args.pairs}
-        size = {} if args.batch_size is None else {"batch_size": args.batch_size}
-        loop = {
-            key: value for key in ("model", "photos") if (value := getattr(args, key)) is not None
-        }
-        start: dict[str, Callable[[], Any]] = {
-            "models": lambda: bench.models(
-                args.models or (), compiled=args.compile, **pairs, **size
-            ),
-            "layers": lambda: bench.layers(args.layers, **pairs),
-            "policy": lambda: bench.policy(**pairs),
-            "share": lambda: bench.share(**pairs),
-            "scaling": lambda: bench.scaling(**pairs),
-            "loop": lambda: bench.loop(**loop, **pairs, **size),
-        }
-        if args.csv is not None:
-            bench.check_file(Path(args.csv))
-        if args.plot is not None:
-            bench.check_file(Path(args.plot), bench.PICTURES)
-        figures: list[bench.Figure] = []
-        with bench.threads(args.threads):
-            # all that is asked for is checked before any of it is measured
-            begun = [start[part]() for part in asked]
-            try:
-                for part in begun:
-                    for figure in part:
-                        figures.append(figure)
-                        if args.csv is not None:
-                            bench.write_csv(figures, Path(args.csv))
-            finally:  # Ctrl-C leaves what was measured
-                if figures:
-                    _print_figures([figure.told() for figure in figures], bench.machine())
-        if args.plot is not None:
-            bench.draw(figures, Path(args.plot))
-
-    return run
+    for path in compare(results, out, datasets):
+        print(shown(path))
 
 
-def _bench_finetuning(args: Namespace) -> None:
+def _inspect(model: str, *, pictures: str | None = None) -> None:
+    """Print a table of a model's layers, and what the theory says of its graphs.
+
+    Args:
+        model: name of a model, run folder, or model folder
+        pictures: draw its graphs into this folder
+    """
+    from .drawing import draw_model
+    from .hub.folder import load_any
+    from .models import create_model
+    from .profile import profile
+    from .theory import runs
+
+    if pictures is not None:
+        files.check_folder(pictures, "--pictures")
+    net: Any = load_any(model) if Path(model).is_dir() else create_model(model)
+    counts, console = profile(net), _console()
+    console.print(_layers_table(net, counts))
+    size = " x ".join(map(str, net.pretrained_cfg["input_size"]))
+    console.print(f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}")
+    for stretch in runs(net):
+        first, last, depth = stretch.names[0], stretch.names[-1], stretch.reach.depth
+        reached = "not every output depends on every input yet"
+        if depth:
+            reached = f"sensitivity depth {depth}"
+        line = f"{len(stretch.names)} X-layers, {first} to {last}: {reached}"
+        console.print(line, soft_wrap=True)
+    if pictures is not None:
+        try:
+            for picture in draw_model(net, pictures, model):
+                print(shown(picture))
+        except OSError as error:
+            raise XzooError(f"cannot draw into {pictures}: {files.reason(error)}") from error
+
+
+def _doctor() -> None:
+    """Print what computes here."""
+    from .doctor import doctor
+
+    facts = doctor()
+    width = max(map(len, facts)) + 2
+    for name, fact in facts.items():
+        print(shown(f"{name:<{width}}{fact}"))
+
+
+def _bench(
+    *,
+    models: Several | None = None,
+    layers: Several | None = None,
+    policy: bool = False,
+    share: bool = False,
+    scaling: bool = False,
+    loop: bool = False,
+    finetune: str | None = None,
+    threads: int = 1,
+    pairs: int | None = None,
+    batch_size: int | None = None,
+    compile: bool = False,
+    model: str | None = None,
+    minutes: float | None = None,
+    seeds: int | None = None,
+    each: int | None = None,
+    photos: int | None = None,
+    csv: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Measure, print a table, and write it to a file.
+
+    Args:
+        models: whole models, in inference and training (the default); names, or none for all
+        layers: single layers; texts that their names contain, sizes of your own, or none for all
+        policy: what `auto` takes against the library's best, over 20 shapes
+        share: second singular value and speed by share
+        scaling: what threads gain our kernels, against what they gain dense ones (--threads 2 or
+            more)
+        loop: the training loop, augmentation, and loading of images
+        finetune: images to learn with and without weights
+        threads: of torch's; 1 measures a thread's own time
+        pairs: times that each form is measured
+        batch_size: of models, and of the loop
+        compile: dense models by torch.compile as well
+        model: what the loop, or --finetune, trains
+        minutes: of each run of --finetune; by default 2
+        seeds: runs of each kind of --finetune; by default 3
+        each: images per class of --finetune; by default 10
+        photos: files that are drawn for the loop's loader
+        csv: write the figures to this file too
+        plot: draw models and layers into this file
+    """
     from . import bench
 
-    if args.model is None or args.csv is None:
+    if finetune is not None:
+        more = _given(minutes=minutes, seeds=seeds, each=each)
+        _bench_finetuning(finetune, model, csv, threads, more)
+        return
+    times, size = _given(pairs=pairs), _given(batch_size=batch_size)
+    trained = _given(model=model, photos=photos)
+    if layers is None and not (policy or share or scaling or loop):
+        models = models or ()
+    if csv is not None:
+        bench.check_file(Path(csv))
+    if plot is not None:
+        bench.check_file(Path(plot), bench.PICTURES)
+    parts: tuple[tuple[bool, Callable[[], Iterator[bench.Figure]]], ...] = (
+        (models is not None, lambda: bench.models(models or (), compiled=compile, **times, **size)),
+        (layers is not None, lambda: bench.layers(layers or (), **times)),
+        (policy, lambda: bench.policy(**times)),
+        (share, lambda: bench.share(**times)),
+        (scaling, lambda: bench.scaling(**times)),
+        (loop, lambda: bench.loop(**trained, **times, **size)),
+    )
+    figures: list[bench.Figure] = []
+    with bench.threads(threads):
+        # all that is asked for is checked before any of it is measured
+        started = [start() for asked, start in parts if asked]
+        try:
+            for figure in chain.from_iterable(started):
+                figures.append(figure)
+                if csv is not None:
+                    bench.write_csv(figures, Path(csv))
+        finally:  # Ctrl-C leaves what was measured
+            if figures:
+                _print_figures([figure.told() for figure in figures], bench.machine())
+    if plot is not None:
+        bench.draw(figures, Path(plot))
+
+
+def _bench_finetuning(
+    data: str, model: str | None, csv: str | None, threads: int, more: dict[str, Any]
+) -> None:
+    from . import bench
+
+    if model is None or csv is None:
         raise XzooError(
             "--finetune needs --model NAME, with weights, and --csv FILE, which gets a row for "
             "each run"
         )
-    given = {
-        name: value
-        for name in ("minutes", "seeds", "each")
-        if (value := getattr(args, name)) is not None
-    }
-    with bench.threads(args.threads):
-        for row in bench.finetuning(args.finetune, args.model, args.csv, **given):
+    with bench.threads(threads):
+        for row in bench.finetuning(data, model, csv, **more):
+            images = f"{row['train_images']} images of {row['data']}, seed {row['seed']}"
             start = "from the weights" if row["pretrained"] == "true" else "from scratch"
-            print(
-                shown(
-                    f"{row['train_images']} images of {row['data']}, seed {row['seed']}, {start}: "
-                    f"{row['top1']} %"
-                )
-            )
+            print(shown(f"{images}, {start}: {row['top1']} %"))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: the others keep the defaults of what they are passed to."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+# ---- tables
 
 
 def _print_figures(rows: Sequence[dict[str, str]], machine: dict[str, str]) -> None:
-    """Columns that nothing stands in are left out."""
+    """Empty columns are left out."""
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    table = _table(*columns)
-    for column in table.columns:
-        if column.header in ("against", "note"):
-            column.justify = "left"
+    table = _table(*columns, left=("against", "note"))
     for row in rows:
-        table.add_row(*(row[column] for column in columns))
+        table.add_row(*map(row.get, columns))
     console = _console()
     console.print(table)
     console.print(f"{machine['machine']}; torch {machine['torch']}", soft_wrap=True)
@@ -816,46 +781,39 @@ def _console() -> Any:
     return console if console.is_terminal else Console(**plain, width=200)
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str, left: Sequence[str] = ()) -> Any:
+    """An empty table. The first column, and those named in `left`, are left-aligned."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for column in columns:
+        is_left = column in (columns[0], *left)
+        table.add_column(column, justify="left" if is_left else "right", no_wrap=True)
     return table
 
 
+def _in_millions(counts: Any) -> tuple[str, str]:
+    """Weights and multiply-accumulates of a profile."""
+    return f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
+
+
 def _layers_table(model: Any, counts: Any) -> Any:
-    """A row a layer. Singular values are shares of the first, so that 1 is a group convolution and
-    0 a dense layer; the two after the second are its bounds. "/ G" stands for a layer of G groups.
+    """One row per layer. Singular values are divided by the first, so that 1 is a group convolution
+    and 0 a dense layer; the two after the second are its bounds. "/ G" is a layer of G groups.
     """
     from .theory import graphs_of, spectrum
 
-    table = _table(
-        "layer",
-        "in",
-        "out",
-        "kernel",
-        "degree",
-        "share",
-        "second",
-        "Ramanujan",
-        "random",
-        "weights",
-        "MACs",
-    )
-    drawn = graphs_of(model)
+    columns = "layer in out kernel degree share second Ramanujan random weights MACs"
+    table = _table(*columns.split())
+    graphs = graphs_of(model)
     for layer in counts.layers:
         kernel = "x".join(map(str, layer.kernel)) if layer.kernel != (1, 1) else "1"
         measured = ["dense" if layer.groups == 1 else f"/ {layer.groups}", "", "", "", ""]
-        if layer.name in drawn:
-            found = spectrum(drawn[layer.name])
-            bounds = (found.second, found.ramanujan, found.random_matrix)
-            measured = [
-                str(layer.degree),
-                str(layer.share),
-                *(f"{bound / found.first:.3f}" for bound in bounds),
-            ]
+        if layer.name in graphs:
+            found = spectrum(graphs[layer.name])
+            measured = [str(layer.degree), str(layer.share)]
+            for bound in (found.second, found.ramanujan, found.random_matrix):
+                measured.append(f"{bound / found.first:.3f}")
         sizes = [str(layer.n_in), str(layer.n_out), kernel]
         table.add_row(layer.name, *sizes, *measured, f"{layer.weights:,}", f"{layer.macs:,}")
     return table
