@@ -26,7 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from . import files, machine
 from .errors import XzooError
 from .names import shown
-from .options import explain, nearest
+from .options import explain, nearest, option_names
 
 Several = Sequence[str]  # an argument of several words
 # What each command does, and an example of it. The function `_NAME` runs it.
@@ -175,9 +175,8 @@ def _load_package() -> None:
     """
     from . import public
 
-    package = vars(import_module("xzoo"))
-    for name in public.__all__:
-        package[name] = getattr(public, name)
+    names = {name: getattr(public, name) for name in public.__all__}
+    vars(import_module("xzoo")).update(names)
 
 
 def _check_folder() -> None:
@@ -195,20 +194,20 @@ def _check_folder() -> None:
 def _check_backend() -> None:
     """Raise XzooError for an XZOO_BACKEND that does not exist, before the first layer would."""
     name = os.environ.get("XZOO_BACKEND")
-    if name is None:
-        return
-    from . import ops
+    if name is not None:
+        from . import ops
 
-    try:
-        with ops.backend(name):
-            pass
-    except XzooError as error:
-        raise XzooError(f"XZOO_BACKEND={name}: {error}; unset it, or set one of them") from None
+        try:
+            with ops.backend(name):
+                pass
+        except XzooError as error:
+            raise XzooError(f"XZOO_BACKEND={name}: {error}; unset it, or set one of them") from None
 
 
 # What torch and its loaders say when the machine fails, and what to do about it.
 _FAULTS = {
-    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc|Unable to allocate": (
+    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc"
+    r"|Unable to allocate|MemoryError": (
         "there is not enough memory ({}); a smaller batch (--batch-size) or image (--img-size) "
         "needs less"
     ),
@@ -236,15 +235,12 @@ def _fault(error: Exception) -> str | None:
             "needs again"
         )
     if isinstance(error, MemoryError | OSError | RuntimeError):
-        for pattern, told in _FAULTS.items():
-            if re.search(pattern, text):
-                return told.format(text)
-    if isinstance(error, MemoryError):
-        return next(iter(_FAULTS.values())).format(text)
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename}: {files.reason(error)}" if error.filename else files.reason(error)
+        for pattern, advice in _FAULTS.items():
+            if re.search(pattern, f"{type(error).__name__}: {text}"):
+                return advice.format(text)
     if isinstance(error, OSError):
-        return text
+        reason = text if error.errno is None else files.reason(error)
+        return f"{error.filename}: {reason}" if error.filename else reason
     if isinstance(error, UnicodeError):
         return f"text that cannot be read or shown in this encoding ({text}); set PYTHONUTF8=1"
     return None
@@ -274,12 +270,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args([*options, *given[end:]])
     except ArgumentError as error:
-        options = [
-            option
-            for action in parser._actions
-            for option in action.option_strings
-            if option[:2] == "--"
-        ]
+        options = option_names(parser)
         for name in given[:end]:
             if name[0:1] == "-" and name not in options and Path(name).exists():
                 raise XzooError(

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ..data.module import DataModule
 from ..errors import XzooError
 from ..names import to_yaml
-from ..options import explain
+from ..options import explain, option_names
 from ..results.runs import recipe_sha
 from . import recipes
 from .callbacks import SyncBatchNorm
@@ -31,18 +31,23 @@ from .task import Classifier
 
 # Where a run happens; it may change from one start to the next.
 PLACES = {
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-    *("data.init_args.root", "data.init_args.workers"),
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "data.init_args.root",
+    "data.init_args.workers",
 }
 # How it is computed: rounding apart the same recipe, with columns of their own in the results.
 MEANS = {
-    *("trainer.precision", "trainer.sync_batchnorm", "trainer.benchmark", "trainer.deterministic"),
-    *(
-        "model.compile",
-        "model.channels_last",
-        "data.init_args.channels_last",
-        "data.init_args.eval_batch_size",
-    ),
+    "trainer.precision",
+    "trainer.sync_batchnorm",
+    "trainer.benchmark",
+    "trainer.deterministic",
+    "model.compile",
+    "model.channels_last",
+    "data.init_args.channels_last",
+    "data.init_args.eval_batch_size",
 }
 # What is drawn; with columns of their own too.
 SEEDS = {"seed_everything", "model.graph_seed"}
@@ -123,18 +128,10 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            options = [
-                option
-                for action in parser._actions
-                for option in action.option_strings
-                if option[:2] == "--"
-            ]
-            hint = (
-                "; `xzoo recipes` lists what goes after --config"
-                if "are required" in str(error)
-                else ""
-            )
-            raise XzooError(explain(str(error), options, DATA) + hint) from None
+            text = explain(str(error), option_names(parser), DATA)
+            if "are required" in text:
+                text += "; `xzoo recipes` lists what goes after --config"
+            raise XzooError(text) from None
 
     def _add_instantiators(self) -> None:
         """None: `build` makes everything, later."""
@@ -148,8 +145,7 @@ class RecipeCLI(LightningCLI):
         """
         # Not by the parser: it would tell of an error in the data's constructor that they are "None
         # or a data module", and write itself into every checkpoint.
-        place = self.config.data
-        data: Any = pydoc.locate(place.class_path)(**place.init_args.as_dict())  # type: ignore[operator]
+        data = self.data_class(**self.config.data.init_args.as_dict())
         task = Classifier(**self.config.model.as_dict() | {"num_classes": data.num_classes})
         parts = ArgumentParser()
         parts.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
@@ -157,7 +153,7 @@ class RecipeCLI(LightningCLI):
         for name in ("callbacks", "plugins", "logger"):
             own, ours = given.pop(name) or [], trainer.get(name, [])
             if ours is not False:
-                trainer[name] = [*ours, *(own if isinstance(own, list) else [own])]
+                trainer[name] = ours + (own if isinstance(own, list) else [own])
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
         try:
@@ -167,13 +163,11 @@ class RecipeCLI(LightningCLI):
             raise XzooError(f"trainer: {' '.join(str(error).split())}") from error
         return made, task, data
 
-    def plain(self, changes_only: bool = False) -> dict[str, Any]:
-        """The configuration in plain values, as a recipe that does the same; of `changes_only`,
-        without defaults.
+    def plain(self, changes_only: bool = False, config: Namespace | None = None) -> dict[str, Any]:
+        """The configuration, or another one, in plain values, as a recipe that does the same; of
+        `changes_only`, without defaults.
         """
-        return self._plain(self.config, changes_only)
-
-    def _plain(self, config: Namespace, changes_only: bool = False) -> dict[str, Any]:
+        config = self.config if config is None else config
         text = self.parser.dump(config, format="yaml", skip_unset=False, skip_default=changes_only)
         plain = {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
         # Run folders and hashes of recipes know the data modules by the names that xzoo.train has
@@ -190,10 +184,9 @@ class RecipeCLI(LightningCLI):
         """
         layers = () if self.recipe is None else self.recipe.layers
         config = self.plain()
+        recipe = [f"--config={to_yaml(layer.content)}" for layer in layers]
         try:
-            alone = self._plain(
-                self.parser.parse_args([f"--config={to_yaml(layer.content)}" for layer in layers])
-            )
+            alone = self.plain(config=self.parser.parse_args(recipe))
         except ArgumentError:
             # the recipe is complete with the rest alone, so that all of it counts
             config, alone = self.plain(changes_only=True), {}
@@ -203,6 +196,11 @@ class RecipeCLI(LightningCLI):
             text = value if isinstance(value, str) else json.dumps(value)
             found.append(f"--{option}={text}")
         return found
+
+    @property
+    def data_class(self) -> Any:
+        """The class of the data module."""
+        return pydoc.locate(self.config.data.class_path)
 
     @property
     def name(self) -> str:
@@ -222,23 +220,24 @@ class RecipeCLI(LightningCLI):
         return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
 
 
-def _without(config: Any, keys: set[str], place: str = "") -> Any:
+def _without(config: Any, keys: set[str], prefix: str = "") -> Any:
     if not isinstance(config, dict):
         return config
-    here = {key: f"{place}.{key}" if place else key for key in config}
-    return {
-        key: _without(config[key], keys, name) for key, name in here.items() if name not in keys
-    }
+    kept = {}
+    for key, value in config.items():
+        if prefix + key not in keys:
+            kept[key] = _without(value, keys, f"{prefix}{key}.")
+    return kept
 
 
-def _differences(config: Any, other: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def _differences(config: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys that are different in the other, with the value here."""
     for key, value in config.items():
-        name, theirs = f"{place}.{key}" if place else key, other.get(key)
+        theirs = other.get(key)
         if isinstance(value, dict) and isinstance(theirs, dict | None):
-            yield from _differences(value, theirs or {}, name)
+            yield from _differences(value, theirs or {}, f"{prefix}{key}.")
         elif value != theirs:
-            yield name, value
+            yield prefix + key, value
 
 
 def is_first() -> bool:
