@@ -1,8 +1,8 @@
 """The command line: parses and prints. Everything that it does can be called from Python.
 
-Exit codes: 0; 2 for a mistake of the user's or a fault of the machine, told in one line; 1 for a
-bug in xzoo, with its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when
-they are run, so that few wait for Lightning.
+Exit codes: 0; 2 for a user's mistake or a fault of the machine, reported in one line; 1 for a bug
+in xzoo, with its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they
+are run, so that few wait for Lightning.
 """
 
 import inspect
@@ -13,7 +13,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from itertools import chain
@@ -107,11 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise XzooError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
-        _check_folder()
-        _check_backend()
+        _check_surroundings()
         _run(command, rest)
         if sys.stdout is not None:
-            # what cannot be written is told here, and not by the interpreter's end
+            # what cannot be written is reported here, and not when the interpreter ends
             sys.stdout.flush()
     except XzooError as error:
         print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
@@ -135,11 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         print(f"xzoo: error: {shown(fault)}", file=sys.stderr)
-        with suppress(OSError, ValueError):
+        try:
             if sys.stdout is not None:
                 sys.stdout.flush()
-            return 2
-        sys.stdout = None  # it takes nothing any more, and the interpreter would complain of it
+        except (OSError, ValueError):
+            sys.stdout = None  # it takes nothing more, and the interpreter would complain
         return 2
     return 0
 
@@ -179,9 +177,9 @@ def _load_package() -> None:
     vars(import_module("xzoo")).update(names)
 
 
-def _check_folder() -> None:
-    """Raise XzooError where the current folder has been removed: torch's libraries cannot even be
-    loaded there.
+def _check_surroundings() -> None:
+    """Raise XzooError where the current folder has been removed, since torch's libraries cannot
+    even be loaded there; and for an XZOO_BACKEND that does not exist, before the first layer would.
     """
     try:
         os.getcwd()
@@ -189,10 +187,6 @@ def _check_folder() -> None:
         raise XzooError(
             "the folder that xzoo was started in is gone; change to another one"
         ) from None
-
-
-def _check_backend() -> None:
-    """Raise XzooError for an XZOO_BACKEND that does not exist, before the first layer would."""
     name = os.environ.get("XZOO_BACKEND")
     if name is not None:
         from . import ops
@@ -224,7 +218,7 @@ _FAULTS = {
 
 
 def _fault(error: Exception) -> str | None:
-    """What a user's machine has done to us, in one line; None for a bug in xzoo."""
+    """What went wrong on the user's machine, in one line; None for a bug in xzoo."""
     text = _one_line(error) or type(error).__name__
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]

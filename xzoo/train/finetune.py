@@ -36,7 +36,7 @@ from . import pictures
 from .callbacks import EMA
 from .outcome import facts, finish
 from .plan import Options, Plan, plan, start, use_weights
-from .run import CONFIG, Run, claimed, log_every, quiet, refuse_other
+from .run import CONFIG, Run, locked_run_folder, log_every, quiet, refuse_other
 from .task import Classifier
 
 DEFAULT_MODEL = "x_resnet18"
@@ -116,7 +116,7 @@ def finetune(
         result = record.read(folder)
         say(console, f"{folder} is finished: {result}. Choose another --out to train again.")
         return result
-    with claimed(folder), quiet(), own_threads():
+    with locked_run_folder(folder), quiet(), own_threads():
         images = read(options.data, at_least=2 * (img_size or built.input_size))
         refuse_other(folder, {"images": images.fingerprint()}, "xzoo finetune", "data")
         recipe = plan(options, built, images)

@@ -31,8 +31,7 @@ from ..results.runs import COLUMNS, Row, append, read
 from .callbacks import EMA
 from .outcome import commit, facts, finish
 from .parse import PLACES, RecipeCLI, is_first, launched
-from .run import CONFIG, Run, claimed, log_every, quiet, refuse_other
-from .run import fit as run_fit
+from .run import CONFIG, Run, locked_run_folder, log_every, quiet, refuse_other, train
 from .task import Classifier
 
 
@@ -51,7 +50,7 @@ def fit(arguments: Sequence[str]) -> Result | None:
         _refuse_what_does_not_resume(cli.config.trainer)
         if cli.config.trainer.fast_dev_run:
             trainer, task, data = cli.build(**launched())
-            run_fit(trainer, task, data, None)
+            train(trainer, task, data, None)
             say(
                 console,
                 f"{cli.name}: {trainer.global_step} steps and a validation went well; nothing is "
@@ -61,8 +60,14 @@ def fit(arguments: Sequence[str]) -> Result | None:
         folder, config = cli.run_folder, cli.plain()
         if is_first():
             trust = ["--trust"] if cli.config.trust else []
-            refuse_other(folder, config, "xzoo fit", None, PLACES, lambda path: _plain(path, trust))
-            # a table that cannot take the result is told before the training
+            refuse_other(
+                folder,
+                config,
+                "xzoo fit",
+                free=PLACES,
+                parse=lambda file: RecipeCLI(["--config", str(file), *trust]).plain(),
+            )
+            # a table that cannot take the result is reported before the training
             if cli.config.results:
                 check_file(cli.config.results, "--results")
                 if Path(cli.config.results).exists():
@@ -73,13 +78,8 @@ def fit(arguments: Sequence[str]) -> Result | None:
                 say(console, f"{folder} is finished; choose another --out to train again")
                 _show(result, console)
             return result
-        with claimed(folder) if is_first() else nullcontext():
+        with locked_run_folder(folder) if is_first() else nullcontext():
             return _train(cli, Run(folder), config, console)
-
-
-def _plain(config: Path, more: Sequence[str]) -> dict[str, Any]:
-    """A run folder's configuration as `xzoo fit` reads it now."""
-    return RecipeCLI(["--config", str(config), *more]).plain()
 
 
 def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -> Result | None:

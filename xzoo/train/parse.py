@@ -60,7 +60,7 @@ OF_CALL = ("config", "out", "results", "ckpt_path", "trust")
 class RecipeCLI(LightningCLI):
     """LightningCLI's parser over `Classifier` and the data modules; `build` makes what it parsed.
 
-    Apart, because the run folder has to be claimed between the two.
+    Apart, because the run folder has to be locked between the two.
     """
 
     def __init__(self, arguments: Sequence[str], verb: str = "fit") -> None:

@@ -8,6 +8,7 @@ rank).
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from math import cos, isfinite, pi
 from typing import Any, Literal, cast
 
@@ -74,6 +75,16 @@ def sides(full: int, first: Sequence[int] | None, until: float) -> list[tuple[in
     first = first or ()
     smaller = [(side, until / len(first)) for side in first]
     return [*smaller, (full, 1 - until if first else 1.0)]
+
+
+def network_arguments(options: Any) -> dict[str, Any]:
+    """What a Classifier's options pass on to `create_model`: model_kwargs, and those of an X-Net
+    that are given.
+    """
+    drawn = {name: options[name] for name in ("compression", "share", "spatial_share", "graph")}
+    drawn["seed"] = options["graph_seed"]
+    given = {name: value for name, value in drawn.items() if value is not None}
+    return (options["model_kwargs"] or {}) | given
 
 
 class Classifier(pl.LightningModule):
@@ -214,22 +225,11 @@ class Classifier(pl.LightningModule):
                 "whiten and identity_start would overwrite trained weights: leave them out, or use "
                 "pretrained=False"
             )
+        arguments = {"num_classes": num_classes} | network_arguments(self.hparams)
         # The weights are a function of the seed too, and of nothing drawn before.
-        drawn: dict[str, Any] = {
-            "compression": compression,
-            "share": share,
-            "spatial_share": spatial_share,
-            "graph": graph,
-        }
-        drawn |= {"seed": graph_seed}
-        arguments = (model_kwargs or {}) | {
-            key_: value for key_, value in drawn.items() if value is not None
-        }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
-            self.net = create_model(
-                name, pretrained=pretrained, num_classes=num_classes, **arguments
-            )
+            self.net = create_model(name, pretrained=pretrained, **arguments)
         self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(
@@ -251,14 +251,13 @@ class Classifier(pl.LightningModule):
             start.first_convolution(self.net, cast(Any, self.net).in_chans).weight.requires_grad_(
                 whiten == "start"
             )
-        for part in self.net.modules():
-            if isinstance(part, _BatchNorm):
-                part.momentum = part.momentum if norm_momentum is None else norm_momentum
-                if fix_norm_scale and part.affine:
-                    if not pretrained:
-                        # timm's residual networks begin with zeros, for good then
-                        nn.init.ones_(part.weight)
-                    part.weight.requires_grad_(False)
+        for part in self._norms():
+            part.momentum = part.momentum if norm_momentum is None else norm_momentum
+            if fix_norm_scale and part.affine:
+                if not pretrained:
+                    # timm's residual networks begin with zeros, for good then
+                    nn.init.ones_(part.weight)
+                part.weight.requires_grad_(False)
         if freeze:
             self.net.requires_grad_(False)
             self.head.requires_grad_(True)
@@ -290,10 +289,12 @@ class Classifier(pl.LightningModule):
             self.net.eval()
             self.head.train(mode)
         if self.hparams["freeze_norm"]:
-            for module in self.net.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            for part in self._norms():
+                part.eval()
         return self
+
+    def _norms(self) -> list[_BatchNorm]:
+        return [part for part in self.net.modules() if isinstance(part, _BatchNorm)]
 
     # ---- where the run stands
 
@@ -349,13 +350,16 @@ class Classifier(pl.LightningModule):
 
     def _rate_of(self, wait: float) -> Callable[[int], float]:
         hp = self.hparams
-        fall: dict[str, Any] = {
-            "schedule": hp["schedule"],
-            "milestones": hp["milestones"] or (),
-            "gamma": hp["gamma"],
-        }
-        fall |= {"floor": hp["floor"], "start": hp["warmup_start"]}
-        return lambda step: rate(self.progress(step), hp["warmup"], wait, **fall)
+        return lambda step: rate(
+            self.progress(step),
+            warmup=hp["warmup"],
+            wait=wait,
+            schedule=hp["schedule"],
+            milestones=hp["milestones"] or (),
+            gamma=hp["gamma"],
+            floor=hp["floor"],
+            start=hp["warmup_start"],
+        )
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """timm's groups (no decay for vectors), each with its own rate, and the head apart from the
@@ -366,38 +370,29 @@ class Classifier(pl.LightningModule):
         # like.
         spared: set[str] = getattr(model, "no_weight_decay", set)()
         if hp["decay_all"]:
-            groups: Any = [
-                {
-                    "params": [p for p in model.parameters() if p.requires_grad],
-                    "weight_decay": weight_decay,
-                }
-            ]
+            learned = [p for p in model.parameters() if p.requires_grad]
+            groups: Any = [{"params": learned, "weight_decay": weight_decay}]
         elif hp["layer_decay"] is None:
             groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
         else:
             groups = param_groups_layer_decay(
                 model, weight_decay, spared, layer_decay=hp["layer_decay"]
             )
-        head = {id(p) for p in self.head.parameters()}
-        norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
-        norm_biases = {id(part.bias) for part in norms if hp["norm_bias_lr"] != 1}
+        part_of = dict.fromkeys(map(id, self.head.parameters()), "head")
+        if hp["norm_bias_lr"] != 1:
+            part_of |= {id(norm.bias): "norm biases" for norm in self._norms()}
         split = []
-        for group in groups:
-            for in_head, of_norm in ((False, False), (True, False), (False, True)):
-                params = [
-                    p
-                    for p in group["params"]
-                    if (id(p) in head, id(p) in norm_biases) == (in_head, of_norm)
-                ]
-                if not params:
-                    continue
-                scale = group.get("lr_scale", 1.0) * (1.0 if in_head else hp["body_lr"])
-                own = group | {"params": params, "wait": 0.0 if in_head else hp["head_first"]}
-                if of_norm:
-                    scale *= hp["norm_bias_lr"]
-                    # A step takes rate * decay of a parameter: as much of these as of the others.
-                    own["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
-                split.append(own | {"lr": self.peak * scale})
+        for group, name in product(groups, ("body", "head", "norm biases")):
+            params = [p for p in group["params"] if part_of.get(id(p), "body") == name]
+            if not params:
+                continue
+            scale = group.get("lr_scale", 1.0) * (1.0 if name == "head" else hp["body_lr"])
+            own = group | {"params": params, "wait": 0.0 if name == "head" else hp["head_first"]}
+            if name == "norm biases":
+                scale *= hp["norm_bias_lr"]
+                # A step takes rate * decay of a parameter: as much of these as of the others.
+                own["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
+            split.append(own | {"lr": self.peak * scale})
         return split
 
     # ---- steps
