@@ -17,9 +17,8 @@ from functools import partial
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
-import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import files, machine
@@ -273,22 +272,18 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise XzooError(explain(str(error), options)) from None
 
 
-# ---- the commands. A function's parameters are the command's arguments, those behind the `*` its
-# options, and its docstring has their help.
+# ---- the commands. A function's parameters are the command's arguments, those after `*` its options;
+# each annotation has the type and the help.
 
 
 def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> None:
-    described = docstring_parser.parse(function.__doc__ or "").params
-    texts = {argument.arg_name: argument.description for argument in described}
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.kind is parameter.VAR_KEYWORD:  # the options of another function
             continue
-        kind, default = parameter.annotation, parameter.default
+        kind, text = get_args(parameter.annotation)
         is_option = parameter.kind is parameter.KEYWORD_ONLY
-        settings: dict[str, Any] = {"help": texts.get(name)}
-        is_required = default is parameter.empty
-        if not is_required:
-            settings["default"] = default
+        is_required = parameter.default is parameter.empty
+        settings = {"help": text} if is_required else {"help": text, "default": parameter.default}
         if kind is bool:
             settings["action"] = "store_true"
         elif kind in (Several, Several | None):
@@ -314,12 +309,9 @@ def _lightning(command: str, arguments: Sequence[str]) -> None:
         evaluate.evaluate(command, arguments)
 
 
-def _list(filter: str = "*") -> None:
-    """Print a table of models.
-
-    Args:
-        filter: a pattern, such as 'x_resnet*'
-    """
+def _list(
+    filter: Annotated[str, "a pattern, such as 'x_resnet*'"] = "*",
+) -> None:
     import torch
 
     from .models import create_model, list_models
@@ -337,14 +329,15 @@ def _list(filter: str = "*") -> None:
     _console().print(table)
 
 
-def _finetune(data: str = "digits", *, freeze: bool = False, **options: Any) -> None:
-    """Train a model on a user's images.
-
-    Args:
-        data: folder of images or parquet files, Hub data set (org/name), or digits
-        freeze: train only the last layer
-        options: the others of `xzoo.train.finetune`
-    """
+def _finetune(
+    data: Annotated[
+        str,
+        "folder of images or parquet files, Hub data set (org/name), or digits",
+    ] = "digits",
+    *,
+    freeze: Annotated[bool, "train only the last layer"] = False,
+    **options: Any,
+) -> None:
     from .train.finetune import finetune
 
     machine.keep_memory()
@@ -353,24 +346,14 @@ def _finetune(data: str = "digits", *, freeze: bool = False, **options: Any) -> 
 
 
 def _classify(
-    model: str,
-    images: Several,
+    model: Annotated[str, "run folder, model folder, or name of a pretrained model"],
+    images: Annotated[Several, "images, and folders of images"],
     *,
-    csv: str | None = None,
-    top: int = 5,
-    batch_size: int = 32,
-    device: str = "auto",
+    csv: Annotated[str | None, "write all of them to this file"] = None,
+    top: Annotated[int, "how many classes"] = 5,
+    batch_size: Annotated[int, "images at a time"] = 32,
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
 ) -> None:
-    """Print the likeliest classes of each image, or write them to a table.
-
-    Args:
-        model: run folder, model folder, or name of a pretrained model
-        images: images, and folders of images
-        csv: write all of them to this file
-        top: how many classes
-        batch_size: images at a time
-        device: auto, cpu, cuda or mps
-    """
     from .train.classify import classify, write_csv
 
     if top < 1 or batch_size < 1:
@@ -406,20 +389,12 @@ def _classify(
 
 
 def _queue(
-    file: str | None = None,
+    file: Annotated[str | None, "Markdown with blocks of shell; by default QUEUE.md"] = None,
     *,
-    list: bool = False,
-    jobs: int | None = None,
-    blocks: str | None = None,
+    list: Annotated[bool, "show what is done and estimate what is left; start nothing"] = False,
+    jobs: Annotated[int | None, "runs side by side; by default 2, on one core 1"] = None,
+    blocks: Annotated[str | None, "only those of these numbers, such as 0,3"] = None,
 ) -> None:
-    """Run a queue, or show its state.
-
-    Args:
-        file: Markdown with blocks of shell; by default QUEUE.md
-        list: show what is done and estimate what is left; start nothing
-        jobs: runs side by side; by default 2, on one core 1
-        blocks: only those of these numbers, such as 0,3
-    """
     from .train import queue, recipes
 
     numbers = () if blocks is None else blocks.split(",")
@@ -441,14 +416,11 @@ def _queue(
     )
 
 
-def _recipes(what: str = "list", recipe: str | None = None, to: str = ".") -> None:
-    """List recipes, or copy one.
-
-    Args:
-        what: list, copy, or a pattern such as 'cifar10/*+air'
-        recipe: with list, a pattern; with copy, a name or a file
-        to: with copy, the folder
-    """
+def _recipes(
+    what: Annotated[str, "list, copy, or a pattern such as 'cifar10/*+air'"] = "list",
+    recipe: Annotated[str | None, "with list, a pattern; with copy, a name or a file"] = None,
+    to: Annotated[str, "with copy, the folder"] = ".",
+) -> None:
     from .train import recipes
 
     if what == "copy":
@@ -497,14 +469,15 @@ def _list_recipes(pattern: str) -> None:
         print(f"\nxzoo fit {names[0]} --data.root DATA\n\n{recipes.text(layer)}", end="")
 
 
-def _export(run: str, to: str, *, half: bool = False) -> None:
-    """Write a run's model as a model folder, or as a program.
-
-    Args:
-        run: folder of a run of fit or finetune that is finished; for a file, any model
-        to: the new folder; or a file that ends in .onnx or .pt2
-        half: weights in float16, if the accuracy does not move
-    """
+def _export(
+    run: Annotated[
+        str,
+        "folder of a run of fit or finetune that is finished; for a file, any model",
+    ],
+    to: Annotated[str, "the new folder; or a file that ends in .onnx or .pt2"],
+    *,
+    half: Annotated[bool, "weights in float16, if the accuracy does not move"] = False,
+) -> None:
     from .hub import export, program
     from .hub.folder import load_any
 
@@ -527,12 +500,9 @@ def _accuracy(run: str, weights: Path) -> float:
     return round(100 * figures["val/acc1"], 4)  # as in result.json
 
 
-def _card(folders: Sequence[str] = []) -> None:
-    """Rewrite cards.
-
-    Args:
-        folders: exported folders; by default all in hub_cards
-    """
+def _card(
+    folders: Annotated[Several, "exported folders; by default all in hub_cards"] = [],  # noqa: B006
+) -> None:
     from .hub import card, publish
 
     for folder in folders or publish.folders():
@@ -542,24 +512,14 @@ def _card(folders: Sequence[str] = []) -> None:
 
 
 def _publish(
-    folder: str | None = None,
+    folder: Annotated[str | None, "exported folder, or the folder of a finished run"] = None,
     *,
-    org: str | None = None,
-    repo: str | None = None,
-    private: bool = False,
-    dry_run: bool = False,
-    all: bool = False,
+    org: Annotated[str | None, "owner of the repository; xzoo's by default"] = None,
+    repo: Annotated[str | None, "the repository, as owner/name"] = None,
+    private: Annotated[bool, "make a private repository"] = False,
+    dry_run: Annotated[bool, "show what would be sent"] = False,
+    all: Annotated[bool, "every folder in hub_cards"] = False,
 ) -> None:
-    """Send model folders to the Hub.
-
-    Args:
-        folder: exported folder, or the folder of a finished run
-        org: owner of the repository; xzoo's by default
-        repo: the repository, as owner/name
-        private: make a private repository
-        dry_run: show what would be sent
-        all: every folder in hub_cards
-    """
     from .hub import publish
 
     if all == (folder is not None) or (all and repo):
@@ -579,27 +539,23 @@ def _publish(
             print("  entered in xzoo/weights.json")
 
 
-def _compare(results: str, *, out: str = "figures", datasets: list[str] = []) -> None:  # noqa: B006
-    """Draw results and write a table of them.
-
-    Args:
-        results: table of runs, such as recipes/results.csv
-        out: folder for the pictures and the table
-        datasets: only these data sets
-    """
+def _compare(
+    results: Annotated[str, "table of runs, such as recipes/results.csv"],
+    *,
+    out: Annotated[str, "folder for the pictures and the table"] = "figures",
+    datasets: Annotated[list[str], "only these data sets"] = [],  # noqa: B006
+) -> None:
     from .results.compare import compare
 
     for path in compare(results, out, datasets):
         print(shown(path))
 
 
-def _inspect(model: str, *, pictures: str | None = None) -> None:
-    """Print a table of a model's layers, and what the theory says of its graphs.
-
-    Args:
-        model: name of a model, run folder, or model folder
-        pictures: draw its graphs into this folder
-    """
+def _inspect(
+    model: Annotated[str, "name of a model, run folder, or model folder"],
+    *,
+    pictures: Annotated[str | None, "draw its graphs into this folder"] = None,
+) -> None:
     from .drawing import draw_model
     from .hub.folder import load_any
     from .models import create_model
@@ -629,7 +585,6 @@ def _inspect(model: str, *, pictures: str | None = None) -> None:
 
 
 def _doctor() -> None:
-    """Print what computes here."""
     from .doctor import doctor
 
     facts = doctor()
@@ -640,48 +595,34 @@ def _doctor() -> None:
 
 def _bench(
     *,
-    models: Several | None = None,
-    layers: Several | None = None,
-    policy: bool = False,
-    share: bool = False,
-    scaling: bool = False,
-    loop: bool = False,
-    finetune: str | None = None,
-    threads: int = 1,
-    pairs: int | None = None,
-    batch_size: int | None = None,
-    compile: bool = False,
-    model: str | None = None,
-    minutes: float | None = None,
-    seeds: int | None = None,
-    each: int | None = None,
-    photos: int | None = None,
-    csv: str | None = None,
-    plot: str | None = None,
+    models: Annotated[
+        Several | None,
+        "whole models, in inference and training (the default); names, or none for all",
+    ] = None,
+    layers: Annotated[
+        Several | None,
+        "single layers; texts that their names contain, sizes of your own, or none for all",
+    ] = None,
+    policy: Annotated[bool, "what `auto` takes against the library's best, over 20 shapes"] = False,
+    share: Annotated[bool, "second singular value and speed by share"] = False,
+    scaling: Annotated[
+        bool,
+        "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)",
+    ] = False,
+    loop: Annotated[bool, "the training loop, augmentation, and loading of images"] = False,
+    finetune: Annotated[str | None, "images to learn with and without weights"] = None,
+    threads: Annotated[int, "of torch's; 1 measures a thread's own time"] = 1,
+    pairs: Annotated[int | None, "times that each form is measured"] = None,
+    batch_size: Annotated[int | None, "of models, and of the loop"] = None,
+    compile: Annotated[bool, "dense models by torch.compile as well"] = False,
+    model: Annotated[str | None, "what the loop, or --finetune, trains"] = None,
+    minutes: Annotated[float | None, "of each run of --finetune; by default 2"] = None,
+    seeds: Annotated[int | None, "runs of each kind of --finetune; by default 3"] = None,
+    each: Annotated[int | None, "images per class of --finetune; by default 10"] = None,
+    photos: Annotated[int | None, "files that are drawn for the loop's loader"] = None,
+    csv: Annotated[str | None, "write the figures to this file too"] = None,
+    plot: Annotated[str | None, "draw models and layers into this file"] = None,
 ) -> None:
-    """Measure, print a table, and write it to a file.
-
-    Args:
-        models: whole models, in inference and training (the default); names, or none for all
-        layers: single layers; texts that their names contain, sizes of your own, or none for all
-        policy: what `auto` takes against the library's best, over 20 shapes
-        share: second singular value and speed by share
-        scaling: what threads gain our kernels, against what they gain dense ones (--threads 2 or
-            more)
-        loop: the training loop, augmentation, and loading of images
-        finetune: images to learn with and without weights
-        threads: of torch's; 1 measures a thread's own time
-        pairs: times that each form is measured
-        batch_size: of models, and of the loop
-        compile: dense models by torch.compile as well
-        model: what the loop, or --finetune, trains
-        minutes: of each run of --finetune; by default 2
-        seeds: runs of each kind of --finetune; by default 3
-        each: images per class of --finetune; by default 10
-        photos: files that are drawn for the loop's loader
-        csv: write the figures to this file too
-        plot: draw models and layers into this file
-    """
     from . import bench
 
     if finetune is not None:

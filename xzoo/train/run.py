@@ -5,8 +5,10 @@ Everything that a run leaves is here, so that the folder alone is enough to resu
 publish it:
 
     config.yaml    what was asked for; the same again continues the run, anything else is refused
-    checkpoints/   last.ckpt and best.ckpt        metrics.csv    a row for each step that logged something
-    model/         what came of it, as timm loads it; result.json is written last and ends the run
+    checkpoints/   last.ckpt and best.ckpt
+    metrics.csv    a row for each step that logged something
+    model/         the trained model, as timm loads it
+    result.json    written last, which ends the run
 """
 
 import csv
@@ -233,7 +235,7 @@ def quiet() -> Iterator[None]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints through `atomic`: Lightning stages them in the temporary folder of the machine."""
+    """Checkpoints through `atomic`: Lightning stages them in the machine's temporary folder."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None

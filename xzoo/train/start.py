@@ -87,7 +87,10 @@ def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
 
 
 def first_convolution(net: nn.Module, channels: int) -> nn.Conv2d:
-    """The layer that `whiten` changes, for images of so many channels. Raises: ModelError as there."""
+    """The layer that `whiten` changes, for images of so many channels.
+
+    Raises: ModelError, as `whiten` does.
+    """
     names = _first_convs(net)
     if len(names) != 1:
         told = (

@@ -407,7 +407,7 @@ class Classifier(pl.LightningModule):
                 start.whiten(self.net, data.sample(5000))
 
     def check(self, trainer: pl.Trainer, data: DataModule) -> None:
-        """Raise ModelError where options do not go with the trainer's callbacks or the data module."""
+        """Raise ModelError where options do not fit the trainer's callbacks or the data module."""
         hp = self.hparams
         averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         if averages and hp["lookahead"]:
