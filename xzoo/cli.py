@@ -110,9 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             # what cannot be written is reported here, and not when the interpreter ends
             sys.stdout.flush()
-    except XzooError as error:
-        print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         resumes = "; the same command resumes" if command in ("finetune", "fit", "queue") else ""
         print(f"xzoo: interrupted{resumes}", file=sys.stderr)
@@ -217,8 +214,10 @@ _FAULTS = {
 
 
 def _fault(error: Exception) -> str | None:
-    """What went wrong on the user's machine, in one line; None for a bug in xzoo."""
+    """A user's mistake, or what went wrong on the machine, in one line; None for a bug in xzoo."""
     text = _one_line(error) or type(error).__name__
+    if isinstance(error, XzooError):
+        return text
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
         if package == "xzoo":

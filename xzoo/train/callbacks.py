@@ -75,8 +75,7 @@ def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> Non
         if indices and unsafe and callback._use_buffers:
             raise ModelError(
                 f"{type(callback).__name__} with use_buffers=True would average the indices in "
-                f"{indices[0]}; "
-                "use xzoo.train.EMA, or use_buffers=False"
+                f"{indices[0]}; use xzoo.train.EMA, or use_buffers=False"
             )
 
 
@@ -254,15 +253,12 @@ class ProgressReport(Callback):
         self._started = self._told = time.monotonic()
         self._at = pl_module.progress(trainer.global_step)
         if self.console.is_terminal:
-            columns = (
+            self._bar = Progress(
+                TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.percentage:3.0f} %"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
-            )
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                *columns,
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
@@ -307,12 +303,9 @@ class ProgressReport(Callback):
 
     def _left(self, progress: float) -> str:
         elapsed, done = time.monotonic() - self._started, progress - self._at
-        left = elapsed * (1 - progress) / done if done > 0 else 0.0
-        return (
-            f"{_clock(elapsed)} gone, about {_clock(left)} left"
-            if done > 0
-            else f"{_clock(elapsed)} gone"
-        )
+        if done <= 0:
+            return f"{_clock(elapsed)} gone"
+        return f"{_clock(elapsed)} gone, about {_clock(elapsed * (1 - progress) / done)} left"
 
 
 def _epoch(trainer: pl.Trainer) -> str:

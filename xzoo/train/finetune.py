@@ -166,15 +166,10 @@ def _train(
     else:
         _describe(run.folder, options, images, recipe, config)
     run.fit(trainer, task, data)
-    known = facts(trainer, task, data)
-    known["wall_s"] = round(run.clock.seconds, 1)
-    made = {
-        "run": run.folder.name,
-        "train_images": len(images.train),
-        "seed": options.seed,
-    }
+    known, name = facts(trainer, task, data), run.folder.name
+    made = {"run": name, "train_images": len(images.train), "seed": options.seed}
     result, logits, labels = finish(
-        run.folder, trainer, task, data, known, {"finetune": made}, run.folder.name, console
+        run, trainer, task, data, known, {"finetune": made}, name, console
     )
     _draw(images, logits, labels, result, console)
     record.write(result)
@@ -242,9 +237,8 @@ def _build(arguments: dict[str, Any], name: str) -> Classifier:
         if not arguments["pretrained"]:
             raise
         # Network, cache and format: many libraries, many classes.
-        reason = first_line(error)
         raise ModelError(
-            f"no weights for {name}: {reason}; --pretrained false trains from scratch"
+            f"no weights for {name}: {first_line(error)}; --pretrained false trains from scratch"
         ) from error
 
 
@@ -258,11 +252,9 @@ def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:
 
 
 def _run_name(data: str, model: str, expand: int | None) -> str:
-    parts = [
-        Path(data).expanduser().resolve().name if Path(data).exists() else data,
-        model.split(":")[-1].strip("/"),
-    ]
-    name = "-".join(map(_of_folder, parts))
+    if Path(data).exists():
+        data = Path(data).expanduser().resolve().name
+    name = f"{_of_folder(data)}-{_of_folder(model.split(':')[-1].strip('/'))}"
     return f"{name}-c{expand}" if expand else name
 
 
@@ -293,6 +285,6 @@ def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, r
     say(
         console,
         f"{len(images.classes)} classes, {len(images.train)} training and {len(images.val)} "
-        "validation images, "
-        f"{recipe.img_size} x {recipe.img_size} pixels; everything goes to {run}",
+        f"validation images, {recipe.img_size} x {recipe.img_size} pixels; everything goes to "
+        f"{run}",
     )

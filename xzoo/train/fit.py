@@ -89,25 +89,28 @@ def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -
     average = EMA(cli.config.ema) if cli.config.ema else None
     trainer, task, data = cli.build(**launched(), **run.trainer_arguments(console, average))
     data.prepare_data()
-    data.setup("fit")  # missing data are told before anything is written
+    data.setup("fit")  # missing data are reported before anything is written
     task.check(trainer, data)
-    # what cannot teach is told now; the fit makes its own, since EMA would copy this one
+    # what cannot teach is reported now; the fit makes its own, since EMA would copy this one
     task.make_teacher(data)
     if cli.config.results:
         _check_row(cli, data, _facts(cli, trainer, task, data))
     steps = steps_of_epoch(trainer, data)
     _check_validation(cli.config.trainer, steps)
-    trainer.log_every_n_steps = log_every(steps, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    trainer.log_every_n_steps = log_every(  # type: ignore[attr-defined]
+        steps,
+        trainer.log_every_n_steps,  # type: ignore[attr-defined]
+    )
     if is_first():
         if not run.resumes:
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
             write_text(run.folder / CONFIG, head + to_yaml(config))
         going_on = f", going on after {run.done} steps" if run.resumes else ""
-        what = (
-            f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an "
-            "epoch"
+        say(
+            console,
+            f"{cli.name}: {cli.config.model.name} on {data.dataset or 'images of your own'}, "
+            f"{steps} steps an epoch; everything goes to {run.folder}{going_on}",
         )
-        say(console, f"{cli.name}: {what}; everything goes to {run.folder}{going_on}")
     run.fit(trainer, task, data)
     if not trainer.is_global_zero:
         return None
@@ -131,8 +134,7 @@ def _check_row(cli: RecipeCLI, data: DataModule, known: dict[str, Any]) -> None:
         raise XzooError(
             f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out"
         )
-    ended = {"top1": 50.0, "epoch_reported": 1, "wall_s": 0.0, "date": "2000-01-01"}
-    Row(**known | ended)
+    Row(**known | {"top1": 50.0, "epoch_reported": 1, "wall_s": 0.0, "date": "2000-01-01"})
 
 
 def _check_validation(trainer: Any, steps: int) -> None:
@@ -156,9 +158,8 @@ def _finish(
 ) -> Result:
     """The result of a run that has ended; result.json comes last."""
     known = _facts(cli, trainer, task, data)
-    known["wall_s"] = round(run.clock.seconds, 1)
     made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
-    result, _, _ = finish(run.folder, trainer, task, data, known, {"fit": made}, cli.name, console)
+    result, _, _ = finish(run, trainer, task, data, known, {"fit": made}, cli.name, console)
     if cli.config.results:
         # Before result.json: what fails here is tried again by the same command.
         append(cli.config.results, Row(**{name: result.facts[name] for name in COLUMNS}))
@@ -221,8 +222,7 @@ def _refuse_what_does_not_resume(trainer: Any) -> None:
 
 def _show(result: Result, console: Console) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
-    known = result.facts
-    time = datetime.timedelta(seconds=round(result.seconds))
+    known, time = result.facts, datetime.timedelta(seconds=round(result.seconds))
     rows = {
         "model": (
             f"{known['model']}, {known['weights'] / 1e6:.2f} M weights, "

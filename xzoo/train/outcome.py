@@ -29,8 +29,8 @@ from ..results.record import Result
 from ..results.runs import DENSE
 from . import pictures
 from .callbacks import EMA
-from .evaluate import judged, top
-from .run import LAST, METRICS, read_metrics
+from .evaluate import predict_all, top
+from .run import METRICS, Run, read_metrics
 from .task import Classifier, sides
 
 
@@ -52,9 +52,7 @@ def facts(
     arguments = getattr(net, "_model_args", {})
     compression = arguments.get("compression", 1)
     dense = compression == 1
-    drawn: dict[str, Any] = {
-        name: None if dense else arguments[name] for name in ("share", "spatial_share", "seed")
-    }
+    drawn: dict[str, Any] = {} if dense else arguments
     part = data.dataset and DATASETS[data.dataset].split
     epochs = None if trainer.max_epochs == -1 else trainer.max_epochs
     # Those that it took, or will take.
@@ -74,13 +72,16 @@ def facts(
         "interpolation": data.interpolation,
         "graph": DENSE if dense else arguments["graph"],
         "compression": compression if isinstance(compression, int) else None,
-        "share": drawn["share"],
-        "spatial_share": drawn["spatial_share"],
-        "graph_seed": drawn["seed"],
+        "share": drawn.get("share"),
+        "spatial_share": drawn.get("spatial_share"),
+        "graph_seed": drawn.get("seed"),
         "seed": task.hparams["seed"],
         "epochs": epochs,
         "global_batch": data.batch_size * trainer.accumulate_grad_batches,
-        "ema": any(isinstance(callback, EMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
+        "ema": any(
+            isinstance(callback, EMA)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ),
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
@@ -103,7 +104,7 @@ def _mean_macs(net: nn.Module, task: Classifier, data: DataModule) -> Fraction:
 
 
 def finish(
-    run: Path,
+    run: Run,
     trainer: pl.Trainer,
     task: Classifier,
     data: DataModule,
@@ -115,29 +116,31 @@ def finish(
     """Save the model, read it back, evaluate it, draw the curves.
 
     Args:
-        known: of `facts`, and the time that training took.
+        known: of `facts`.
         made_by: what the model folder remembers of its training; JSON values.
         title: of the picture.
     Returns: the result, which is not written yet, and the logits [N, classes] and labels [N] that
     it is of.
     """
-    checkpoint = torch.load(run / LAST, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(run.last, map_location="cpu", weights_only=True)
     task.load_state_dict(checkpoint["state_dict"])
     block = made_by | {model_folder.GREY: dict(data.grey_range)}
     config = data_config(task.net, data)
-    model_folder.save(task.net, run / "model", data.class_names, config, block)
+    folder = run.folder / "model"
+    model_folder.save(task.net, folder, data.class_names, config, block)
     device = trainer.strategy.root_device
-    logits, labels = judged(model_folder.load(run / "model").to(device), data, device)
+    logits, labels = predict_all(model_folder.load(folder).to(device), data, device)
     outcome = {
+        "wall_s": round(run.clock.seconds, 1),
         "top1": round(100 * top(logits, labels, 1), 4),
         "top5": round(100 * top(logits, labels, 5), 4) if logits.shape[1] > 5 else None,
         "loss": float(nn.functional.cross_entropy(logits, labels)),
         "epoch_reported": int(checkpoint["epoch"]) + 1,
         "date": datetime.date.today().isoformat(),
     }
-    result = Result(run, known | outcome)
-    with spared(run / "curves.png", console):
-        pictures.curves(read_metrics(run / METRICS), run / "curves.png", f"{title}: {result}")
+    result, curves = Result(run.folder, known | outcome), run.folder / "curves.png"
+    with spared(curves, console):
+        pictures.curves(read_metrics(run.folder / METRICS), curves, f"{title}: {result}")
     return result, logits, labels
 
 

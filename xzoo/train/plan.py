@@ -78,18 +78,14 @@ def start(options: Options) -> Start:
     folder = name.removeprefix("local-dir:")
     if folder != name:
         try:
-            cfg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[
-                "pretrained_cfg"
-            ]
-            size, fixed, weights = (
-                int(cfg["input_size"][-1]),
-                cfg.get("fixed_input_size", False),
-                True,
-            )
+            config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            cfg = config["pretrained_cfg"]
+            size, fixed = int(cfg["input_size"][-1]), cfg.get("fixed_input_size", False)
+            weights = True
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"{folder} is not a model folder: its config.json cannot be read ({reason})"
+                f"{folder} is not a model folder: its config.json cannot be read "
+                f"({type(error).__name__}: {error})"
             ) from error
     elif name.startswith("hf-hub:"):
         size, fixed, weights = 224, False, True
@@ -172,9 +168,12 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
         # its body has lost most of its connections, and has to move to make up for them
         if options.expand:
             body_lr = 0.5
-        classifier |= {"body_lr": body_lr, "head_first": 0.05}
-        # Under 16 images a batch's own statistics are worse than those that came with the weights.
-        classifier |= {"freeze_norm": batch_size < 16 and gently and not options.expand}
+        classifier |= {
+            "body_lr": body_lr,
+            "head_first": 0.05,
+            # Under 16 images, a batch's statistics are worse than those of the weights.
+            "freeze_norm": batch_size < 16 and gently and not options.expand,
+        }
     return Plan(
         classifier=classifier,
         img_size=options.img_size or _img_size(model, pretrained, data.side),

@@ -241,9 +241,8 @@ class Classifier(pl.LightningModule):
         if sparse and "muon" in optimizer.lower():
             raise ModelError(
                 f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but "
-                "its columns are "
-                "other inputs in each row, so its steps would depend on their order; use sgd or a "
-                "dense network"
+                "its columns are other inputs in each row, so its steps would depend on their "
+                "order; use sgd or a dense network"
             )
         if identity_start:
             start.identity_start(self.net)
@@ -303,8 +302,8 @@ class Classifier(pl.LightningModule):
         whichever is further.
         """
         trainer = self.trainer
-        clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), None)  # type: ignore[attr-defined]
-        by_clock = clock.share if clock else 0.0
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        by_clock = max((c.share for c in callbacks if isinstance(c, Clock)), default=0.0)
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             return by_clock
         # Never trainer.estimated_stepping_batches: it builds the loaders before the loop is
@@ -409,13 +408,12 @@ class Classifier(pl.LightningModule):
     def check(self, trainer: pl.Trainer, data: DataModule) -> None:
         """Raise ModelError where options do not fit the trainer's callbacks or the data module."""
         hp = self.hparams
-        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-        if averages and hp["lookahead"]:
-            raise ModelError(
-                f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of "
-                "the same weights; "
-                "leave out one of them (ema: null, or lookahead: 0)"
-            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and hp["lookahead"]:
+                raise ModelError(
+                    f"lookahead={hp['lookahead']} beside {type(callback).__name__}: two averages "
+                    "of the same weights; leave out one of them (ema: null, or lookahead: 0)"
+                )
         if hp["ham"] and str(trainer.precision) == "16-mixed":
             raise ModelError(
                 f"ham={hp['ham']:g} with precision=16-mixed: gradients may be infinite there; use "
@@ -424,8 +422,7 @@ class Classifier(pl.LightningModule):
         if hp["whiten"] and not data.has_sample:
             raise ModelError(
                 f"whiten looks at training images, which {type(data).__name__} does not keep in "
-                "memory; use CIFAR10, "
-                "CIFAR100 or TinyImageNet, or leave it out"
+                "memory; use CIFAR10, CIFAR100 or TinyImageNet, or leave it out"
             )
         for side in hp["grow_sizes"] or ():
             self._check_size(side, data.input_size)
@@ -434,10 +431,10 @@ class Classifier(pl.LightningModule):
         """The teacher that the options name, for the student's images; ModelError where it cannot
         teach.
         """
-        hp = self.hparams
-        if not (hp["teacher"] and hp["teacher_weight"]):
+        teacher = self.hparams["teacher"]
+        if not (teacher and self.hparams["teacher_weight"]):
             return None
-        return Teacher(hp["teacher"], data.class_names, data.mean, data.std)
+        return Teacher(teacher, data.class_names, data.mean, data.std)
 
     def _check_size(self, side: int, size: tuple[int, int, int]) -> None:
         channels, _, full = size
@@ -452,8 +449,7 @@ class Classifier(pl.LightningModule):
         except Exception as error:
             raise ModelError(
                 f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels "
-                f"({first_line(error)}); "
-                "use larger ones"
+                f"({first_line(error)}); use larger ones"
             ) from error
         finally:
             self.net.train(before)
@@ -534,23 +530,20 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = self._loss(images, labels, batch_idx)
+        loss, step = self._loss(images, labels, batch_idx), self.global_step
         # Only where Lightning writes it down: reading the loss waits for the device.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_step(loss.detach(), len(labels))
+        if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # The mean over all ranks, so that all of them stop at a NaN of one, or the others
+            # would hang.
+            mean = float(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+            if not isfinite(mean):
+                raise XzooError(
+                    f"the loss is {mean} at step {step}: training has diverged; use a lower rate "
+                    f"than lr={self.peak:g} (and another --out)"
+                )
+            self.log("train/loss", mean, batch_size=len(labels))
+            self.log("lr", self.peak * self._rate_of(0.0)(step), batch_size=len(labels))
         return loss
-
-    def _log_step(self, loss: Tensor, size: int) -> None:
-        # The mean over all ranks, so that all of them stop at a NaN of one, or the others would
-        # hang.
-        mean = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
-        if not isfinite(mean):
-            raise XzooError(
-                f"the loss is {mean} at step {self.global_step}: training has diverged; "
-                f"use a lower rate than lr={self.peak:g} (and another --out)"
-            )
-        self.log("train/loss", mean, batch_size=size)
-        self.log("lr", self.peak * self._rate_of(0.0)(self.global_step), batch_size=size)
 
     def _loss(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         hp = self.hparams
@@ -580,12 +573,12 @@ class Classifier(pl.LightningModule):
         return images
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._judge(batch, "val")
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._judge(batch, "test")
+        self._evaluate(batch, "test")
 
-    def _judge(self, batch: tuple[Tensor, Tensor], part: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], part: str) -> None:
         images, labels = batch
         logits = self(images)
         self.acc1(logits, labels)
@@ -595,9 +588,9 @@ class Classifier(pl.LightningModule):
         # Not the number itself: Lightning divides its sum over the ranks by a number of images
         # rounded down.
         self.mean_loss(loss, len(labels))
-        self.log(f"{part}/loss", self.mean_loss, batch_size=len(labels))
-        self.log(f"{part}/acc1", self.acc1, batch_size=len(labels))
-        self.log(f"{part}/acc5", self.acc5, batch_size=len(labels))
+        metrics = {"loss": self.mean_loss, "acc1": self.acc1, "acc5": self.acc5}
+        for name, metric in metrics.items():
+            self.log(f"{part}/{name}", metric, batch_size=len(labels))
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Logits [B, num_classes] and labels [B] of the images, in float32 on the CPU."""
