@@ -271,8 +271,8 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise XzooError(explain(str(error), options)) from None
 
 
-# ---- the commands. A function's parameters are the command's arguments, those after `*` its options;
-# each annotation has the type and the help.
+# ---- the commands. A function's parameters are the command's arguments, those after `*` its
+# options; each annotation has the type and the help.
 
 
 def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> None:
@@ -736,9 +736,9 @@ def _layers_table(model: Any, counts: Any) -> Any:
         measured = ["dense" if layer.groups == 1 else f"/ {layer.groups}", "", "", "", ""]
         if layer.name in graphs:
             found = spectrum(graphs[layer.name])
-            measured = [str(layer.degree), str(layer.share)]
-            for bound in (found.second, found.ramanujan, found.random_matrix):
-                measured.append(f"{bound / found.first:.3f}")
+            bounds = (found.second, found.ramanujan, found.random_matrix)
+            shares = [f"{bound / found.first:.3f}" for bound in bounds]
+            measured = [str(layer.degree), str(layer.share), *shares]
         sizes = [str(layer.n_in), str(layer.n_out), kernel]
         table.add_row(layer.name, *sizes, *measured, f"{layer.weights:,}", f"{layer.macs:,}")
     return table

@@ -5,8 +5,8 @@
         ModelError           a model, layer or checkpoint that does not go with what was asked
         DataError            images, folders or labels that cannot be used
 
-A message says what was given, what is allowed and what to do, in one line. Mistakes of our own are
-assertions, not these.
+A message says what was given, what is allowed and what to do, in one line. Bugs in xzoo are
+assertions, not these errors.
 """
 
 

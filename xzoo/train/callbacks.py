@@ -1,6 +1,4 @@
-"""What watches a run: the average of the weights, its checkpoints, the clock, and the line that
-tells how far it is.
-"""
+"""What watches a run: the average of the weights, checkpoints, the clock, the progress report."""
 
 import time
 from pathlib import Path
@@ -88,17 +86,16 @@ class SyncBatchNorm(TorchSyncBatchNorm):
     """
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
-        self._own = {
-            name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)
-        }
+        parts = model.named_modules()
+        self._norms = {name: part for name, part in parts if isinstance(part, _BatchNorm)}
         return convert_sync_batchnorm(model)
 
     def revert(self, model: torch.nn.Module) -> torch.nn.Module:
-        for name, own in self._own.items():
+        for name, norm in self._norms.items():
             synced = model.get_submodule(name)
-            own.train(synced.training)
-            own._parameters, own._buffers = synced._parameters, synced._buffers
-            model.set_submodule(name, own)
+            norm.train(synced.training)
+            norm._parameters, norm._buffers = synced._parameters, synced._buffers
+            model.set_submodule(name, norm)
         return model
 
 
@@ -238,7 +235,7 @@ class Clock(Callback):
 
 
 class ProgressReport(Callback):
-    """Tells how far the run is: a bar with the time left on a terminal, and a line each epoch.
+    """Reports how far the run is: a bar with the time left on a terminal, and a line per epoch.
 
     Lightning's own bars count an epoch's batches; a run that ends by the clock has no number of
     epochs, and in a log file they print nothing or too much.
@@ -247,10 +244,10 @@ class ProgressReport(Callback):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
-        self._started, self._at, self._told = 0.0, 0.0, 0.0
+        self._started, self._at, self._reported = 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._started = self._told = time.monotonic()
+        self._started = self._reported = time.monotonic()
         self._at = pl_module.progress(trainer.global_step)
         if self.console.is_terminal:
             self._bar = Progress(
@@ -270,8 +267,8 @@ class ProgressReport(Callback):
         progress = pl_module.progress(trainer.global_step)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=progress)
-        elif time.monotonic() - self._told > 60:
-            # an epoch may take an hour, and a log shall show life
+        elif time.monotonic() - self._reported > 60:
+            # an epoch may take an hour, and a log has to show progress
             self._line(f"{_epoch(trainer)}  {100 * progress:3.0f} %  {self._left(progress)}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -298,7 +295,7 @@ class ProgressReport(Callback):
             self._bar = None
 
     def _line(self, text: str) -> None:
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         say(self.console, text)
 
     def _left(self, progress: float) -> str:

@@ -1,6 +1,4 @@
-"""`xzoo validate`, `test` and `predict`: what a recipe's data say of weights that are there
-already.
-"""
+"""`xzoo validate`, `test` and `predict`: evaluate trained weights on a recipe's data."""
 
 import csv
 import io
@@ -39,15 +37,12 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
         figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
     if not is_first():
         return None
-    whole, limit = (
-        (data.n_val, "limit_val_batches")
-        if verb == "validate"
-        else (data.n_test, "limit_test_batches")
-    )
-    n = f"{whole} images" if getattr(trainer, limit) == 1.0 else f"some of {whole} images ({limit})"
+    part, n = ("val", data.n_val) if verb == "validate" else ("test", data.n_test)
+    limit, images = f"limit_{part}_batches", f"{n} images"
+    if getattr(trainer, limit) != 1.0:
+        images = f"some of {n} images ({limit})"
     table = Table(box=None, pad_edge=False, show_header=False)
-    part = "val" if verb == "validate" else "test"
-    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {n}")
+    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {images}")
     table.add_row("top-5", f"{100 * figures[f'{part}/acc5']:.2f} %")
     table.add_row("loss", f"{figures[f'{part}/loss']:.4f}")
     Console().print(table)

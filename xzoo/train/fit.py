@@ -1,4 +1,4 @@
-"""`xzoo fit`: a recipe on Lightning's Trainer, in a run folder of its own.
+"""`xzoo fit`: train by a recipe with Lightning's Trainer, in a run folder.
 
 A recipe is YAML for `Classifier`, a data module and the Trainer, under LightningCLI's names,
 composed by name or in a file (recipes.py). Later files and flags win, key by key. The same command

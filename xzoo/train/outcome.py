@@ -1,8 +1,8 @@
-"""What is left of a run when its training has ended: the model folder, its accuracy, the curves.
+"""The end of a run: the model folder, its accuracy, the curves.
 
-The accuracy is that of what is saved: the averaged weights, where there is an average, at the end
-of the last epoch, read back from the model folder. Not that of the best epoch, which would be
-chosen by the images that judge it.
+The accuracy is that of the saved weights: the average, where there is one, at the end of the last
+epoch, read back from the model folder. It is not that of the best epoch, which would be chosen by
+the images that it is evaluated on.
 """
 
 import datetime
@@ -53,7 +53,7 @@ def facts(
     compression = arguments.get("compression", 1)
     dense = compression == 1
     drawn: dict[str, Any] = {} if dense else arguments
-    part = data.dataset and DATASETS[data.dataset].split
+    split = DATASETS[data.dataset].split if data.dataset else "val"
     epochs = None if trainer.max_epochs == -1 else trainer.max_epochs
     # Those that it took, or will take.
     batches = standing(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
@@ -65,7 +65,7 @@ def facts(
         "recipe": recipe,
         "recipe_sha": recipe_sha,
         "dataset": data.dataset,
-        "split": "holdout" if data.holdout else part or "val",
+        "split": "holdout" if data.holdout else split,
         "n_val": data.n_val,
         "img_size": data.img_size,
         "crop_pct": data.crop_pct,
@@ -97,10 +97,9 @@ def facts(
 def _mean_macs(net: nn.Module, task: Classifier, data: DataModule) -> Fraction:
     """MACs of one image forward, as the mean over a training in which images may grow."""
     channels, _, full = data.input_size
-    total = Fraction(0)
-    for side, share in sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"]):
-        total += Fraction(share) * profile(net, (channels, side, side)).macs
-    return total
+    shown = sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"])
+    macs = (Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown)
+    return sum(macs, Fraction(0))
 
 
 def finish(
@@ -156,10 +155,10 @@ def data_config(net: nn.Module, data: DataModule) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this code is in, with -dirty where files were changed; None for an
-    installed wheel.
+    """The commit of the checkout that this code is in, with -dirty where files were changed; None
+    for an installed wheel.
 
-    Rows that other runs have added to the table of results change nothing of what is computed.
+    Rows that other runs have added to the table of results do not count as changes.
     """
     home = Path(__file__).parents[2]
     if not (home / ".git").exists():

@@ -1,7 +1,6 @@
 """Reading a recipe: YAML files and flags become a Trainer, a `Classifier` and a data module.
 
-LightningCLI's parser, with the nearest names in its errors and without its habit of making
-everything at once.
+LightningCLI's parser, with the nearest names in its errors; nothing is built while parsing.
 """
 
 import json
@@ -53,7 +52,7 @@ MEANS = {
 SEEDS = {"seed_everything", "model.graph_seed"}
 # The data modules, by the names that recipes use.
 DATA = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageFolder")
-# Of one call, and no part of what the run is.
+# Of one call; they do not belong to the run.
 OF_CALL = ("config", "out", "results", "ckpt_path", "trust")
 
 
@@ -66,7 +65,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, arguments: Sequence[str], verb: str = "fit") -> None:
         self.recipe: recipes.Recipe | None = None  # what is trained: the first one
         with warnings.catch_warnings():
-            # It has arguments of its own, and would rather have the process's.
+            # It warns of arguments that are not those of the process.
             warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter")
             super().__init__(
                 Classifier,
@@ -143,17 +142,17 @@ class RecipeCLI(LightningCLI):
         """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it
         after its lists.
         """
-        # Not by the parser: it would tell of an error in the data's constructor that they are "None
-        # or a data module", and write itself into every checkpoint.
+        # Not by the parser: it would report an error in the data's constructor as "None or a data
+        # module", and write itself into every checkpoint.
         data = self.data_class(**self.config.data.init_args.as_dict())
         task = Classifier(**self.config.model.as_dict() | {"num_classes": data.num_classes})
         parts = ArgumentParser()
         parts.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
         given = parts.instantiate(Namespace(trainer=self.config.trainer)).trainer.as_dict()
         for name in ("callbacks", "plugins", "logger"):
-            own, ours = given.pop(name) or [], trainer.get(name, [])
+            asked, ours = given.pop(name) or [], trainer.get(name, [])
             if ours is not False:
-                trainer[name] = ours + (own if isinstance(own, list) else [own])
+                trainer[name] = ours + (asked if isinstance(asked, list) else [asked])
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
         try:
@@ -179,7 +178,7 @@ class RecipeCLI(LightningCLI):
 
     @property
     def overrides(self) -> list[str]:
-        """What was asked for beside the recipe, of what its hash is of:
+        """The options that differ from the recipe, of those that its hash covers:
         ["--trainer.max_epochs=30"].
         """
         layers = () if self.recipe is None else self.recipe.layers
@@ -204,7 +203,7 @@ class RecipeCLI(LightningCLI):
 
     @property
     def name(self) -> str:
-        """The recipe's own, such as cifar10/x_vgg16_2+air, or of a file its stem."""
+        """The recipe's name, such as cifar10/x_vgg16_2+air; of a file, its stem."""
         return self.config.model.name if self.recipe is None else self.recipe.name
 
     @property
@@ -214,8 +213,8 @@ class RecipeCLI(LightningCLI):
 
     @property
     def sha(self) -> str:
-        """Of what is computed: the recipe with its bases and overrides, wherever and however it
-        runs.
+        """Hash of what is computed: the recipe with its bases and overrides, wherever and however
+        it runs.
         """
         return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
 

@@ -32,7 +32,7 @@ THUMBNAIL = 64
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for, in plain values; equal options continue the same run."""
+    """The options of a run, in plain values; equal options continue the same run."""
 
     data: str
     model: str

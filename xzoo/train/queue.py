@@ -1,10 +1,10 @@
-"""`xzoo queue`: the runs that a file of shell asks for; which of them are done; and the others, a
-few side by side.
+"""`xzoo queue`: the runs that a file of shell commands asks for. Shows which are finished, and runs
+the others, a few side by side.
 
 A queue is Markdown (recipes/QUEUE.md): headings such as "## 3. Title", and below them ```bash
-blocks in which every command is `xzoo fit ... --out RUN`. Nothing is kept beside the run folders:
-what is finished, how far a run is and whether a process is at work in it are read there, so a queue
-that was killed goes on when it is started again.
+blocks in which every command is `xzoo fit ... --out RUN`. All state is in the run folders: what is
+finished, how far a run is, and whether a process is at work in it. So a queue that was killed goes
+on when it is started again.
 """
 
 import functools
@@ -161,7 +161,7 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def train_macs(arguments: Sequence[str]) -> tuple[float, int]:
-    """Multiply-accumulates of the whole training that a command asks for, and its epochs.
+    """Multiply-accumulates of the training that a command asks for, and its epochs.
 
     Three times those of a forward pass, times images, times epochs. NaN where the number of images
     is not known.
@@ -185,9 +185,8 @@ def _train_macs(arguments: tuple[str, ...]) -> tuple[float, int]:
     if part is None:
         return math.nan, epochs
     images = part.train - cli.config.data.init_args.holdout
-    model, macs = cli.config.model, 0.0
-    for side, share in sides(size_of(cli), model.grow_sizes, model.grow_until):
-        macs += share * counts(cli, side).macs
+    shown = sides(size_of(cli), cli.config.model.grow_sizes, cli.config.model.grow_until)
+    macs = sum(share * counts(cli, side).macs for side, share in shown)
     return 3 * macs * images * epochs, epochs
 
 
@@ -215,13 +214,13 @@ def speed(runs: Sequence[QueuedRun]) -> float:
 
     NaN where there are none.
     """
-    own: list[dict[str, Any]] = []
+    finished: list[dict[str, Any]] = []
     for run in runs:
         if run.is_finished:
-            own.append(json.loads((run.out / RESULT).read_text(encoding="utf-8")))
+            finished.append(json.loads((run.out / RESULT).read_text(encoding="utf-8")))
     table = recipes.folder() / "results.csv"
     others = map(vars, read(table)) if table.exists() else ()
-    for results in (own, others):
+    for results in (finished, others):
         macs = seconds = 0.0
         for result in results:
             threads = re.fullmatch(r"(?:(\d+) x )?.*, (\d+) threads?", result["device"])
@@ -274,7 +273,7 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
         check_folder(folder)
     console, threads = Console(stderr=True), max(1, most // jobs)
     working: dict[QueuedRun, subprocess.Popen[bytes]] = {}
-    begun: dict[QueuedRun, float] = {}
+    started: dict[QueuedRun, float] = {}  # by the clock, in seconds
     failed: list[QueuedRun] = []
     others: set[QueuedRun] = set()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -283,7 +282,7 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
             for run in [run for run, process in working.items() if process.poll() is not None]:
                 code, last = working.pop(run).returncode, _last_line(run.log)
                 if run.is_finished:
-                    taken = timedelta(seconds=round(time.monotonic() - begun[run]))
+                    taken = timedelta(seconds=round(time.monotonic() - started[run]))
                     say(console, f"{run.out}: finished after {taken}")
                 elif AT_WORK not in last:  # started by another queue at the same moment
                     failed.append(run)
@@ -297,7 +296,7 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
             others |= locked
             startable = [run for run in left if run not in working and run not in locked]
             for run in startable[: max(0, jobs - len(working) - len(locked))]:
-                working[run], begun[run] = _started(run, threads), time.monotonic()
+                working[run], started[run] = _start(run, threads), time.monotonic()
                 say(console, f"{run.out}: started, {threads} threads; see {run.log}")
             time.sleep(LOOK_EVERY)
     finally:
@@ -311,8 +310,8 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
         raise XzooError(f"{len(failed)} of {len(runs)} runs failed: {names}; their logs say why")
 
 
-def _started(run: QueuedRun, threads: int) -> "subprocess.Popen[bytes]":
-    """In a session of its own, so that the terminal's Ctrl-C comes once, from us."""
+def _start(run: QueuedRun, threads: int) -> "subprocess.Popen[bytes]":
+    """In a new session, so that the terminal's Ctrl-C comes once, from us."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(run.log, "ab") as log:

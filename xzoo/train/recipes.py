@@ -2,7 +2,7 @@
 
     cifar10/x_vgg16_2+group+air    recipes/cifar10.yaml, settings/group.yaml, settings/air.yaml
 
-Later files win, key by key. A recipe of one's own is a YAML file that may name another as its base:
+Later files win, key by key. A user's recipe is a YAML file that may name another as its base:
 
     base: cifar10/x_vgg16_2+air    # or a file beside it; read first
     trainer: {max_epochs: 30}
@@ -32,10 +32,6 @@ HARDWARE = "hardware"  # the folder of files that say where a recipe runs, not w
 # Packages whose classes a recipe may name.
 TRUSTED = ("xzoo", "torch", "timm", "pytorch_lightning", "lightning")
 
-# Of names from when each recipe was a file, those that are not today's with "_" for "+": the dense
-# twin of four MobileNets is one network.
-_OLD = {"x_mobilenet050+dense": "x_mobilenet050_c2+dense"}
-
 
 @dataclass(frozen=True)
 class Part:
@@ -44,10 +40,10 @@ class Part:
     Attributes:
         kind: what a setting sets, "graph" or "training"; a recipe has at most one of each kind.
         fits: what it is for: models for a data set, data set/model for a setting.
-        excluded: what it is not for all the same.
-        always: what has this setting without being asked.
-        content: what it says, in the keys of a recipe.
-        where: what else it says of those that match a pattern, in this order.
+        excluded: exceptions from `fits`.
+        always: what has this setting by default.
+        content: in the keys of a recipe.
+        where: more content for those that match a pattern, in this order.
         notes: the comment at its head.
     """
 
@@ -67,7 +63,7 @@ class Part:
         return _matches(name, self.always)
 
     def of(self, name: str) -> dict[str, Any]:
-        """All that it says of this one."""
+        """The content for this name."""
         content = self.content
         for pattern, more in self.where.items():
             if fnmatchcase(name, pattern):
@@ -77,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file of one's own says, or (without a path) all that a name is composed of."""
+    """The content of a user's file, or (without a path) of all files that a name is composed of."""
 
     path: Path | None
     content: dict[str, Any]
@@ -89,9 +85,9 @@ class Recipe:
     """What is trained and how.
 
     Attributes:
-        name: such as "cifar10/x_vgg16_2+group+air"; the stem of a file of one's own.
-        run: the name of its run folder. Old names have the old ones, so that their runs continue.
-        layers: later ones win, key by key; a file has one for each base too.
+        name: such as "cifar10/x_vgg16_2+group+air"; the stem of a user's file.
+        run: the name of its run folder. Old names keep the old ones, so that their runs continue.
+        layers: later ones win, key by key; a file also has one for each base.
     """
 
     name: str
@@ -145,7 +141,7 @@ def _fitting(plain_name: str) -> list[Part]:
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """The whole product, such as "cifar10/x_vgg16_2+group+air"."""
+    """All names, such as "cifar10/x_vgg16_2+group+air"."""
     found: list[str] = []
     for name in plain_names():
         choices: dict[str, list[str]] = {}
@@ -206,9 +202,8 @@ def _today(short: str) -> str:
     known = "|".join(map(re.escape, settings()))
     while "+" not in short and (old := re.fullmatch(rf"(\w+)_({known})((?:\+\w+)*)", rest)):
         rest = f"{old[1]}+{old[2]}{old[3]}"
-    for old_start, start in _OLD.items():
-        if rest == old_start or rest.startswith(f"{old_start}+"):
-            rest = start + rest.removeprefix(old_start)
+    # The dense twin of four MobileNets is one network, which had a name of its own.
+    rest = re.sub(r"^x_mobilenet050(?=\+dense(\+|$))", "x_mobilenet050_c2", rest)
     return data_set + slash + rest
 
 
@@ -326,10 +321,10 @@ def copy(name: str, to: Path | str) -> list[Path]:
         be written.
     """
     recipe, to = find(name), Path(to)
-    own = f"{recipe.name.rpartition('/')[2]}.yaml"
+    file_name = f"{recipe.name.rpartition('/')[2]}.yaml"
     try:
         files = {to / layer.path.name: text(layer) for layer in recipe.layers if layer.path}
-        files = files or {to / own: text(recipe.layers[0])}
+        files = files or {to / file_name: text(recipe.layers[0])}
         for file, content in files.items():
             same = file.is_file() and file.read_text(encoding="utf-8") == content
             if file.exists() and not same:

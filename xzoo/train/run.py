@@ -84,8 +84,8 @@ def log_every(steps: int, at_most: int) -> int:
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; make it first, and unmake it if it is still empty at
-    the end.
+    """Lock the folder for this process; make it first, and remove it if it is still empty at the
+    end.
 
     Raises: XzooError if it cannot be made or written to, or another process is at work in it. The
     lock is the operating system's, so that a killed process leaves none behind.
@@ -137,7 +137,7 @@ def refuse_other(
 
     Args:
         asked: what has to be in its config.yaml, under `section` where there is one.
-        of: the command, to tell whose folder was expected.
+        of: the command, to say whose folder was expected.
         free: dotted keys that may differ.
         parse: reads config.yaml with defaults for what it does not say, options that are newer than
             the run.
@@ -213,9 +213,7 @@ def train(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning tells about hardware, its products, and loaders that are as they are
-    meant to be.
-    """
+    """Without Lightning's messages on hardware, its products, and loaders that are as intended."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """The classifier that Lightning trains, for `xzoo finetune` and every recipe alike.
 
-What a step does depends on where it stands (step, share of the run) and on nothing that a resume
+What a step does depends on its position (step, share of the run) and on nothing that a resume
 could lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step,
 rank).
 """
@@ -295,7 +295,7 @@ class Classifier(pl.LightningModule):
     def _norms(self) -> list[_BatchNorm]:
         return [part for part in self.net.modules() if isinstance(part, _BatchNorm)]
 
-    # ---- where the run stands
+    # ---- how far the run is
 
     def progress(self, step: int) -> float:
         """Share of the run after `step` optimizer steps, 0 to 1: by steps or by the clock,
@@ -386,12 +386,12 @@ class Classifier(pl.LightningModule):
             if not params:
                 continue
             scale = group.get("lr_scale", 1.0) * (1.0 if name == "head" else hp["body_lr"])
-            own = group | {"params": params, "wait": 0.0 if name == "head" else hp["head_first"]}
+            part = group | {"params": params, "wait": 0.0 if name == "head" else hp["head_first"]}
             if name == "norm biases":
                 scale *= hp["norm_bias_lr"]
                 # A step takes rate * decay of a parameter: as much of these as of the others.
-                own["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
-            split.append(own | {"lr": self.peak * scale})
+                part["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
+            split.append(part | {"lr": self.peak * scale})
         return split
 
     # ---- steps
@@ -517,7 +517,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Lightning saves no random state, and gives every rank the same one. The epoch hooks are
-        # not called when a run resumes within an epoch, so this stands here.
+        # not called when a run resumes within an epoch, so it is done here.
         seed = key(
             self.hparams["seed"],
             0,
