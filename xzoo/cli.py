@@ -246,10 +246,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _overview() -> str:
-    lines = ["usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options)", ""]
+    text = "usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options)\n"
     for name, (what, example) in COMMANDS.items():
-        lines += [f"  {name:<10}{what}", f"  {'':<10}{example}"]
-    return "\n".join(lines)
+        text += f"\n  {name:<10}{what}\n  {'':<10}{example}"
+    return text
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -44,7 +44,8 @@ def explain(message: str, options: Collection[str], classes: Collection[str] = (
     keys = [option.removeprefix("--") for option in options]
     class_path = re.search(r"given class_path '([\w.]+)'", message)
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
-        known = _arguments(class_path[1]) if class_path else keys
+        kind = pydoc.locate(class_path[1]) if class_path else None
+        known = list(inspect.signature(kind).parameters) if callable(kind) else keys
         of = f"{class_path[1].rpartition('.')[2]} has no option" if class_path else "unknown key"
         return f"{of} {unknown[1]}; {nearest(unknown[1], known)}"
     if unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
@@ -70,8 +71,3 @@ def _of_value(message: str) -> str | None:
     if not (keys and value and expected):
         return None
     return f"{'.'.join(keys)}={value[1].strip()}: expected {' or '.join(dict.fromkeys(expected))}"
-
-
-def _arguments(class_path: str) -> list[str]:
-    kind = pydoc.locate(class_path)
-    return list(inspect.signature(kind).parameters) if callable(kind) else []

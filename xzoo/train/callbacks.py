@@ -1,6 +1,7 @@
 """What watches a run: the average of the weights, checkpoints, the clock, the progress report."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -300,17 +301,12 @@ class ProgressReport(Callback):
 
     def _left(self, progress: float) -> str:
         elapsed, done = time.monotonic() - self._started, progress - self._at
+        gone = f"{timedelta(seconds=round(elapsed))} gone"
         if done <= 0:
-            return f"{_clock(elapsed)} gone"
-        return f"{_clock(elapsed)} gone, about {_clock(elapsed * (1 - progress) / done)} left"
+            return gone
+        return f"{gone}, about {timedelta(seconds=round(elapsed * (1 - progress) / done))} left"
 
 
 def _epoch(trainer: pl.Trainer) -> str:
     total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
     return f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -35,7 +35,7 @@ from ..results.record import Result
 from . import pictures
 from .callbacks import EMA
 from .outcome import facts, finish
-from .plan import Options, Plan, plan, start, use_weights
+from .plan import Options, Plan, plan, start
 from .run import CONFIG, Run, locked_run_folder, log_every, quiet, refuse_other
 from .task import Classifier
 
@@ -106,7 +106,6 @@ def finetune(
     if workers is not None and workers < 0:
         raise XzooError(f"workers={workers}: an integer from 0 on is needed")
     built = start(options)
-    use_weights(options, built.has_weights)
     where = device_named(device)
     folder = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
 
@@ -200,8 +199,8 @@ def _describe(
     head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
     write_text(folder / CONFIG, head + to_yaml(described))
     if images.left_out:
-        lines = [f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in images.left_out]
-        write_text(folder / "skipped.txt", "".join(lines))
+        rows = (f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in images.left_out)
+        write_text(folder / "skipped.txt", "".join(rows))
 
 
 def _draw(

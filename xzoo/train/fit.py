@@ -114,7 +114,15 @@ def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -
     run.fit(trainer, task, data)
     if not trainer.is_global_zero:
         return None
-    return _finish(cli, run, trainer, task, data, console)
+    known = _facts(cli, trainer, task, data)
+    made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
+    result, _, _ = finish(run, trainer, task, data, known, {"fit": made}, cli.name, console)
+    if cli.config.results:
+        # Before result.json: what fails here is tried again by the same command.
+        append(cli.config.results, Row(**{name: result.facts[name] for name in COLUMNS}))
+    record.write(result)
+    _show(result, console)
+    return result
 
 
 def _facts(
@@ -146,26 +154,6 @@ def _check_validation(trainer: Any, steps: int) -> None:
             f"trainer.val_check_interval={every}: an epoch has {steps} steps; use as many or "
             "fewer, or check_val_every_n_epoch=null to count over epochs"
         )
-
-
-def _finish(
-    cli: RecipeCLI,
-    run: Run,
-    trainer: pl.Trainer,
-    task: Classifier,
-    data: DataModule,
-    console: Console,
-) -> Result:
-    """The result of a run that has ended; result.json comes last."""
-    known = _facts(cli, trainer, task, data)
-    made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
-    result, _, _ = finish(run, trainer, task, data, known, {"fit": made}, cli.name, console)
-    if cli.config.results:
-        # Before result.json: what fails here is tried again by the same command.
-        append(cli.config.results, Row(**{name: result.facts[name] for name in COLUMNS}))
-    record.write(result)
-    _show(result, console)
-    return result
 
 
 # What a run cannot keep its promises with: flag, whether a value of it is meant, and what to do

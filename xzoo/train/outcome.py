@@ -57,8 +57,10 @@ def facts(
     epochs = None if trainer.max_epochs == -1 else trainer.max_epochs
     # Those that it took, or will take.
     batches = standing(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
-    # One forward pass, and two backward.
-    macs = 3 * _mean_macs(net, task, data) * data.batch_size * batches
+    channels, _, full = data.input_size
+    shown = sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"])
+    # of an image forward, as the mean over a training in which images may grow
+    macs = sum(Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown)
     devices = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     return {
         "model": task.hparams["name"],
@@ -85,21 +87,14 @@ def facts(
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        "train_macs": round(macs),
+        # one forward pass, and two backward
+        "train_macs": round(3 * macs * data.batch_size * batches),
         "device": devices + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
         "xzoo": version("xzoo"),
         "commit": commit(),
     }
-
-
-def _mean_macs(net: nn.Module, task: Classifier, data: DataModule) -> Fraction:
-    """MACs of one image forward, as the mean over a training in which images may grow."""
-    channels, _, full = data.input_size
-    shown = sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"])
-    macs = (Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown)
-    return sum(macs, Fraction(0))
 
 
 def finish(

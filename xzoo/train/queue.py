@@ -280,7 +280,9 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
     try:
         while True:
             for run in [run for run, process in working.items() if process.poll() is not None]:
-                code, last = working.pop(run).returncode, _last_line(run.log)
+                log = run.log.read_text(encoding="utf-8", errors="replace").strip()
+                last = log.rpartition("\n")[2].strip() or "its log is empty"
+                code = working.pop(run).returncode
                 if run.is_finished:
                     taken = timedelta(seconds=round(time.monotonic() - started[run]))
                     say(console, f"{run.out}: finished after {taken}")
@@ -330,8 +332,3 @@ def _behind_others() -> None:
     os.nice(19)
     # it is ignored in what a script starts in the background
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _last_line(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace").strip()
-    return text.rpartition("\n")[2].strip() or "its log is empty"

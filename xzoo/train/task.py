@@ -425,7 +425,22 @@ class Classifier(pl.LightningModule):
                 "memory; use CIFAR10, CIFAR100 or TinyImageNet, or leave it out"
             )
         for side in hp["grow_sizes"] or ():
-            self._check_size(side, data.input_size)
+            channels, _, full = data.input_size
+            if not 0 < side < full:
+                raise ModelError(
+                    f"grow_sizes: {side} pixels; use sides below those of the data, {full}"
+                )
+            before = self.net.training
+            try:
+                with torch.no_grad():
+                    self.net.eval()(torch.zeros(1, channels, side, side, device=self.device))
+            except Exception as error:
+                raise ModelError(
+                    f"grow_sizes: {hp['name']} cannot take images of {side} pixels "
+                    f"({first_line(error)}); use larger ones"
+                ) from error
+            finally:
+                self.net.train(before)
 
     def make_teacher(self, data: DataModule) -> Teacher | None:
         """The teacher that the options name, for the student's images; ModelError where it cannot
@@ -436,26 +451,17 @@ class Classifier(pl.LightningModule):
             return None
         return Teacher(teacher, data.class_names, data.mean, data.std)
 
-    def _check_size(self, side: int, size: tuple[int, int, int]) -> None:
-        channels, _, full = size
-        if not 0 < side < full:
-            raise ModelError(
-                f"grow_sizes: {side} pixels; use sides below those of the data, {full}"
-            )
-        before = self.net.training
-        try:
-            with torch.no_grad():
-                self.net.eval()(torch.zeros(1, channels, side, side, device=self.device))
-        except Exception as error:
-            raise ModelError(
-                f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels "
-                f"({first_line(error)}); use larger ones"
-            ) from error
-        finally:
-            self.net.train(before)
-
     def on_fit_start(self) -> None:
-        self._check_graphs()
+        # All ranks compute on one graph, or their gradients belong to different layers.
+        names = self._ddp_params_and_buffers_to_ignore
+        graphs = [self.get_buffer(name).cpu().numpy().tobytes() for name in names]
+        mine = hashlib.sha256(b"".join(graphs)).hexdigest()
+        equal = mine == self.trainer.strategy.broadcast(mine)
+        if not self.trainer.strategy.reduce_boolean_decision(equal, all=True):
+            raise XzooError(
+                "the graphs of the processes differ; give all of them the same model, seed and "
+                "checkpoint"
+            )
         hp = self.hparams
         # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and
         # compiled code.
@@ -488,20 +494,6 @@ class Classifier(pl.LightningModule):
         if self._lookahead:
             step = self.global_step + 1
             self._lookahead.step(step, self.progress(step))
-
-    def _check_graphs(self) -> None:
-        """All ranks compute on one graph, or their gradients belong to different layers."""
-        graphs = [
-            self.get_buffer(name).cpu().numpy().tobytes()
-            for name in self._ddp_params_and_buffers_to_ignore
-        ]
-        mine = hashlib.sha256(b"".join(graphs)).hexdigest()
-        equal = mine == self.trainer.strategy.broadcast(mine)
-        if not self.trainer.strategy.reduce_boolean_decision(equal, all=True):
-            raise XzooError(
-                "the graphs of the processes differ; give all of them the same model, seed and "
-                "checkpoint"
-            )
 
     def on_validation_epoch_start(self) -> None:
         # Under DDP each rank has seen another part of the last batch. The first one's statistics
