@@ -1,17 +1,17 @@
 """The errors that xzoo raises for a caller's mistakes.
 
-    XzooError(ValueError)    every one of them; the command line prints its line and exits with 2
-        GraphError           no such graph: sizes, degree, share, or neighbours
-        ModelError           a model, layer or checkpoint that does not go with what was asked
-        DataError            images, folders or labels that cannot be used
+    XzooError(ValueError)     every one of them; the command line prints its one line and exits with 2
+        GraphError            no such graph: sizes, degree, share, or neighbours that are not a graph
+        ModelError            a model, layer or checkpoint that does not go with what was asked of it
+        DataError             images, folders or labels that cannot be used
 
-A message says what was given, what is allowed and what to do, in one line. Bugs in xzoo are
-assertions, not these errors.
+A message says what was given, what is allowed and what to do, in one line. Mistakes of our own are
+assertions, not these.
 """
 
 
 class XzooError(ValueError):
-    """A mistake that the caller can correct; the message says how."""
+    """A mistake that the caller can mend; the message says how."""
 
 
 class GraphError(XzooError):

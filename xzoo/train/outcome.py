@@ -53,14 +53,14 @@ def facts(
     compression = arguments.get("compression", 1)
     dense = compression == 1
     drawn: dict[str, Any] = {} if dense else arguments
+    channels, _, full = data.input_size
+    shown = sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"])
     split = DATASETS[data.dataset].split if data.dataset else "val"
     epochs = None if trainer.max_epochs == -1 else trainer.max_epochs
     # Those that it took, or will take.
     batches = standing(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
-    channels, _, full = data.input_size
-    shown = sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"])
-    # of an image forward, as the mean over a training in which images may grow
-    macs = sum(Fraction(share) * profile(net, (channels, side, side)).macs for side, share in shown)
+    # One forward pass, and two backward.
+    macs = [3 * Fraction(share) * profile(net, (channels, s, s)).macs for s, share in shown]
     devices = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     return {
         "model": task.hparams["name"],
@@ -87,8 +87,7 @@ def facts(
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        # one forward pass, and two backward
-        "train_macs": round(3 * macs * data.batch_size * batches),
+        "train_macs": round(sum(macs) * data.batch_size * batches),
         "device": devices + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
