@@ -27,8 +27,6 @@ class DataError(XzooError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, of whatever library; the name of its class where it
-    says nothing.
-    """
+    """The first line of the message of any error; the name of its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
