@@ -761,7 +761,7 @@ def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
                             bench.write_csv(figures, Path(args.csv))
             finally:  # Ctrl-C leaves what was measured
                 if figures:
-                    _print_figures([figure.told() for figure in figures], bench.machine())
+                    _print_figures([figure.as_row() for figure in figures], bench.machine())
         if args.plot is not None:
             bench.draw(figures, Path(args.plot))
 

@@ -21,7 +21,7 @@ from ..ops import dense as definition
 from ..ops import native, operations
 from ..ops.auto import choose
 from ..ops.tune import PRODUCTS, LayerShape, Tensors, Times, alternate, tensors
-from .figures import Figure, faster, lasting, ratios, watched
+from .figures import Figure, fastest, format_seconds, ratios, with_progress
 
 ROUNDS = 3  # to find the faster memory format, before the pairs that count
 # numbers in an intermediate result: the gather-multiply-sum of a large batch has no place
@@ -235,7 +235,7 @@ def layers(selected: Sequence[str] = (), pairs: int = 15) -> Iterator[Figure]:
 
 
 def _layers(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
-    for case in watched(cases, str, lambda case: case.work * pairs):
+    for case in with_progress(cases, str, lambda case: case.work * pairs):
         yield from _measure(case, pairs)
 
 
@@ -256,7 +256,7 @@ def _measure(case: LayerCase, pairs: int) -> Iterator[Figure]:
             case.bars[wanted] * ideal if dense and case.bars and wanted is not None else None,
             part="layer",
             ideal=ideal if dense else None,
-            ours=lasting(median(spent.seconds)),
+            ours=format_seconds(median(spent.seconds)),
             faults=spent.faults,
             note=_taken(drawn, case.product),
         )
@@ -333,7 +333,7 @@ def _faster_dense(drawn: Tensors, product: str) -> tuple[str, Callable[[], Tenso
     for form, each in _formats(drawn).items():
         own = weight.to(memory_format=torch.channels_last) if form == "channels_last" else weight
         forms[form] = partial(library, each, product, own)
-    best = faster(alternate(forms, ROUNDS)) if len(forms) > 1 else "contiguous"
+    best = fastest(alternate(forms, ROUNDS)) if len(forms) > 1 else "contiguous"
     return best, forms[best]
 
 
@@ -405,10 +405,10 @@ def policy(pairs: int = 15) -> Iterator[Figure]:
 
 def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
     medians: dict[str, list[float]] = {product: [] for product in PRODUCTS}
-    for case in watched(cases, str, lambda case: case.work * pairs):
+    for case in with_progress(cases, str, lambda case: case.work * pairs):
         forms = _formats(tensors(case.layer))
         candidates = {form: ours(each, case.product) for form, each in forms.items()}
-        best = faster(alternate(candidates, ROUNDS))
+        best = fastest(alternate(candidates, ROUNDS))
         calls = {
             "auto": candidates[best],
             "dense": _faster_dense(forms["contiguous"], case.product)[1],
@@ -422,7 +422,7 @@ def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
             1.1,
             at_least=False,
             part="policy",
-            ours=lasting(median(times["auto"].seconds)),
+            ours=format_seconds(median(times["auto"].seconds)),
             faults=times["auto"].faults,
             note=f"{_taken(forms[best], case.product)}, {best}",
         )
@@ -455,7 +455,7 @@ def share(pairs: int = 15) -> Iterator[Figure]:
 
 
 def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
-    for layer in watched(chosen, name, lambda layer: LayerCase(layer).work * pairs * 2):
+    for layer in with_progress(chosen, name, lambda layer: LayerCase(layer).work * pairs * 2):
         drawn = tensors(layer)
         found = theory.spectrum(theory.Graph(drawn.neighbours.numpy(), layer.n_in, layer.share))
         of = {"first singular value": found.first, "bound of random graphs": found.bound}
@@ -486,7 +486,7 @@ def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
                 ratios(theirs, mine),
                 part="share",
                 ideal=layer.n_in / layer.degree,
-                ours=lasting(median(mine)),
+                ours=format_seconds(median(mine)),
             )
 
 
@@ -523,7 +523,7 @@ def _scaling(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
         torch.set_num_threads(threads)
         call()
 
-    for case in watched(cases, str, lambda case: case.work * pairs):
+    for case in with_progress(cases, str, lambda case: case.work * pairs):
         drawn = tensors(case.layer)
         forms = {"ours": ours(drawn, case.product), "dense": _faster_dense(drawn, case.product)[1]}
         calls = {

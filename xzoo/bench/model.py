@@ -29,7 +29,7 @@ from ..ops import dense as definition
 from ..ops import native
 from ..ops.tune import alternate
 from ..profile import profile
-from .figures import Figure, faster, lasting, ratios, watched
+from .figures import Figure, fastest, format_seconds, ratios, with_progress
 
 # What has to be reached in inference and in training with vectors of 16 floats; NARROW of it with
 # 8.
@@ -110,7 +110,7 @@ def _models(
         cases += [ModelCase(name, batch, False) for batch in dict.fromkeys((one, many))] + [
             ModelCase(name, training, True)
         ]
-    for case in watched(cases, str, lambda case: _work(case, pairs)):
+    for case in with_progress(cases, str, lambda case: _work(case, pairs)):
         yield from _measure(case, pairs, compiled)
 
 
@@ -142,7 +142,7 @@ def _measure(case: ModelCase, pairs: int, compiled: bool) -> Iterator[Figure]:
             bar if against == "dense" else None,
             part="model",
             ideal=dense / ours if against == "dense" else None,
-            ours=lasting(median(spent.seconds)),
+            ours=format_seconds(median(spent.seconds)),
             faults=spent.faults,
             note=note,
         )
@@ -234,7 +234,7 @@ def _inferences(
             squeezed = torch.compile(fast)
             both = {"eager": calls[name], "compiled": lambda squeezed=squeezed: squeezed(images)}  # type: ignore[misc]
             with torch.no_grad():
-                best = faster(alternate(both, CHOOSE))
+                best = fastest(alternate(both, CHOOSE))
             calls[name], formats[name] = both[best], f"{formats[name]} {best}"
     return calls, f"{formats['ours']}, dense {formats['dense']}"
 
@@ -256,7 +256,7 @@ def _training_steps(
                 candidates[key] = _step(
                     own, torch.compile(own), images.to(memory_format=form), labels
                 )
-        formats[name] = faster(alternate(candidates, CHOOSE))
+        formats[name] = fastest(alternate(candidates, CHOOSE))
         calls[name] = candidates[formats[name]]
     return calls, f"{formats['ours']}, dense {formats['dense']}"
 

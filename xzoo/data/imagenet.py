@@ -39,11 +39,11 @@ from ..files import atomic
 from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
-from .folders import VAL_NAMES, check_same_classes, few
+from .folders import VAL_NAMES, check_same_classes, shorten
 from .images import load_rgb
 from .loader import Loader, Views, batch_bytes
 from .module import DataModule
-from .order import EvalOrder, TrainOrder, held_out, standing
+from .order import EvalOrder, TrainOrder, run_position, split_validation
 from .scan import Images
 from .sources import Item, list_images, split_of
 from .walk import SUFFIXES
@@ -237,7 +237,7 @@ def _hub(root: str) -> Contents:
     val = next((name for name in VAL_NAMES if name in splits), None)
     if val is None or "train" not in splits:
         raise DataError(
-            f"{root}: its parts are {few(sorted(splits))}; train and one of {', '.join(VAL_NAMES)} "
+            f"{root}: its parts are {shorten(sorted(splits))}; train and one of {', '.join(VAL_NAMES)} "
             "are needed"
         )
     features = splits["train"].features
@@ -249,7 +249,7 @@ def _hub(root: str) -> Contents:
     )
     if image is None or label is None:
         raise DataError(
-            f"{root}: no column of images and one of class labels among {few(list(features))}"
+            f"{root}: no column of images and one of class labels among {shorten(list(features))}"
         )
     parts = []
     for name in ("train", val):
@@ -268,7 +268,7 @@ def _shards(root: Path, shards: Sequence[Path], num_classes: int) -> Contents:
     val = next((name for name in VAL_NAMES if name in parts), None)
     if "train" not in parts or val is None:
         raise DataError(
-            f"{root}: its shards are of {few(sorted(parts))}; train-*.tar and val-*.tar are needed"
+            f"{root}: its shards are of {shorten(sorted(parts))}; train-*.tar and val-*.tar are needed"
         )
     train, test = (_indexed(root, parts[name]) for name in ("train", val))
     for _, labels in (train, test):
@@ -335,7 +335,7 @@ def _members(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
     if images.keys() != labels.keys():
         odd = sorted(images.keys() ^ labels.keys())
         raise DataError(
-            f"{shard}: {few(odd)} must have an image and a .cls file with its label, and has one "
+            f"{shard}: {shorten(odd)} must have an image and a .cls file with its label, and has one "
             "of them"
         )
     for name, (start, size) in images.values():
@@ -520,7 +520,7 @@ class ImageNet(DataModule):
         if self._contents is None:
             self._contents = contents(self.root, self.num_classes)
             if self.holdout:
-                self._held, self._kept = held_out(self._contents.train[1], self.holdout)
+                self._held, self._kept = split_validation(self._contents.train[1], self.holdout)
         return self._contents
 
     def _transform(self, training: bool) -> Any:
@@ -541,7 +541,7 @@ class ImageNet(DataModule):
     def train_dataloader(self) -> Loader:
         images, _ = self._found().train
         views = Views(images, self._transform(training=True), self.seed)
-        return self._loader(views, self._kept, self.train_order(*standing(self.trainer)))
+        return self._loader(views, self._kept, self.train_order(*run_position(self.trainer)))
 
     def val_dataloader(self) -> Loader:
         images, _ = self._found().train if self.holdout else self._found().val
@@ -551,7 +551,7 @@ class ImageNet(DataModule):
         return self._eval_loader(self._found().val[0], None)
 
     def _eval_loader(self, images: Stored, numbers: Tensor | None) -> Loader:
-        rank, world, *_ = standing(self.trainer)
+        rank, world, *_ = run_position(self.trainer)
         views = Views(images, self._transform(training=False), None)
         n = len(views) if numbers is None else len(numbers)
         return self._loader(views, numbers, EvalOrder(n, self.eval_batch_size, rank, world))

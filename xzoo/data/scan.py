@@ -25,7 +25,7 @@ from rich.progress import track
 from ..errors import DataError
 from ..machine import cores
 from ..names import encoded, rejoined
-from .folders import few, same_letters
+from .folders import same_letters, shorten
 from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from .sources import Item, Listing, list_images
 from .walk import NO_IMAGE, LeftOut, ending
@@ -119,9 +119,9 @@ class ImageData:
 def _shown(why: str, files: Sequence[LeftOut]) -> str:
     """Which ones, where that is short and tells something."""
     if why == UNREADABLE:
-        return f" ({few([left.name for left in files])})"
+        return f" ({shorten([left.name for left in files])})"
     if why == NO_IMAGE:
-        return f" ({few(sorted({ending(left.name) for left in files}))})"
+        return f" ({shorten(sorted({ending(left.name) for left in files}))})"
     return ""
 
 
@@ -157,7 +157,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     first_val = sum(item is not None for item in kept[: len(listing.train)])
     train, val = used[:first_val], used[first_val:]
     if listing.val is None:
-        train, val = hold_out(train, same=same)
+        train, val = split_by_name(train, same=same)
         copies = len(same) - len(set(same))
         if copies:
             facts.append(f"{copies} of them are copies of others, and on the same side as those")
@@ -172,7 +172,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     several = _in_several_classes(used, same)
     if several:
         listing.remarks.append(
-            f"{len(several)} images are identical to one of another class: {few(several)}"
+            f"{len(several)} images are identical to one of another class: {shorten(several)}"
         )
     _check_classes(str(data), listing, train, val, sum(left.why == BOTH for left in left_out))
     return ImageData(
@@ -190,7 +190,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     )
 
 
-def hold_out(
+def split_by_name(
     items: Sequence[Item], share: float = HELD_OUT, same: Sequence[int] | None = None
 ) -> tuple[list[Item], list[Item]]:
     """Split into train and val, class by class, by a hash of the names: the same split on every
@@ -360,7 +360,7 @@ def _check_classes(
     if lost:
         same = f" ({both} are identical to images that validate)" if both else ""
         raise DataError(
-            f"{data}: no training image that can be read of {few([classes[i] for i in lost])}{same}"
+            f"{data}: no training image that can be read of {shorten([classes[i] for i in lost])}{same}"
         )
     if len(classes) < 2 or len(counts) < 2:
         only = classes[next(iter(counts))] if counts else classes[0]

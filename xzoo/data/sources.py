@@ -22,7 +22,7 @@ from .. import network
 from ..errors import DataError, first_line
 from ..files import reason
 from . import folders
-from .folders import few, part_of
+from .folders import part_of, shorten
 from .images import Pixels
 from .walk import LeftOut, files_that_end_in
 
@@ -109,11 +109,11 @@ def _folder_or_tables(root: Path) -> Listing:
     rows = [*listing.train, *(listing.val or [])]
     if beside and not any(isinstance(row.source, Path) for row in rows):
         listing.remarks.append(
-            f"parquet files are read, and images in folders beside them are not: {few(beside)}"
+            f"parquet files are read, and images in folders beside them are not: {shorten(beside)}"
         )
     strange = [table.name for table in tables if with_images and table not in with_images]
     if strange:
-        listing.remarks.append(f"no images in {few(strange)}")
+        listing.remarks.append(f"no images in {shorten(strange)}")
     return listing
 
 
@@ -229,7 +229,7 @@ def _columns(where: str, kinds: dict[str, str]) -> tuple[str, str]:
         )
         if pick is None:
             raise DataError(
-                f"{where}: no {kind} column among {few(list(kinds))}; expected {' or '.join(usual)}"
+                f"{where}: no {kind} column among {shorten(list(kinds))}; expected {' or '.join(usual)}"
             )
         chosen.append(pick)
     return chosen[0], chosen[1]
@@ -293,7 +293,7 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
         parts["train"] = parts.pop(trains[0])
     if "train" not in parts:
         if len(parts) > 1:
-            raise DataError(f"{data}: no train part among {few(sorted(parts))}")
+            raise DataError(f"{data}: no train part among {shorten(sorted(parts))}")
         parts = {"train": next(iter(parts.values()))}
     # -1 marks an image whose label is kept secret, as in the test parts of contests.
     parts = {split: [r for r in rows if r[2] not in (None, -1)] for split, rows in parts.items()}
@@ -305,7 +305,9 @@ def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None
         index = {i: i for i in range(len(classes))} | {c: i for i, c in enumerate(classes)}
     wrong = sorted(str(label) for label in labels if label not in index)
     if wrong:
-        raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
+        raise DataError(
+            f"{data}: labels {shorten(wrong)} are outside its {len(classes)} class names"
+        )
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
     judges = sorted(

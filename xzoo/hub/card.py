@@ -135,7 +135,9 @@ def write(folder: Path | str, repo: str | None = None) -> bool:
     """
     folder = Path(folder)
     measured = _read(folder / METRICS)
-    changed = _put(folder / METRICS, json.dumps(measured | standing(measured), indent=2) + "\n")
+    changed = _put(
+        folder / METRICS, json.dumps(measured | runs_and_rivals(measured), indent=2) + "\n"
+    )
     return _put(folder / CARD, text(folder, repo)) or changed
 
 
@@ -186,7 +188,7 @@ def metrics(
     counted and measured.
     """
     net, counts = cast(Any, model), profile(model)
-    known = result | {"model": config["architecture"]} | standing(result)
+    known = result | {"model": config["architecture"]} | runs_and_rivals(result)
     if net.num_classes <= 5:  # fine-tuning runs of before wrote it for these, too
         known["top5"] = None
     known |= {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
@@ -199,7 +201,7 @@ def metrics(
     return known | ({"latency": _latency(net, dense)} if timed else {})
 
 
-def standing(measured: dict[str, Any]) -> dict[str, Any]:
+def runs_and_rivals(measured: dict[str, Any]) -> dict[str, Any]:
     """What recipes/results.csv has of the same recipe ("runs") and of its rivals, which have other
     graphs or none.
 

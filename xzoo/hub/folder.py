@@ -304,7 +304,7 @@ def check(folder: Path | str) -> None:
         raise ModelError(
             f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}"
         )
-    current = metrics | card.standing(metrics) == metrics
+    current = metrics | card.runs_and_rivals(metrics) == metrics
     if not current or (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
         raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
 
