@@ -276,15 +276,15 @@ def each_once(images: Sequence[ImageFile], root: str) -> tuple[list[ImageFile], 
     that stays.
     """
 
-    # The last one of a file counts here: the first that has its own name, or else the first.
-    own_last = sorted(images[::-1], key=lambda image: image.real == os.path.join(root, image.name))
-    name_of = {image.real: image.name for image in own_last}
+    first: dict[str, str] = {}
+    for image in sorted(images, key=lambda image: image.real != os.path.join(root, image.name)):
+        first.setdefault(image.real, image.name)
     kept, again = [], []
     for image in images:
-        if name_of[image.real] == image.name:
+        if first[image.real] == image.name:
             kept.append(image)
         else:
-            detail = f"the same file as {name_of[image.real]}"
+            detail = f"the same file as {first[image.real]}"
             again.append(LeftOut(image.name, TWICE, detail))
     return kept, again
 
