@@ -224,13 +224,11 @@ class InMemory(DataModule):
                 f"{self.root} has {len(listing.classes)} classes, {name} has {self.facts.classes}: "
                 "another data set?"
             )
-        if self.facts.lossless and (
-            lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)
-        ):
+        lossy = next(filter(_is_jpeg, listing.items), None) if self.facts.lossless else None
+        if lossy:
             raise DataError(
                 f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; "
-                "give them "
-                f"({self.facts.hub} on the Hub has them), or read these by --data ImageFolder"
+                f"give them ({self.facts.hub} on the Hub has them), or read these by --data ImageFolder"
             )
         return listing
 
