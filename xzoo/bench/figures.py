@@ -128,12 +128,10 @@ def fastest(times: dict[str, Times]) -> str:
 
 def format_seconds(seconds: float) -> str:
     """In the unit that suits it."""
-    unit, size = next(
-        pair
-        for pair in (("s", 1), ("ms", 1e-3), ("us", 1e-6))
-        if seconds >= pair[1] or pair[0] == "us"
-    )
-    return f"{seconds / size:.3g} {unit}"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
 
 
 def machine() -> dict[str, str]:

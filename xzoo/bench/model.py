@@ -157,44 +157,42 @@ def _forms(name: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """
     ours = _create(name)
     masked = to_dense(copy.deepcopy(ours))
-    masks = {
-        key: definition.scatter(
-            torch.ones_like(layer.weight), layer.neighbours, layer._n_in
-        ).detach()
-        for key, layer in ours.named_modules()
-        if isinstance(layer, ExpanderConv2d | ExpanderLinear)
-    }
-    forms = {"ours": ours, "dense": _create(name, compression=1)}
-    return forms | {
+    masks = {}
+    for key, layer in ours.named_modules():
+        if isinstance(layer, ExpanderConv2d | ExpanderLinear):
+            ones = torch.ones_like(layer.weight)
+            masks[key] = definition.scatter(ones, layer.neighbours, layer._n_in).detach()
+    forms = {
+        "ours": ours,
+        "dense": _create(name, compression=1),
         "masked": masked,
         "group": _with_torchs_groups(_create(name, graph="group")),
-    }, masks
+    }
+    return forms, masks
 
 
 def _with_torchs_groups(model: nn.Module) -> nn.Module:
     """A model of group graphs with torch's own group convolutions, in place; its linear layers
     stay, torch has none.
     """
-    convolutions = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, ExpanderConv2d)
-    }
-    for name, layer in convolutions.items():
-        same = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "padding_mode",
-        )
-        arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
-        groups = layer.in_channels // layer.degree
-        new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
-        new.load_state_dict(
-            {key: value for key, value in layer.state_dict().items() if key != "neighbours"}
-        )
-        model.set_submodule(name, new)
+    same = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "padding_mode",
+    )
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, ExpanderConv2d):
+            arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
+            groups = layer.in_channels // layer.degree
+            new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
+            state = layer.state_dict()
+            del state["neighbours"]
+            new.load_state_dict(state)
+            model.set_submodule(name, new)
     return model
 
 
@@ -340,10 +338,12 @@ def _memories(name: str, batch: int) -> dict[str, tuple[int, int]]:
         images, labels = _batch(model, batch)
         found.append(memory(model, images.to("meta"), labels.to("meta")))
     mine, theirs = found
-    both = f"all memory in training, batch {batch}"
     return {
         STATE: (mine.state, theirs.state),
-        both: (mine.state + mine.activations, theirs.state + theirs.activations),
+        f"all memory in training, batch {batch}": (
+            mine.state + mine.activations,
+            theirs.state + theirs.activations,
+        ),
     }
 
 
@@ -374,8 +374,7 @@ def _macs(name: str) -> tuple[int, int]:
 @cache
 def _kind(name: str) -> str:
     model: Any = _create(name, device="meta")
-    size = model.pretrained_cfg["input_size"][-1]
-    return "small" if size <= SMALL else "large"
+    return "small" if model.pretrained_cfg["input_size"][-1] <= SMALL else "large"
 
 
 def _work(case: ModelCase, pairs: int) -> float:
