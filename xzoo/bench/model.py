@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -227,10 +227,13 @@ def _inferences(
             _mask(fast, masks)
         last = any(p.dim() == 4 and not p.is_contiguous() for p in fast.parameters())
         formats[name] = "channels_last" if last else "contiguous"
-        calls[name] = lambda fast=fast: fast(images)  # type: ignore[misc]
+        calls[name] = partial(fast, images)
         if name == "dense" and compiled:
             squeezed = torch.compile(fast)
-            both = {"eager": calls[name], "compiled": lambda squeezed=squeezed: squeezed(images)}  # type: ignore[misc]
+            both: dict[str, Callable[[], Any]] = {
+                "eager": calls[name],
+                "compiled": partial(squeezed, images),
+            }
             with torch.no_grad():
                 best = fastest(alternate(both, CHOOSE))
             calls[name], formats[name] = both[best], f"{formats[name]} {best}"

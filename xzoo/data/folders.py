@@ -182,7 +182,7 @@ def read_folder(root: Path) -> Layout:
 
 
 class _Reader:
-    """What is decided about the folders of DATA, and remembered until all files are accounted for."""
+    """What is decided about the folders of DATA, kept until all files are accounted for."""
 
     def __init__(self, top: Place) -> None:
         self.top = top
@@ -341,7 +341,8 @@ class _Reader:
             if not self.names(self.unwrapped(judge, names)) & names:
                 raise DataError(
                     f"{place.path}: {judge.shown} may be a part, or a class as "
-                    f"{shorten(sorted(names))}; take it away, or to make it a class give it another name"
+                    f"{shorten(sorted(names))}; take it away, or to make it a class give it "
+                    "another name"
                 )
         return self.classes(place, others, judges), self.validating(judges, names)
 

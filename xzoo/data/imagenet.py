@@ -122,7 +122,7 @@ class Stored(Images):
 
 
 class Rows(Sequence[Item]):
-    """A split of a data set in the form of the library `datasets`: on disk, and indexed by number."""
+    """A split in the form of the library `datasets`: on disk, and indexed by number."""
 
     def __init__(self, split: str, rows: Any, image: str, label: str) -> None:
         self.split, self.rows, self.image, self.label = split, rows, image, label
@@ -161,7 +161,8 @@ def contents(root: str, num_classes: int) -> Contents:
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", root):
         raise DataError(
             f"{root} is not a folder; give one with train/ and val/, of tar shards or of parquet "
-            f"files, or a data set of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has to be accepted there)"
+            f"files, or a data set of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has "
+            "to be accepted there)"
         )
     else:
         found = _hub(root)
@@ -280,7 +281,7 @@ def _shards(root: Path, shards: Sequence[Path], num_classes: int) -> Contents:
 
 
 def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
-    """Where each image of the shards is; read once, then kept in the cache until a shard changes."""
+    """Where each image of the shards is; read once, then cached until a shard changes."""
     state = []
     for shard in shards:
         found = shard.stat()

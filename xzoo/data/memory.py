@@ -228,7 +228,8 @@ class InMemory(DataModule):
         if lossy:
             raise DataError(
                 f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; "
-                f"give them ({self.facts.hub} on the Hub has them), or read these by --data ImageFolder"
+                f"give them ({self.facts.hub} on the Hub has them), or read these by --data "
+                "ImageFolder"
             )
         return listing
 

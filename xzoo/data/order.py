@@ -144,7 +144,7 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the given epoch at its first batch, unless it is the one that a resumed run is in."""
+        """Begin an epoch at its first batch, unless it is the one that a resumed run is in."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 

@@ -52,7 +52,7 @@ class Images:
         return len(self.items)
 
     def image(self, index: int) -> Image.Image:
-        """The image as RGB. Raises DataError that names it, if it went away since it was scanned."""
+        """The image as RGB. Raises DataError that names it, if it is gone since it was scanned."""
         item = self.items[index]
         try:
             return load_rgb(item.source, self.at_least, self.ranges)

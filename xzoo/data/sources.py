@@ -33,7 +33,7 @@ Row = tuple[str, Any, Any]  # of a table: name, image, label
 
 @dataclass(frozen=True)
 class Item:
-    """One image before it was looked at: its name within DATA, its class, and where its bytes are."""
+    """One image before it is read: its name within DATA, its class, and where its bytes are."""
 
     name: str
     label: int
@@ -106,7 +106,7 @@ def _digits() -> Listing:
 
 
 def _folder_or_tables(root: Path) -> Listing:
-    """Parquet files that hold images come first; others beside class folders are something else's."""
+    """Parquet files that hold images come first; others beside class folders are not the data."""
     tables, beside = files_that_end_in(root, ".parquet"), folders.folders_with_images(root)
     with_images = list(filter(_has_images, tables))
     if not tables or (beside and not with_images):
@@ -123,7 +123,9 @@ def _folder_or_tables(root: Path) -> Listing:
 
 
 def _has_images(table: Path) -> bool:
-    """Whether a parquet file has a column of images; also where that cannot be told, so that it is."""
+    """Whether a parquet file has a column of images; also of one that cannot be read, which fails
+    later.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -229,7 +231,8 @@ def _columns(where: str, kinds: dict[str, str]) -> tuple[str, str]:
         )
         if pick is None:
             raise DataError(
-                f"{where}: no {kind} column among {shorten(list(kinds))}; expected {' or '.join(usual)}"
+                f"{where}: no {kind} column among {shorten(list(kinds))}; "
+                f"expected {' or '.join(usual)}"
             )
         chosen.append(pick)
     return chosen[0], chosen[1]

@@ -38,8 +38,10 @@ _BODY = """# Model card for {name}
 
 {description} {trained}
 
-An X-Net (Deep Expander Network): most layers read only some of the channels before them, which ones was drawn as an
-expander graph before training. It is built by xzoo in timm's registry: without `import xzoo` timm does not know it.
+An X-Net (Deep Expander Network): most layers read only some of the channels before them, \
+which ones was drawn as an
+expander graph before training. It is built by xzoo in timm's registry: without `import xzoo` \
+timm does not know it.
 
 ## Model details
 
@@ -47,13 +49,15 @@ expander graph before training. It is built by xzoo in timm's registry: without 
 - **Image size:** {size}
 - **Graphs:** {graphs}
 - **Trained by:** {recipe}
-- **Paper:** Deep Expander Networks: Efficient Deep Networks from Graph Theory, https://arxiv.org/abs/1711.08757
+- **Paper:** Deep Expander Networks: Efficient Deep Networks from Graph Theory, \
+https://arxiv.org/abs/1711.08757
 
 | | weights | MACs | file | top-1, % |
 | --- | ---: | ---: | ---: | ---: |
 {table}
 
-Weights are parameters of two or more dimensions, MACs those of convolutions and linear layers for one image.
+Weights are parameters of two or more dimensions, MACs those of convolutions and linear \
+layers for one image.
 {latency}{picture}{curves}
 ## Use
 
@@ -77,9 +81,12 @@ On a folder of images: {command}. {verified}
 
 ## Intended use and limits
 
-For research on sparse networks, for teaching, and as a start for fine-tuning. It knows {classes} classes and takes any
-image for one of them; its probabilities are not calibrated. It was judged on {judged} alone: not on other
-cameras, other image sizes, corrupted images or images that were made to deceive it. It has the biases of its
+For research on sparse networks, for teaching, and as a start for fine-tuning. It knows \
+{classes} classes and takes any
+image for one of them; its probabilities are not calibrated. It was judged on {judged} alone: \
+not on other
+cameras, other image sizes, corrupted images or images that were made to deceive it. \
+It has the biases of its
 training images. Not for decisions about people, nor where a mistake does harm.
 
 ## Licence

@@ -36,7 +36,7 @@ WAIT = 90.0  # seconds without a byte in any other call; the Hub itself gives a 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is on the Hub now; of a dry run, what would be. `changed` are the files that were sent."""
+    """What is on the Hub now; of a dry run, what would be. `changed` are the files to send."""
 
     repo: str
     commit: str | None
@@ -201,7 +201,7 @@ def _check_rights(repo: str) -> None:
 def _differences(
     api: HfApi, repo: str, commit: str, files: dict[str, bytes]
 ) -> tuple[list[str], list[str]]:
-    """Files that are not there as they should be, and files of the format that should not be there."""
+    """Files that are missing there or differ, and files of the format that do not belong there."""
     there = {}
     for info in api.get_paths_info(repo, sorted(EXPORTED), revision=commit):
         lfs = getattr(info, "lfs", None)
