@@ -22,7 +22,6 @@ from .theory import Graph
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most of xzoo never draws
     from matplotlib.axes import Axes
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 Edge = tuple[tuple[float, float], tuple[float, float]]  # from a channel to one of the next layer
@@ -72,12 +71,19 @@ def draw_adjacency(graph: Graph, title: str = "") -> "Figure":
     """One layer as a bipartite drawing (of some of its outputs, if there are many) beside its 0/1
     matrix.
     """
+    from matplotlib.colors import ListedColormap
+
     figure = _figure(10, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_lines(left, graph)
     matrix = np.repeat(graph.matrix(), graph.share, axis=0)
     right.imshow(
-        matrix, cmap=_white_to("biregular"), aspect="auto", interpolation="nearest", vmin=0, vmax=1
+        matrix,
+        cmap=ListedColormap(["white", COLOUR["biregular"]]),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0,
+        vmax=1,
     )
     right.set(xlabel="input channel", ylabel="output channel")
     density = f"{graph.degree} of {graph.n_in} inputs for each output"
@@ -302,12 +308,6 @@ def draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
 def _height(channel: int, width: int) -> float:
     """Channels from top (1) to bottom (0); a single one in the middle."""
     return 1 - channel / (width - 1) if width > 1 else 0.5
-
-
-def _white_to(kind: str) -> "ListedColormap":
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(["white", COLOUR[kind]])
 
 
 def _figure(width: float, height: float) -> "Figure":

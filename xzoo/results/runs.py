@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,12 @@ class Row:
         """What no second run has; the graph beside the recipe, because one override makes a rival
         of it.
         """
-        names = ("recipe_sha", "seed", "graph_seed", "commit", *_OF_MODEL)
-        return tuple(getattr(self, name) for name in names)
+        return attrgetter("recipe_sha", "seed", "graph_seed", "commit", *_OF_MODEL)(self)
 
     @property
     def arm(self) -> tuple[Any, ...]:
         """What runs have in common that differ in their seeds, and in where and when they ran."""
-        return tuple(getattr(self, name) for name in COLUMNS if name not in _OF_RUN)
+        return attrgetter(*_OF_ARM)(self)
 
 
 _OF_MODEL = ("model", "dataset", "graph", "compression", "share", "spatial_share")
@@ -145,9 +145,11 @@ _OF_RUN = {
     "device",
     "torch",
     "xzoo",
+    "commit",
+    "date",
 }
-_OF_RUN |= {"commit", "date"}
 COLUMNS = tuple(table.columns(Row))
+_OF_ARM = [name for name in COLUMNS if name not in _OF_RUN]
 
 
 @dataclass(frozen=True, kw_only=True)
