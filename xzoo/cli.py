@@ -655,7 +655,7 @@ def _bench(
                     bench.write_csv(figures, Path(csv))
         finally:  # Ctrl-C leaves what was measured
             if figures:
-                _print_figures([figure.told() for figure in figures], bench.machine())
+                _print_figures([figure.as_row() for figure in figures], bench.machine())
     if plot is not None:
         bench.draw(figures, Path(plot))
 

@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..data.module import DataModule
-from ..data.order import standing, steps_of_epoch
+from ..data.order import run_position, steps_of_epoch
 from ..datasets import DATASETS
 from ..hub import folder as model_folder
 from ..lettering import spared
@@ -58,7 +58,7 @@ def facts(
     split = DATASETS[data.dataset].split if data.dataset else "val"
     epochs = None if trainer.max_epochs == -1 else trainer.max_epochs
     # Those that it took, or will take.
-    batches = standing(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
+    batches = run_position(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
     # One forward pass, and two backward.
     macs = [3 * Fraction(share) * profile(net, (channels, s, s)).macs for s, share in shown]
     devices = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
