@@ -125,24 +125,16 @@ def expand(
     rows: list[ConvertedLayer] = []
     degrees: dict[str, int] = {}
     for name, layer, reason in _candidates(model, _patterns(only), _patterns(skip)):
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            rows.append(
-                ConvertedLayer(
-                    name, _describe(layer), None, None, _weights(layer), _weights(layer), reason
-                )
-            )
-            continue
-        n_in, _ = _sizes(layer)
-        degree = degree_for(graph, n_in, max(1, n_in // compression))
-        if not reason and degree == n_in:
-            reason = "kept: every output would read every input"
         if not reason:
-            degrees[name] = degree
-        rows.append(
-            ConvertedLayer(
-                name, _describe(layer), None, None, _weights(layer), _weights(layer), reason
-            )
-        )
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            n_in, _ = _sizes(layer)
+            degree = degree_for(graph, n_in, compressed(n_in, compression))
+            if degree == n_in:
+                reason = "kept: every output would read every input"
+            else:
+                degrees[name] = degree
+        weights = _weights(layer)
+        rows.append(ConvertedLayer(name, _describe(layer), None, None, weights, weights, reason))
     new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=keep_weights)
     return Report(tuple(_done(row, new[row.name]) if row.name in new else row for row in rows))
 
@@ -216,6 +208,11 @@ def swap(
         x_layer.name = name
         model.set_submodule(name, x_layer)
     return new
+
+
+def compressed(n_in: int, compression: int) -> int:
+    """The degree for a compression: n_in // compression, but at least 1."""
+    return max(1, n_in // compression)
 
 
 def degree_for(graph: str, n_in: int, degree: int) -> int:

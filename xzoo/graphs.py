@@ -143,7 +143,7 @@ def singular_values(neighbours: Neighbours, n_in: int) -> tuple[float, float]:
     blocks, degree = neighbours.shape
     if min(blocks, n_in) == 1:
         return math.sqrt(blocks * degree), 0.0
-    matrix = _dense(neighbours, n_in).astype(np.float32)
+    matrix = adjacency(neighbours, n_in).astype(np.float32)
     if min(blocks, n_in) <= 1024:
         gram = (matrix @ matrix.T if blocks <= n_in else matrix.T @ matrix).astype(np.float64)
         top = np.linalg.eigvalsh(gram)[-2:]
@@ -238,7 +238,7 @@ def _biregular(words: _Words, n_in: int, blocks: int, degree: int) -> NDArray[An
     neighbouring rows complementary, and the second singular value a fifth too large.)
     """
     rows = _random(words, n_in, blocks, degree)
-    reads = np.ascontiguousarray(_dense(rows, n_in).T)  # [n_in, blocks]
+    reads = np.ascontiguousarray(adjacency(rows, n_in).T)  # [n_in, blocks]
     surplus, deficit = _moves(words, reads.sum(axis=1), blocks * degree)
     # A row's key is the xor of one random word for each of its inputs: a move changes it in two
     # steps, and equal rows have equal keys. (Two different rows with one key would only forbid a
@@ -322,8 +322,8 @@ _DRAW: dict[str, Callable[[_Words, int, int, int], NDArray[Any]]] = {
 KINDS = tuple(_DRAW)
 
 
-def _dense(neighbours: NDArray[Any], n_in: int) -> NDArray[np.bool_]:
-    """The matrix [blocks, n_in]: True where the block reads the input."""
+def adjacency(neighbours: NDArray[Any], n_in: int) -> NDArray[np.bool_]:
+    """The quotient graph as a bool matrix [blocks, n_in]: True where a block reads an input."""
     matrix = np.zeros((len(neighbours), n_in), dtype=bool)
     np.put_along_axis(matrix, neighbours.astype(np.intp), True, axis=1)
     return matrix

@@ -58,9 +58,7 @@ class Graph:
 
     def matrix(self) -> NDArray[np.float32]:
         """[blocks, n_in] of 0 and 1. The layer's own matrix repeats every row `share` times."""
-        matrix = np.zeros((self.blocks, self.n_in), dtype=np.float32)
-        np.put_along_axis(matrix, self.neighbours.astype(np.intp), 1, axis=1)
-        return matrix
+        return graphs.adjacency(self.neighbours, self.n_in).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..convert import check_compression, degree_for, fits, swap
+from ..convert import check_compression, compressed, degree_for, fits, swap
 from ..datasets import DATASETS
 from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
@@ -184,7 +184,7 @@ def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:
 
 def _degree(name: str, n_in: int, compression: int | Mapping[str, int]) -> int:
     if not isinstance(compression, Mapping):
-        return max(1, n_in // compression)
+        return compressed(n_in, compression)
     return next(
         (min(degree, n_in) for pattern, degree in compression.items() if fits(name, (pattern,))),
         n_in,
