@@ -118,8 +118,9 @@ def expand(
             that it had, so that a trained model can be fine-tuned; else initial values are drawn
             anew.
 
-    Raises: ModelError for arguments out of range and patterns that fit no layer; GraphError where a
-        layer admits no such graph. The model is then as it was.
+    Raises: ModelError for a compression out of range and for patterns that fit no layer; GraphError
+        for a share or a seed out of range and where a layer admits no such graph. The model is then
+        as it was.
     """
     check_compression(compression)
     rows: list[ConvertedLayer] = []
@@ -190,8 +191,8 @@ def swap(
         ("spatial_share", spatial_share, 1),
         ("seed", seed, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ModelError(f"{name}={value!r}: use an integer from {least} on")
+        if not is_integer(value, least):
+            raise GraphError(f"{name}={value!r}: use an integer from {least} on")
     new = {}
     for name, degree in degrees.items():
         layer = model.get_submodule(name)
@@ -222,9 +223,14 @@ def degree_for(graph: str, n_in: int, degree: int) -> int:
     return graphs.largest_divisor(n_in, degree) if graph in ("group", "shuffle") else degree
 
 
+def is_integer(value: Any, least: int) -> bool:
+    """Whether a value is an integer from `least` on; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_compression(compression: int) -> None:
     """Raise ModelError unless it is an integer from 1 on."""
-    if isinstance(compression, bool) or not isinstance(compression, int) or compression < 1:
+    if not is_integer(compression, 1):
         raise ModelError(
             f"compression={compression!r}: use an integer from 1 (dense) on; an output reads "
             "inputs // compression"

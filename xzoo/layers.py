@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import graphs, ops
-from .errors import GraphError, ModelError
+from .errors import GraphError, InputError, ModelError
 
 
 class _Expander(nn.Module):
@@ -309,6 +310,21 @@ def _matrix_wanted(kind: str) -> str:
     )
 
 
+@fx.has_side_effect  # or fx would remove the call, because nobody uses its result
+def check_input(x: Tensor, dim: int, n_in: int, message: str) -> None:
+    """Raise InputError unless x has n_in channels in dimension `dim`.
+
+    `message` has two places for n_in. torch.fx records a call of this, and TorchScript compiles it.
+    """
+    if torch.jit.is_scripting():
+        torch._assert(x.shape[dim] == n_in, message.format(n_in, n_in))
+        return
+    if has_torch_function((x,)) and not torch.compiler.is_dynamo_compiling():
+        handle_torch_function(check_input, (x,), x, dim, n_in, message)
+    elif x.shape[dim] != n_in:
+        raise InputError(f"{message.format(n_in, n_in)} but {list(x.shape)}")
+
+
 class ExpanderConv2d(_Expander):
     """2-D convolution in which each output channel reads `degree` input channels.
 
@@ -379,15 +395,12 @@ class ExpanderConv2d(_Expander):
         self._pad = [left, right, top, bottom] if before else None
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
         self._conv_padding = (0, 0) if before else (top, left)
-        self._sizes_wanted = (
-            f"ExpanderConv2d of {in_channels} inputs: x is not [B, {in_channels}, H, W]"
-        )
         self._store(dense.kernel_size, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             self._check_unchanged()
-        torch._assert(x.shape[1] == self.in_channels, self._sizes_wanted)
+        check_input(x, 1, self.in_channels, "ExpanderConv2d of {} inputs: x is not [B, {}, H, W]")
         if self._pad is not None:
             x = F.pad(x, self._pad, self._pad_mode)
         return ops.conv2d(
@@ -440,15 +453,12 @@ class ExpanderLinear(_Expander):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._set_graph(in_features, out_features, degree, expandSize, share, graph, seed)
-        self._sizes_wanted = (
-            f"ExpanderLinear of {in_features} inputs: x is not [..., {in_features}]"
-        )
         self._store((), bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             self._check_unchanged()
-        torch._assert(x.shape[-1] == self.in_features, self._sizes_wanted)
+        check_input(x, -1, self.in_features, "ExpanderLinear of {} inputs: x is not [..., {}]")
         return ops.linear(x, self.weight, self.neighbours, self.bias, self.activation)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..convert import check_compression, compressed, degree_for, fits, swap
+from ..convert import check_compression, compressed, degree_for, fits, is_integer, swap
 from ..datasets import DATASETS
 from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
@@ -170,7 +170,7 @@ def rows(untrained: Mapping[str, Any]) -> Any:
 def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:
     """Raise ModelError unless every row gives a degree to a layer that the architecture expands."""
     for pattern, degree in table.items():
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+        if not is_integer(degree, 1):
             raise ModelError(
                 f"compression={{{pattern!r}: {degree!r}}}: a table gives degrees, integers from 1 "
                 "on"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .. import files, network, weights
+from ..convert import is_integer
 from ..errors import ModelError, XzooError
 from . import x_timm
 
@@ -54,9 +55,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     _check_name(name)
     for argument, least in (("num_classes", 0), ("in_chans", 1)):
         value = kwargs.get(argument, least)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < least
-        ):
+        if value is not None and not is_integer(value, least):
             raise ModelError(f"{argument}={value!r}: use an integer from {least} on")
     given = {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys()
     trained = name
