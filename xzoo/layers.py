@@ -468,6 +468,14 @@ class ExpanderLinear(_Expander):
         )
 
 
+X_LAYERS = (ExpanderConv2d, ExpanderLinear)
+
+
+def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """Qualified name -> module, of those of these kinds, in the order of `named_modules`."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+
+
 def _changes(tensor: Tensor) -> int:
     """How often torch has seen a tensor change in place; -1 where it does not count: made in
     inference mode.
