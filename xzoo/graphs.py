@@ -281,9 +281,8 @@ def _ramanujan(words: _Words, n_in: int, blocks: int, degree: int) -> NDArray[An
     if degree < 2 or blocks * degree < 2 * n_in:
         raise GraphError(
             f"graph='ramanujan' with {n_in} inputs, {blocks} blocks of outputs and degree "
-            f"{degree}: every input "
-            "and every block needs 2 edges or more; use a larger degree, a smaller share or "
-            "graph='biregular'"
+            f"{degree}: every input and every block needs 2 edges or more; use a larger degree, "
+            "a smaller share or graph='biregular'"
         )
     bound = ramanujan_bound(n_in, blocks, degree)
     for _ in range(MAX_DRAWS):
@@ -294,9 +293,8 @@ def _ramanujan(words: _Words, n_in: int, blocks: int, degree: int) -> NDArray[An
             return neighbours
     raise GraphError(
         f"graph='ramanujan' with {n_in} inputs, {blocks} blocks of outputs and degree {degree}: "
-        "none of "
-        f"{MAX_DRAWS} draws met the bound {bound:.4f}; use another seed, another degree or "
-        "graph='biregular'"
+        f"none of {MAX_DRAWS} draws met the bound {bound:.4f}; use another seed, another degree "
+        "or graph='biregular'"
     )
 
 
@@ -346,8 +344,7 @@ def check(kind: str, n_in: int, n_out: int, degree: int, share: int, seed: int) 
     if not 1 <= degree <= n_in:
         raise GraphError(
             f"degree={degree} with {n_in} inputs: an output reads at least one input and none "
-            "twice; use 1 to "
-            f"{n_in}, or compression >= 1 (degree = inputs // compression)"
+            f"twice; use 1 to {n_in}, or compression >= 1 (degree = inputs // compression)"
         )
     if share < 1 or n_out % share:
         raise GraphError(f"share={share} with {n_out} outputs: use a divisor of {n_out}")
@@ -358,6 +355,5 @@ def check(kind: str, n_in: int, n_out: int, degree: int, share: int, seed: int) 
         above = n_in // largest_divisor(n_in, n_in // degree)
         raise GraphError(
             f"graph={kind!r} with degree={degree}: {n_in} inputs do not fall into groups of "
-            f"{degree}; the "
-            f"nearest that do are {below} and {above}"
+            f"{degree}; the nearest that do are {below} and {above}"
         )

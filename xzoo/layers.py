@@ -30,7 +30,7 @@ from .errors import GraphError, InputError, ModelError
 
 
 class _Expander(nn.Module):
-    """What both layers have in common: parameters, graph, initial values and the checks of a load."""
+    """What both layers share: parameters, graph, initial values and the checks of a load."""
 
     weight: Tensor
     bias: Tensor | None
@@ -129,8 +129,8 @@ class _Expander(nn.Module):
         except GraphError as error:
             raise GraphError(
                 f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers "
-                "to average or "
-                "step: leave integers out of the loop, or load the graph anew with load_state_dict"
+                "to average or step: leave integers out of the loop, or load the graph anew with "
+                "load_state_dict"
             ) from None
         self._remember_graph()
 
@@ -204,8 +204,7 @@ class _Expander(nn.Module):
         if neighbours.shape != self.neighbours.shape:
             raise GraphError(
                 f"has shape {list(neighbours.shape)}; this layer needs "
-                f"{list(self.neighbours.shape)}: build it with "
-                "the degree and share of the file"
+                f"{list(self.neighbours.shape)}: build it with the degree and share of the file"
             )
         if neighbours.is_floating_point():  # numpy knows no bfloat16
             raise GraphError(
@@ -271,7 +270,7 @@ class _Parametrizations(nn.ModuleDict):
         module.register_forward_pre_hook(_refuse_matrix)
 
     def _restore(self, name: str, module: Any) -> None:
-        """Make the tensor the layer's parameter again: torch has replaced it before it gets here."""
+        """Make the tensor the layer's parameter again: torch has replaced it before this call."""
         original = getattr(module, "original1", None)  # of weight_norm; 0 are its lengths
         # has overwritten it: what it computes is all that is left
         if isinstance(module[0], _Orthogonal):
@@ -304,8 +303,7 @@ def _needs_the_matrix(part: Any) -> bool:
 def _matrix_wanted(kind: str) -> str:
     return (
         f"{kind.lstrip('_')} on an X-layer would go by its compact weight [out, degree], not by "
-        "its matrix: use it on "
-        "xzoo.to_dense(layer), or register a parametrization that goes by "
+        "its matrix: use it on xzoo.to_dense(layer), or register a parametrization that goes by "
         "layer.dense_weight(weight)"
     )
 
@@ -369,8 +367,8 @@ class ExpanderConv2d(_Expander):
         if groups != 1:
             raise ModelError(
                 f"groups={groups}: a graph takes the place of groups; use groups=1, and for a "
-                "group convolution "
-                f"graph='group' with degree={max(1, in_channels // max(1, groups))}"
+                "group convolution graph='group' with "
+                f"degree={max(1, in_channels // max(1, groups))}"
             )
         self._set_graph(in_channels, out_channels, degree, expandSize, share, graph, seed)
         # nn.Conv2d knows which arguments make sense and brings them into one form.
