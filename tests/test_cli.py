@@ -299,7 +299,7 @@ def test_ctrl_c_leaves_what_was_found(capsys, monkeypatch, folder, tmp_path):
 
 
 def test_ctrl_c_exits_with_130(capsys, monkeypatch):
-    def interrupted(parser):
+    def interrupted(**options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("xzoo.cli._finetune", interrupted)

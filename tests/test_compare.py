@@ -247,7 +247,7 @@ def test_wider_and_deeper_are_drawn_with_both_counts():
         }
         for axes in (left, right)
     ]
-    wide = figures._CURVES[" 40-100"][0]
+    wide = figures._CURVES["40-100"][0]
     assert lines[0][wide] == [1_300_000, 2_600_000, 5_200_000, 47_200_000]
     assert lines[1][wide] == [846_200, 1_581_100, 3_050_400, 11_855_400]
     assert {"wider: 40-200", "deeper: 70-60", "c=80", "40-36"} <= texts(right.figure)

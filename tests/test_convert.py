@@ -783,6 +783,14 @@ def test_arguments_out_of_range_are_refused(options, match):
     assert not x_layers(model)
 
 
+@pytest.mark.parametrize("options", [{"share": 0}, {"seed": -1}])
+def test_share_and_seed_out_of_range_are_one_error_for_models_and_layers(options):
+    with pytest.raises(GraphError):
+        xzoo.expand(Net(), **options)
+    with pytest.raises(GraphError):
+        ExpanderLinear(16, 8, degree=4, **options)
+
+
 def test_impossible_graph_changes_nothing():
     """The layer before the one that has no such graph is left too."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 2))

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from xzoo import graphs, ops
-from xzoo.errors import GraphError, ModelError
+from xzoo.errors import GraphError, InputError, ModelError
 from xzoo.layers import ExpanderConv2d, ExpanderLinear
 
 scripting = pytest.mark.filterwarnings(
@@ -233,16 +233,31 @@ def test_impossible_convolutions_are_refused():
         ExpanderConv2d(16, 32, 3, padding_mode="magic", degree=4)
 
 
-def test_input_of_another_size_is_refused():
-    for channels in (8, 32):
-        with pytest.raises(
-            AssertionError, match=r"ExpanderConv2d of 16 inputs: x is not \[B, 16, H, W\]"
-        ):
-            conv()(images(channels=channels))
-        with pytest.raises(
-            AssertionError, match=r"ExpanderLinear of 16 inputs: x is not \[\.\.\., 16\]"
-        ):
-            ExpanderLinear(16, 4, degree=4)(images(channels=channels)[:, :, 0, 0])
+@pytest.mark.parametrize("error", [InputError, ModelError, RuntimeError])  # torch's is the last
+@pytest.mark.parametrize("channels", [8, 32])
+def test_input_of_another_size_is_refused(channels, error):
+    match = rf"ExpanderConv2d of 16 inputs: x is not \[B, 16, H, W\] but \[2, {channels}, 9, 7\]$"
+    with pytest.raises(error, match=match):
+        conv()(images(channels=channels))
+    match = rf"ExpanderLinear of 16 inputs: x is not \[\.\.\., 16\] but \[2, {channels}\]$"
+    with pytest.raises(error, match=match):
+        ExpanderLinear(16, 4, degree=4)(images(channels=channels)[:, :, 0, 0])
+
+
+@scripting
+@torch.no_grad()
+def test_input_of_another_size_is_refused_by_all_forms_of_a_layer():
+    traced = torch.fx.symbolic_trace(net())
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    torch.compiler.reset()
+    for module in (traced, torch.compile(net(), backend="aot_eager")):
+        with pytest.raises(InputError, match=r"x is not \[B, 16, H, W\] but \[2, 8, 9, 7\]"):
+            module(images(channels=8))
+        with pytest.raises(InputError, match=r"x is not \[\.\.\., 640\] but \[2, 768\]"):
+            module(images(height=12))
+    with pytest.raises(torch.jit.Error, match=r"x is not \[B, 16, H, W\]"):
+        torch.jit.script(net())(images(channels=8))
 
 
 # Wherever torch takes a module

@@ -20,7 +20,7 @@ from torch import nn
 from xzoo.cli import main
 from xzoo.data.images import load_rgb
 from xzoo.data.memory import CIFAR10, CIFAR100, InMemory, TinyImageNet
-from xzoo.data.order import held_out
+from xzoo.data.order import split_validation
 from xzoo.data.sources import list_images
 from xzoo.datasets import DATASETS, DataSet
 from xzoo.errors import DataError
@@ -94,7 +94,7 @@ PLAIN: dict[str, Any] = {"shift": 0, "flip": "none", "mean": (0, 0, 0), "std": (
 
 
 class Rank:
-    """What `standing` reads of a trainer."""
+    """What `run_position` reads of a trainer."""
 
     def __init__(self, rank: int, world: int, done: int = 0) -> None:
         total = type("P", (), {"processed": done})
@@ -189,7 +189,7 @@ def test_a_resumed_run_goes_on_where_it_was(write: Write, done: int) -> None:
 def test_held_out_images_are_a_share_of_every_class() -> None:
     labels = torch.tensor([0] * 50 + [1] * 31 + [2] * 19)
     for count in (0, 1, 10, 60, 97):
-        held, kept = held_out(labels, count)
+        held, kept = split_validation(labels, count)
         assert sorted([*held.tolist(), *kept.tolist()]) == list(range(100))
         assert len(held) == count
         for c, size in enumerate((50, 31, 19)):
@@ -199,7 +199,7 @@ def test_held_out_images_are_a_share_of_every_class() -> None:
     with pytest.raises(
         DataError, match="holdout=98 of 100 training images of 3 classes: use 0 to 97"
     ):
-        held_out(labels, 98)
+        split_validation(labels, 98)
 
 
 def test_holdout_is_taken_from_training_and_is_the_same_for_every_seed(write: Write) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from xzoo import cli, drawing, theory
 from xzoo.data.photos import ImageFolder
-from xzoo.data.scan import ImageData, Images, hold_out, read
+from xzoo.data.scan import ImageData, Images, read, split_by_name
 from xzoo.data.sources import Item
 from xzoo.doctor import doctor
 from xzoo.errors import DataError, XzooError
@@ -206,7 +206,7 @@ def test_the_hash_of_the_images_is_that_of_before_and_takes_any_name():
     assert data(["ant/1.png", "caf\u00e9/2.png"]).fingerprint() == "fd127432e6fafce0"
     assert data(["ant/caf\udce9.png"]).fingerprint() != data(["ant/caf\udce8.png"]).fingerprint()
     assert data(["half \ud83d"]).fingerprint() != data(["half "]).fingerprint()
-    train, val = hold_out([Item(name, 0, b"") for name in HARD])
+    train, val = split_by_name([Item(name, 0, b"") for name in HARD])
     assert len(train) + len(val) == len(HARD)
 
 

@@ -24,7 +24,7 @@ from xzoo.machine import cores
 from xzoo.results.record import RESULT
 from xzoo.train import queue
 from xzoo.train.fit import fit
-from xzoo.train.run import LAST, claimed, is_claimed
+from xzoo.train.run import LAST, is_locked, locked_run_folder
 
 RECIPE = """
 # A tiny net on tiny data.
@@ -231,12 +231,12 @@ def test_the_list_tells_how_far_each_run_is(place, monkeypatch):
     assert [hours for *_, hours in rows] == pytest.approx(
         [macs / measured / 3600, 2 * macs / measured / 3 / 3600, 0]
     )
-    with claimed(first.out), claimed(second.out):
+    with locked_run_folder(first.out), locked_run_folder(second.out):
         assert [state for _, state, _ in queue.listed([first, second])] == [
             "running",
             "running, 1 of 3 epochs",
         ]
-    assert not first.out.exists() and not is_claimed(first.out)
+    assert not first.out.exists() and not is_locked(first.out)
     # In a pipe no line is folded.
     asked = [sys.executable, "-m", "xzoo", "queue", "queue.md", "--list"]
     told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -307,7 +307,7 @@ def test_a_run_that_another_queue_starts_at_the_same_moment_is_no_failure(
     pytest.importorskip("fcntl")
     (run,) = queue.read_queue("queue.md", ["1"])
     with ExitStack() as other:
-        other.enter_context(claimed(run.out))
+        other.enter_context(locked_run_folder(run.out))
         looked: list[Path] = []
 
         def look(folder: Path) -> bool:
@@ -317,7 +317,7 @@ def test_a_run_that_another_queue_starts_at_the_same_moment_is_no_failure(
             looked.append(folder)
             return False
 
-        monkeypatch.setattr(queue, "is_claimed", look)
+        monkeypatch.setattr(queue, "is_locked", look)
         queue.run_queue([run])
     told = capsys.readouterr().err
     assert told.count("started, ") == 2 and "failed" not in told and run.is_finished
@@ -399,7 +399,7 @@ def test_killed_and_started_again_nothing_runs_twice_and_the_bits_are_the_same(p
         first.kill()
         first.wait()  # its runs go on without it
     try:
-        assert all(is_claimed(run.out) for run in runs)
+        assert all(is_locked(run.out) for run in runs)
         assert all(state.startswith("running, ") for _, state, _ in queue.listed(runs))
         with started() as second:
             told = sorted(second.stderr.readline() for _ in runs)
@@ -437,7 +437,7 @@ def test_an_interrupt_ends_the_runs_in_order_and_the_same_command_goes_on(place,
         assert process.wait(120) == code
     assert not any(Path(f"/proc/{child}").exists() for child in processes)
     assert ("xzoo: interrupted; the same command resumes\n" in told) == (code == 130)
-    assert not any(is_claimed(run.out) or run.is_finished for run in runs)
+    assert not any(is_locked(run.out) or run.is_finished for run in runs)
     assert all("xzoo: interrupted; the same command resumes" in run.log.read_text() for run in runs)
     assert main(["queue", "queue.md", "--blocks", "0"]) == 0
     assert [weights(run.out) for run in runs] == uninterrupted(runs)

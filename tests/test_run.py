@@ -13,7 +13,7 @@ from xzoo import weights
 from xzoo.errors import XzooError
 from xzoo.files import atomic, check_file, check_folder, write_text
 from xzoo.hub import card
-from xzoo.train.run import MetricsFile, claimed, read_metrics
+from xzoo.train.run import MetricsFile, locked_run_folder, read_metrics
 
 
 def _fail_writing(target: Path, error: Exception) -> None:
@@ -142,18 +142,18 @@ def test_what_cannot_be_written_is_found_before(check, tmp_path):
 def test_one_process_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
     with (
-        claimed(tmp_path / "run"),
+        locked_run_folder(tmp_path / "run"),
         pytest.raises(XzooError, match="another process is at work"),
-        claimed(tmp_path / "run"),
+        locked_run_folder(tmp_path / "run"),
     ):
         pass
 
 
 def test_a_folder_that_nothing_was_written_to_is_unmade(tmp_path):
-    with pytest.raises(KeyError), claimed(tmp_path / "runs" / "one"):
+    with pytest.raises(KeyError), locked_run_folder(tmp_path / "runs" / "one"):
         raise KeyError
     assert not (tmp_path / "runs").exists()
-    with claimed(tmp_path / "runs" / "one"):
+    with locked_run_folder(tmp_path / "runs" / "one"):
         (tmp_path / "runs" / "one" / "config.yaml").write_text("x")
     assert (tmp_path / "runs" / "one" / "config.yaml").exists()
 
@@ -164,13 +164,16 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path):
         pytest.raises(
             XzooError, match="cannot write to the run folder .*choose another with --out"
         ),
-        claimed(tmp_path / "file" / "run"),
+        locked_run_folder(tmp_path / "file" / "run"),
     ):
         pass
     if os.geteuid() == 0:
         return  # root may write anywhere
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(XzooError, match="Permission denied"), claimed(tmp_path / "locked" / "run"):
+    with (
+        pytest.raises(XzooError, match="Permission denied"),
+        locked_run_folder(tmp_path / "locked" / "run"),
+    ):
         pass
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from xzoo.data.scan import hold_out, identical, read
+from xzoo.data.scan import identical, read, split_by_name
 from xzoo.data.sources import Item, _from_rows
 from xzoo.errors import DataError
 
@@ -68,7 +68,7 @@ def test_the_split_is_the_same_everywhere_and_keeps_one_for_training(make_folder
     # Pinned: a resumed run, and a comparison over machines, rely on it.
     assert first == ["ant/05.png", "ant/09.png", "bee/01.png", "bee/06.png"]
     for n, held in ((1, 0), (2, 1), (3, 1), (10, 2), (99, 20)):
-        train, val = hold_out([Item(f"{i}", 0, b"") for i in range(n)])
+        train, val = split_by_name([Item(f"{i}", 0, b"") for i in range(n)])
         assert (len(train), len(val)) == (n - held, held)
 
 
@@ -164,7 +164,7 @@ def test_fingerprint_follows_the_images(make_folder):
 
 
 def test_the_split_of_before_where_no_files_are_identical():
-    """As `hold_out` was: the first fifth of the names by their hash."""
+    """As `split_by_name` was: the first fifth of the names by their hash."""
 
     def before(items, share=0.2):
         held = set()
@@ -180,8 +180,8 @@ def test_the_split_of_before_where_no_files_are_identical():
         items = [
             Item(f"{label}/{i}", label, b"%d" % i) for label in range(3) for i in range(n + label)
         ]
-        assert hold_out(items) == before(items)
-        assert hold_out(items, same=list(range(len(items)))) == before(items)
+        assert split_by_name(items) == before(items)
+        assert split_by_name(items, same=list(range(len(items)))) == before(items)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=60))
@@ -192,7 +192,7 @@ def test_identical_images_are_on_one_side(drawn):
     ]
     same = identical(items)
     assert [items[first].source for first in same] == [item.source for item in items]
-    train, val = hold_out(items, same=same)
+    train, val = split_by_name(items, same=same)
     assert sorted([*train, *val], key=items.index) == items
     assert not {item.source for item in train} & {item.source for item in val}
     # No class loses its last image to the validation.

@@ -218,7 +218,7 @@ def test_a_model_without_a_row_has_no_weights(place):
 def test_a_name_means_the_same_network_with_and_without_weights(place):
     """The first tag is timm's default where it has the architecture's classes, and else not."""
     cfg = cfg_cifar(first_conv="features.0", classifier="fc")
-    found = rows({"x_vgg16_c16.untrained": cfg, "x_vgg16_c8.untrained": cfg})
+    found = rows({"x_vgg16_c16": cfg, "x_vgg16_c8": cfg})
     assert list(found["x_vgg16_c16"].tags) == ["test_r32", "untrained"] and list(
         found["x_vgg16_c8"].tags
     ) == ["untrained"]
@@ -227,7 +227,7 @@ def test_a_name_means_the_same_network_with_and_without_weights(place):
         default.hf_hub_id == f"{REPO}@{place.commit}" and default.hf_hub_filename == weights.WEIGHTS
     )
     place.point(cfg={**place.row["cfg"], "num_classes": 100})
-    found = rows({"x_vgg16_c16.untrained": cfg})["x_vgg16_c16"]
+    found = rows({"x_vgg16_c16": cfg})["x_vgg16_c16"]
     assert list(found.tags) == ["untrained", "test_r32"] and found.default.num_classes == 10
 
 

@@ -22,8 +22,8 @@ machine.wait_briefly()  # before anything imports torch
 __version__ = "0.1.0"
 
 # `import xzoo` registers the models with timm, so it imports torch and timm, which takes seconds.
-# Only xzoo's own command waits with that until it runs something: its --help, and its answer to a
-# misspelled command, come at once.
+# Only the xzoo command puts that off until it runs something: --help and the answer to a misspelled
+# command come at once.
 if TYPE_CHECKING or not machine.is_command():
     from .public import *  # noqa: F403
     from .public import __all__ as __all__

@@ -1,31 +1,33 @@
 """The command line: parses and prints. Everything that it does can be called from Python.
 
-Exit codes: 0; 2 for a mistake of the user's or a fault of the machine, told in one line; 1 for a
-bug in xzoo, with its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when
-they are run, so that few wait for Lightning.
+Exit codes: 0; 2 for a user's mistake or a fault of the machine, reported in one line; 1 for a bug
+in xzoo, with its traceback; 130 after Ctrl-C, 143 after SIGTERM. Commands are imported when they
+are run, so that few wait for Lightning.
 """
 
+import inspect
 import io
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from . import files, machine
 from .errors import XzooError
 from .names import shown
-from .options import explain, nearest
+from .options import explain, nearest, option_names
 
-# What each command does, and an example of it.
+Several = Sequence[str]  # an argument of several words
+# What each command does, and an example of it. The function `_NAME` runs it.
 COMMANDS = {
     "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
     "inspect": (
@@ -103,15 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise XzooError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
-        _check_folder()
-        _check_backend()
+        _check_surroundings()
         _run(command, rest)
         if sys.stdout is not None:
-            # what cannot be written is told here, and not by the interpreter's end
+            # what cannot be written is reported here, and not when the interpreter ends
             sys.stdout.flush()
-    except XzooError as error:
-        print(f"xzoo: error: {shown(_one_line(error))}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         resumes = "; the same command resumes" if command in ("finetune", "fit", "queue") else ""
         print(f"xzoo: interrupted{resumes}", file=sys.stderr)
@@ -131,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         print(f"xzoo: error: {shown(fault)}", file=sys.stderr)
-        with suppress(OSError, ValueError):
+        try:
             if sys.stdout is not None:
                 sys.stdout.flush()
-            return 2
-        sys.stdout = None  # it takes nothing any more, and the interpreter would complain of it
+        except (OSError, ValueError):
+            sys.stdout = None  # it takes nothing more, and the interpreter would complain
         return 2
     return 0
 
@@ -145,6 +143,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         _load_package()
         _lightning(command, arguments)
         return
+    function = globals()[f"_{command}"]
     parser = ArgumentParser(
         prog=f"xzoo {command}",
         description=COMMANDS[command][0],
@@ -152,10 +151,14 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    run = globals()[f"_{command}"](parser)
+    _add_arguments(parser, function)
+    if command == "finetune":
+        from .train.finetune import finetune
+
+        parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
     args = _parse(parser, arguments)
     _load_package()
-    run(args)
+    function(**args.as_dict())
 
 
 def _load_package() -> None:
@@ -166,14 +169,13 @@ def _load_package() -> None:
     """
     from . import public
 
-    package = vars(import_module("xzoo"))
-    for name in public.__all__:
-        package[name] = getattr(public, name)
+    names = {name: getattr(public, name) for name in public.__all__}
+    vars(import_module("xzoo")).update(names)
 
 
-def _check_folder() -> None:
-    """Raise XzooError where the current folder has been removed: torch's libraries cannot even be
-    loaded there.
+def _check_surroundings() -> None:
+    """Raise XzooError where the current folder has been removed, since torch's libraries cannot
+    even be loaded there; and for an XZOO_BACKEND that does not exist, before the first layer would.
     """
     try:
         os.getcwd()
@@ -181,25 +183,21 @@ def _check_folder() -> None:
         raise XzooError(
             "the folder that xzoo was started in is gone; change to another one"
         ) from None
-
-
-def _check_backend() -> None:
-    """Raise XzooError for an XZOO_BACKEND that does not exist, before the first layer would."""
     name = os.environ.get("XZOO_BACKEND")
-    if name is None:
-        return
-    from . import ops
+    if name is not None:
+        from . import ops
 
-    try:
-        with ops.backend(name):
-            pass
-    except XzooError as error:
-        raise XzooError(f"XZOO_BACKEND={name}: {error}; unset it, or set one of them") from None
+        try:
+            with ops.backend(name):
+                pass
+        except XzooError as error:
+            raise XzooError(f"XZOO_BACKEND={name}: {error}; unset it, or set one of them") from None
 
 
 # What torch and its loaders say when the machine fails, and what to do about it.
 _FAULTS = {
-    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc|Unable to allocate": (
+    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|bad_alloc"
+    r"|Unable to allocate|MemoryError": (
         "there is not enough memory ({}); a smaller batch (--batch-size) or image (--img-size) "
         "needs less"
     ),
@@ -216,8 +214,10 @@ _FAULTS = {
 
 
 def _fault(error: Exception) -> str | None:
-    """What a user's machine has done to us, in one line; None for a bug in xzoo."""
+    """A user's mistake, or what went wrong on the machine, in one line; None for a bug in xzoo."""
     text = _one_line(error) or type(error).__name__
+    if isinstance(error, XzooError):
+        return text
     if isinstance(error, ImportError):
         package = (error.name or "").partition(".")[0]
         if package == "xzoo":
@@ -227,15 +227,12 @@ def _fault(error: Exception) -> str | None:
             "needs again"
         )
     if isinstance(error, MemoryError | OSError | RuntimeError):
-        for pattern, told in _FAULTS.items():
-            if re.search(pattern, text):
-                return told.format(text)
-    if isinstance(error, MemoryError):
-        return next(iter(_FAULTS.values())).format(text)
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename}: {files.reason(error)}" if error.filename else files.reason(error)
+        for pattern, advice in _FAULTS.items():
+            if re.search(pattern, f"{type(error).__name__}: {text}"):
+                return advice.format(text)
     if isinstance(error, OSError):
-        return text
+        reason = text if error.errno is None else files.reason(error)
+        return f"{error.filename}: {reason}" if error.filename else reason
     if isinstance(error, UnicodeError):
         return f"text that cannot be read or shown in this encoding ({text}); set PYTHONUTF8=1"
     return None
@@ -249,10 +246,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _overview() -> str:
-    lines = ["usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options)", ""]
+    text = "usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options)\n"
     for name, (what, example) in COMMANDS.items():
-        lines += [f"  {name:<10}{what}", f"  {'':<10}{example}"]
-    return "\n".join(lines)
+        text += f"\n  {name:<10}{what}\n  {'':<10}{example}"
+    return text
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -265,12 +262,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args([*options, *given[end:]])
     except ArgumentError as error:
-        options = [
-            option
-            for action in parser._actions
-            for option in action.option_strings
-            if option[:2] == "--"
-        ]
+        options = option_names(parser)
         for name in given[:end]:
             if name[0:1] == "-" and name not in options and Path(name).exists():
                 raise XzooError(
@@ -279,7 +271,27 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise XzooError(explain(str(error), options)) from None
 
 
-# ---- commands: each adds its options and returns what runs them
+# ---- the commands. A function's parameters are the command's arguments, those after `*` its
+# options; each annotation has the type and the help.
+
+
+def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> None:
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # the options of another function
+            continue
+        kind, text = get_args(parameter.annotation)
+        is_option = parameter.kind is parameter.KEYWORD_ONLY
+        is_required = parameter.default is parameter.empty
+        settings = {"help": text} if is_required else {"help": text, "default": parameter.default}
+        if kind is bool:
+            settings["action"] = "store_true"
+        elif kind in (Several, Several | None):
+            settings["nargs"] = "+" if is_required else "*"
+        elif not (is_option or is_required):
+            settings["nargs"] = "?"
+        if is_option and kind is not bool:
+            settings["type"] = str if "nargs" in settings else kind
+        parser.add_argument(f"--{name}" if is_option else name, **settings)
 
 
 def _lightning(command: str, arguments: Sequence[str]) -> None:
@@ -296,511 +308,389 @@ def _lightning(command: str, arguments: Sequence[str]) -> None:
         evaluate.evaluate(command, arguments)
 
 
-def _list(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("filter", nargs="?", default="*", help="a pattern, such as 'x_resnet*'")
+def _list(
+    filter: Annotated[str, "a pattern, such as 'x_resnet*'"] = "*",
+) -> None:
+    import torch
 
-    def run(args: Namespace) -> None:
-        import torch
+    from .models import create_model, list_models
+    from .profile import profile
 
-        from .models import create_model, list_models
-        from .profile import profile
-
-        names = list_models(args.filter)
-        if not names:
-            raise XzooError(
-                f"no model is called {args.filter}; {nearest(args.filter, list_models())}"
-            )
-        console, table = _console(), _table("model", "pixels", "weights", "MACs")
-        for name in names:
-            with torch.device("meta"):  # counting needs no weights
-                model: Any = create_model(name)
-            counts, size = profile(model), model.pretrained_cfg["input_size"]
-            table.add_row(
-                name, str(size[-1]), f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
-            )
-        console.print(table)
-
-    return run
+    names = list_models(filter)
+    if not names:
+        raise XzooError(f"no model is called {filter}; {nearest(filter, list_models())}")
+    table = _table("model", "pixels", "weights", "MACs")
+    for name in names:
+        with torch.device("meta"):  # counting needs no weights
+            model: Any = create_model(name)
+        counts, size = profile(model), model.pretrained_cfg["input_size"][-1]
+        table.add_row(name, str(size), *_in_millions(counts))
+    _console().print(table)
 
 
-def _finetune(parser: ArgumentParser) -> Callable[[Namespace], None]:
+def _finetune(
+    data: Annotated[
+        str,
+        "folder of images or parquet files, Hub data set (org/name), or digits",
+    ] = "digits",
+    *,
+    freeze: Annotated[bool, "train only the last layer"] = False,
+    **options: Any,
+) -> None:
     from .train.finetune import finetune
 
-    what = "folder of images or parquet files, Hub data set (org/name), or digits"
-    parser.add_argument("data", nargs="?", default="digits", help=what)
-    parser.add_argument("--freeze", action="store_true", help="train only the last layer")
-    parser.add_function_arguments(finetune, skip={"data", "freeze"}, as_group=False)
-
-    def run(args: Namespace) -> None:
-        machine.keep_memory()
-        result = finetune(**args.as_dict())
-        print(f"{result.top1:.2f} %\t{shown(result.run)}")
-
-    return run
+    machine.keep_memory()
+    result = finetune(data, freeze=freeze, **options)
+    print(f"{result.top1:.2f} %\t{shown(result.run)}")
 
 
-def _classify(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("model", help="run folder, model folder, or name of a pretrained model")
-    parser.add_argument("images", nargs="+", help="images, and folders of images")
-    parser.add_argument(
-        "--csv", type=str | None, default=None, help="write all of them to this file"
-    )
-    parser.add_argument("--top", type=int, default=5, help="how many classes")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
+def _classify(
+    model: Annotated[str, "run folder, model folder, or name of a pretrained model"],
+    images: Annotated[Several, "images, and folders of images"],
+    *,
+    csv: Annotated[str | None, "write all of them to this file"] = None,
+    top: Annotated[int, "how many classes"] = 5,
+    batch_size: Annotated[int, "images at a time"] = 32,
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto",
+) -> None:
+    from .train.classify import classify, write_csv
 
-    def run(args: Namespace) -> None:
-        from .train.classify import classify, write_csv
+    if top < 1 or batch_size < 1:
+        raise XzooError(f"top={top}, batch_size={batch_size}: 1 or more are needed")
+    if csv is not None:
+        files.check_file(csv, "--csv")
 
-        if args.top < 1 or args.batch_size < 1:
-            raise XzooError(f"top={args.top}, batch_size={args.batch_size}: 1 or more are needed")
-        if args.csv is not None:
-            files.check_file(args.csv, "--csv")
+    def show(prediction: Any) -> None:
+        classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
+        print(shown(f"{prediction.image}: {classes}"), flush=True)
 
-        def tell(prediction: Any) -> None:
-            classes = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.classes)
-            print(shown(f"{prediction.image}: {classes}"), flush=True)
-
-        predictions = []
-        try:
-            for prediction in classify(
-                args.model, args.images, args.top, args.batch_size, args.device
-            ):
-                predictions.append(prediction)
-                if prediction.error is not None:
-                    print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
-                elif args.csv is None:
-                    tell(prediction)
-        finally:  # Ctrl-C leaves what was found
-            if args.csv is not None and predictions:
-                try:
-                    write_csv(predictions, Path(args.csv), args.top)
-                except XzooError:  # the disk has become full: they are not lost
-                    for prediction in predictions:
-                        if prediction.error is None:
-                            tell(prediction)
-                    raise
-                print(shown(f"{len(predictions)} images in {args.csv}"))
-        if all(prediction.error is not None for prediction in predictions):
-            raise XzooError(f"none of the {len(predictions)} images can be read")
-
-    return run
+    read, predictions = [], []
+    try:
+        for prediction in classify(model, images, top, batch_size, device):
+            predictions.append(prediction)
+            if prediction.error is not None:
+                print(f"xzoo: not read: {shown(prediction.error)}", file=sys.stderr)
+                continue
+            read.append(prediction)
+            if csv is None:
+                show(prediction)
+    finally:  # Ctrl-C leaves the predictions so far
+        if csv is not None and predictions:
+            try:
+                write_csv(predictions, Path(csv), top)
+            except XzooError:  # the disk has become full: they are not lost
+                for prediction in read:
+                    show(prediction)
+                raise
+            print(shown(f"{len(predictions)} images in {csv}"))
+    if not read:
+        raise XzooError(f"none of the {len(predictions)} images can be read")
 
 
-def _queue(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "file", nargs="?", default=None, help="Markdown with blocks of shell; by default QUEUE.md"
-    )
-    parser.add_argument(
-        "--list",
-        action="store_true",
-        help="show what is done and estimate what is left; start nothing",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int | None,
-        default=None,
-        help="runs side by side; by default 2, on one core 1",
-    )
-    parser.add_argument(
-        "--blocks", type=str | None, default=None, help="only those of these numbers, such as 0,3"
+def _queue(
+    file: Annotated[str | None, "Markdown with blocks of shell; by default QUEUE.md"] = None,
+    *,
+    list: Annotated[bool, "show what is done and estimate what is left; start nothing"] = False,
+    jobs: Annotated[int | None, "runs side by side; by default 2, on one core 1"] = None,
+    blocks: Annotated[str | None, "only those of these numbers, such as 0,3"] = None,
+) -> None:
+    from .train import queue, recipes
+
+    numbers = () if blocks is None else blocks.split(",")
+    runs = queue.read_queue(file or recipes.folder() / queue.QUEUE, numbers)
+    if not list:
+        queue.run_queue(runs, jobs)
+        return
+    table = _table("block", "run", "state", "core-hours left", left=("run", "state"))
+    total = 0.0
+    for entry, state, hours in queue.listed(runs):
+        known = not math.isnan(hours)
+        total += hours if known else 0.0
+        table.add_row(entry.block, shown(entry.out), state, f"{hours:,.1f}" if known else "?")
+    console = _console()
+    console.print(table)
+    finished = sum(entry.is_finished for entry in runs)
+    console.print(
+        f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left"
     )
 
-    def run(args: Namespace) -> None:
-        from .train import queue, recipes
 
-        file = args.file or recipes.folder() / queue.QUEUE
-        runs = queue.read_queue(file, args.blocks.split(",") if args.blocks is not None else ())
-        if not args.list:
-            queue.run_queue(runs, args.jobs)
-            return
-        console, table = _console(), _table("block", "run", "state", "core-hours left")
-        rows = queue.listed(runs)
-        for entry, state, hours in rows:
-            table.add_row(
-                entry.block, shown(entry.out), state, "?" if math.isnan(hours) else f"{hours:,.1f}"
-            )
-        for column in table.columns[1:3]:
-            column.justify = "left"
-        console.print(table)
-        finished = sum(entry.is_finished for entry in runs)
-        total = sum(hours for _, _, hours in rows if not math.isnan(hours))
-        console.print(
-            f"{finished} of {len(runs)} runs are finished; about {total:,.1f} core-hours are left"
-        )
+def _recipes(
+    what: Annotated[str, "list, copy, or a pattern such as 'cifar10/*+air'"] = "list",
+    recipe: Annotated[str | None, "with list, a pattern; with copy, a name or a file"] = None,
+    to: Annotated[str, "with copy, the folder"] = ".",
+) -> None:
+    from .train import recipes
 
-    return run
-
-
-def _recipes(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    what = "list, copy, or a pattern such as 'cifar10/*+air'"
-    parser.add_argument("what", nargs="?", default="list", help=what)
-    parser.add_argument(
-        "recipe", nargs="?", default=None, help="with list, a pattern; with copy, a name or a file"
-    )
-    parser.add_argument("to", nargs="?", default=".", help="with copy, the folder")
-
-    def run(args: Namespace) -> None:
-        from .train import recipes
-
-        if args.what == "copy":
-            if args.recipe is None:
-                raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
-            for path in recipes.copy(args.recipe, args.to):
-                print(shown(path))
-        elif args.what == "list":
-            _list_recipes(args.recipe or "*")
-        elif "/" in args.what or "*" in args.what:
-            _list_recipes(args.what)
-        else:
-            raise XzooError(f"recipes {args.what}: {nearest(args.what, ('list', 'copy'))}")
-
-    return run
+    if what == "copy":
+        if recipe is None:
+            raise XzooError("copy needs the name of a recipe; `xzoo recipes` lists them")
+        for path in recipes.copy(recipe, to):
+            print(shown(path))
+    elif what == "list":
+        _list_recipes(recipe or "*")
+    elif "/" in what or "*" in what:
+        _list_recipes(what)
+    else:
+        raise XzooError(f"recipes {what}: {nearest(what, ('list', 'copy'))}")
 
 
 def _list_recipes(pattern: str) -> None:
-    """A line as soon as it is counted, since all of them take a minute; of a single recipe all that
-    it says.
+    """A line as soon as it is counted, since all of them take a minute; everything that a recipe
+    says where it is the only one.
     """
-    from fnmatch import fnmatch
+    import fnmatch
 
     from .train import queue, recipes
     from .train.parse import RecipeCLI
     from .train.run import quiet
 
-    known = recipes.names() if "+" in pattern else recipes.plain_names()
-    found = [name for name in known if fnmatch(name, pattern)]
-    places = [name for name in recipes.hardware() if fnmatch(name, pattern)]
-    if not found and not places:
+    names = fnmatch.filter(recipes.names() if "+" in pattern else recipes.plain_names(), pattern)
+    hardware = fnmatch.filter(recipes.hardware(), pattern)
+    if not names and not hardware:
         raise XzooError(f"no recipe is called {pattern}; {recipes.hint(pattern, recipes.names())}")
-    width = max(map(len, found + places))
-    if found:
+    width = max(map(len, names + hardware))
+    if names:
         print(f"{'recipe':{width}}    px  epochs     weights        MACs  settings")
-    for name in found:
+    for name in names:
         with quiet():
             cli = RecipeCLI([name])
         size, epochs = queue.size_of(cli), cli.config.trainer.max_epochs
-        counts = queue.counts(cli, size)
-        weights, macs = f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
-        more = [] if "+" in name else [f"+{part.name}" for part in recipes.settings_of(name)]
-        line = f"{name:{width}}  {size:4}  {epochs:6}  {weights:>10}  {macs:>10}  {' '.join(more)}"
+        weights, macs = _in_millions(queue.counts(cli, size))
+        line = f"{name:{width}}  {size:4}  {epochs:6}  {weights:>10}  {macs:>10}"
+        if "+" not in name:
+            line += "  " + " ".join(f"+{part.name}" for part in recipes.settings_of(name))
         print(line.rstrip(), flush=True)
-    for name in places:
+    for name in hardware:
         print(f"{name:{width}}  {recipes.find(name).layers[0].notes.partition(chr(10))[0]}")
-    if len(found) == 1:
-        (layer,) = recipes.find(found[0]).layers
-        print(f"\nxzoo fit {found[0]} --data.root DATA\n\n{recipes.text(layer)}", end="")
+    if len(names) == 1:
+        (layer,) = recipes.find(names[0]).layers
+        print(f"\nxzoo fit {names[0]} --data.root DATA\n\n{recipes.text(layer)}", end="")
 
 
-def _export(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "run", help="folder of a run of fit or finetune that is finished; for a file, any model"
-    )
-    parser.add_argument("to", help="the new folder; or a file that ends in .onnx or .pt2")
-    parser.add_argument(
-        "--half", action="store_true", help="weights in float16, if the accuracy does not move"
-    )
+def _export(
+    run: Annotated[
+        str,
+        "folder of a run of fit or finetune that is finished; for a file, any model",
+    ],
+    to: Annotated[str, "the new folder; or a file that ends in .onnx or .pt2"],
+    *,
+    half: Annotated[bool, "weights in float16, if the accuracy does not move"] = False,
+) -> None:
+    from .hub import export, program
+    from .hub.folder import load_any
 
-    def run(args: Namespace) -> None:
-        from .hub import export, program
-
-        if Path(args.to).suffix in program.ENDINGS:
-            from .hub.folder import load_any
-
-            files.check_file(args.to)
-            print(shown(f"{args.to}: {program.write(load_any(args.run), args.to)}"))
-        else:
-            print(
-                shown(
-                    export(
-                        args.run, args.to, half=partial(_judged, args.run) if args.half else None
-                    )
-                )
-            )
-
-    return run
+    if Path(to).suffix in program.ENDINGS:
+        files.check_file(to)
+        print(shown(f"{to}: {program.write(load_any(run), to)}"))
+    else:
+        print(shown(export(run, to, half=partial(_accuracy, run) if half else None)))
 
 
-def _judged(run: str, weights: Path) -> float:
+def _accuracy(run: str, weights: Path) -> float:
     """Top-1 accuracy, in per cent, of a file of weights on the validation images of a run of `xzoo
     fit`.
     """
     from .train.evaluate import evaluate
 
-    figures = evaluate(
-        "validate", ["--config", str(Path(run) / "config.yaml"), "--ckpt_path", str(weights)]
-    )
+    recipe = str(Path(run) / "config.yaml")
+    figures = evaluate("validate", ["--config", recipe, "--ckpt_path", str(weights)])
     assert figures is not None  # this is the only process
     return round(100 * figures["val/acc1"], 4)  # as in result.json
 
 
-def _card(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "folders", nargs="*", default=[], help="exported folders; by default all in hub_cards"
-    )
+def _card(
+    folders: Annotated[Several, "exported folders; by default all in hub_cards"] = [],  # noqa: B006
+) -> None:
+    from .hub import card, publish
 
-    def run(args: Namespace) -> None:
-        from .hub import card, publish
-
-        for folder in args.folders or publish.folders():
-            changed = card.write(folder)
-            publish.register(Path(folder))
-            print(shown(f"{folder}: {'rewritten' if changed else 'up to date'}"))
-
-    return run
+    for folder in folders or publish.folders():
+        changed = card.write(folder)
+        publish.register(Path(folder))
+        print(shown(f"{folder}: {'rewritten' if changed else 'up to date'}"))
 
 
-def _publish(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument(
-        "folder", nargs="?", default=None, help="exported folder, or the folder of a finished run"
-    )
-    parser.add_argument(
-        "--org", type=str | None, default=None, help="owner of the repository; xzoo's by default"
-    )
-    parser.add_argument(
-        "--repo", type=str | None, default=None, help="the repository, as owner/name"
-    )
-    parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be sent")
-    parser.add_argument("--all", action="store_true", help="every folder in hub_cards")
+def _publish(
+    folder: Annotated[str | None, "exported folder, or the folder of a finished run"] = None,
+    *,
+    org: Annotated[str | None, "owner of the repository; xzoo's by default"] = None,
+    repo: Annotated[str | None, "the repository, as owner/name"] = None,
+    private: Annotated[bool, "make a private repository"] = False,
+    dry_run: Annotated[bool, "show what would be sent"] = False,
+    all: Annotated[bool, "every folder in hub_cards"] = False,
+) -> None:
+    from .hub import publish
 
-    def run(args: Namespace) -> None:
-        from .hub import publish
-
-        if args.all == (args.folder is not None) or (args.all and args.repo):
-            raise XzooError(
-                "give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org"
-            )
-        for folder in publish.folders() if args.all else [args.folder]:
-            done = publish.publish(folder, args.org, args.repo, args.private, args.dry_run)
-            changed = ", ".join(done.changed) or "nothing"
-            if args.dry_run:
-                print(shown(f"{done.repo}: {changed} would be sent"))
-                continue
-            print(shown(f"{done.repo} {done.version}: {changed} sent; commit {done.commit}"))
-            for name, sha in done.sha256.items():
-                print(shown(f"  {sha}  {name}"))
-            if done.registered:
-                print("  entered in xzoo/weights.json")
-
-    return run
-
-
-def _compare(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("results", help="table of runs, such as recipes/results.csv")
-    parser.add_argument(
-        "--out", type=str, default="figures", help="folder for the pictures and the table"
-    )
-    parser.add_argument("--datasets", type=list[str], default=[], help="only these data sets")
-
-    def run(args: Namespace) -> None:
-        from .results.compare import compare
-
-        for path in compare(args.results, args.out, args.datasets):
-            print(shown(path))
-
-    return run
-
-
-def _inspect(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parser.add_argument("model", help="name of a model, run folder, or model folder")
-    parser.add_argument(
-        "--pictures", type=str | None, default=None, help="draw its graphs into this folder"
-    )
-
-    def run(args: Namespace) -> None:
-        from .drawing import draw_model
-        from .hub.folder import load_any
-        from .models import create_model
-        from .profile import profile
-        from .theory import runs
-
-        if args.pictures is not None:
-            files.check_folder(args.pictures, "--pictures")
-        model: Any = load_any(args.model) if Path(args.model).is_dir() else create_model(args.model)
-        counts, console = profile(model), _console()
-        console.print(_layers_table(model, counts))
-        size = " x ".join(map(str, model.pretrained_cfg["input_size"]))
-        console.print(
-            f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}",
-            highlight=False,
+    if all == (folder is not None) or (all and repo):
+        raise XzooError(
+            "give a folder or a run, perhaps with --repo; or --all alone, perhaps with --org"
         )
-        for stretch in runs(model):
-            first, last, n = stretch.names[0], stretch.names[-1], len(stretch.names)
-            depth = stretch.reach.depth
-            reached = (
-                f"sensitivity depth {depth}"
-                if depth
-                else "not every output depends on every input yet"
-            )
-            console.print(
-                f"{n} X-layers, {first} to {last}: {reached}", highlight=False, soft_wrap=True
-            )
-        if args.pictures is not None:
-            try:
-                for picture in draw_model(model, args.pictures, args.model):
-                    print(shown(picture))
-            except OSError as error:
-                raise XzooError(
-                    f"cannot draw into {args.pictures}: {files.reason(error)}"
-                ) from error
-
-    return run
+    for path in [folder] if folder is not None else publish.folders():
+        done = publish.publish(path, org, repo, private, dry_run)
+        changed = ", ".join(done.changed) or "nothing"
+        if dry_run:
+            print(shown(f"{done.repo}: {changed} would be sent"))
+            continue
+        print(shown(f"{done.repo} {done.version}: {changed} sent; commit {done.commit}"))
+        for name, sha in done.sha256.items():
+            print(shown(f"  {sha}  {name}"))
+        if done.registered:
+            print("  entered in xzoo/weights.json")
 
 
-def _doctor(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    def run(args: Namespace) -> None:
-        from .doctor import doctor
+def _compare(
+    results: Annotated[str, "table of runs, such as recipes/results.csv"],
+    *,
+    out: Annotated[str, "folder for the pictures and the table"] = "figures",
+    datasets: Annotated[list[str], "only these data sets"] = [],  # noqa: B006
+) -> None:
+    from .results.compare import compare
 
-        facts = doctor()
-        width = max(map(len, facts)) + 2
-        for name, fact in facts.items():
-            print(shown(f"{name:<{width}}{fact}"))
-
-    return run
-
-
-def _bench(parser: ArgumentParser) -> Callable[[Namespace], None]:
-    parts = {
-        "models": "whole models, in inference and training (the default); names, or none for all",
-        "layers": (
-            "single layers; texts that their names contain, sizes of your own, or none for all"
-        ),
-        "policy": "what `auto` takes against the library's best, over 20 shapes",
-        "share": "second singular value and speed by share",
-        "scaling": (
-            "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)"
-        ),
-        "loop": "the training loop, augmentation, and loading of images",
-    }
-    for part, what in parts.items():
-        several: dict[str, Any] = {"nargs": "*", "type": str, "default": None}
-        parser.add_argument(
-            f"--{part}",
-            help=what,
-            **(several if part in ("models", "layers") else {"action": "store_true"}),
-        )
-    parser.add_argument(
-        "--finetune", type=str | None, default=None, help="images to learn with and without weights"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of torch's; 1 measures a thread's own time"
-    )
-    parser.add_argument(
-        "--pairs", type=int | None, default=None, help="times that each form is measured"
-    )
-    parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="of models, and of the loop"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="dense models by torch.compile as well"
-    )
-    parser.add_argument(
-        "--model", type=str | None, default=None, help="what the loop, or --finetune, trains"
-    )
-    parser.add_argument(
-        "--minutes", type=float | None, default=None, help="of each run of --finetune; by default 2"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int | None,
-        default=None,
-        help="runs of each kind of --finetune; by default 3",
-    )
-    parser.add_argument(
-        "--each",
-        type=int | None,
-        default=None,
-        help="images per class of --finetune; by default 10",
-    )
-    parser.add_argument(
-        "--photos", type=int | None, default=None, help="files that are drawn for the loop's loader"
-    )
-    parser.add_argument(
-        "--csv", type=str | None, default=None, help="write the figures to this file too"
-    )
-    parser.add_argument(
-        "--plot", type=str | None, default=None, help="draw models and layers into this file"
-    )
-
-    def run(args: Namespace) -> None:
-        from . import bench
-
-        if args.finetune is not None:
-            _bench_finetuning(args)
-            return
-        asked = [part for part in parts if getattr(args, part) not in (None, False)] or ["models"]
-        pairs = {} if args.pairs is None else {"pairs": args.pairs}
-        size = {} if args.batch_size is None else {"batch_size": args.batch_size}
-        loop = {
-            key: value for key in ("model", "photos") if (value := getattr(args, key)) is not None
-        }
-        start: dict[str, Callable[[], Any]] = {
-            "models": lambda: bench.models(
-                args.models or (), compiled=args.compile, **pairs, **size
-            ),
-            "layers": lambda: bench.layers(args.layers, **pairs),
-            "policy": lambda: bench.policy(**pairs),
-            "share": lambda: bench.share(**pairs),
-            "scaling": lambda: bench.scaling(**pairs),
-            "loop": lambda: bench.loop(**loop, **pairs, **size),
-        }
-        if args.csv is not None:
-            bench.check_file(Path(args.csv))
-        if args.plot is not None:
-            bench.check_file(Path(args.plot), bench.PICTURES)
-        figures: list[bench.Figure] = []
-        with bench.threads(args.threads):
-            # all that is asked for is checked before any of it is measured
-            begun = [start[part]() for part in asked]
-            try:
-                for part in begun:
-                    for figure in part:
-                        figures.append(figure)
-                        if args.csv is not None:
-                            bench.write_csv(figures, Path(args.csv))
-            finally:  # Ctrl-C leaves what was measured
-                if figures:
-                    _print_figures([figure.told() for figure in figures], bench.machine())
-        if args.plot is not None:
-            bench.draw(figures, Path(args.plot))
-
-    return run
+    for path in compare(results, out, datasets):
+        print(shown(path))
 
 
-def _bench_finetuning(args: Namespace) -> None:
+def _inspect(
+    model: Annotated[str, "name of a model, run folder, or model folder"],
+    *,
+    pictures: Annotated[str | None, "draw its graphs into this folder"] = None,
+) -> None:
+    from .drawing import draw_model
+    from .hub.folder import load_any
+    from .models import create_model
+    from .profile import profile
+    from .theory import runs
+
+    if pictures is not None:
+        files.check_folder(pictures, "--pictures")
+    net: Any = load_any(model) if Path(model).is_dir() else create_model(model)
+    counts, console = profile(net), _console()
+    console.print(_layers_table(net, counts))
+    size = " x ".join(map(str, net.pretrained_cfg["input_size"]))
+    console.print(f"{counts.weights:,} weights, {counts.macs:,} MACs for an image of {size}")
+    for stretch in runs(net):
+        first, last, depth = stretch.names[0], stretch.names[-1], stretch.reach.depth
+        reached = "not every output depends on every input yet"
+        if depth:
+            reached = f"sensitivity depth {depth}"
+        line = f"{len(stretch.names)} X-layers, {first} to {last}: {reached}"
+        console.print(line, soft_wrap=True)
+    if pictures is not None:
+        try:
+            for picture in draw_model(net, pictures, model):
+                print(shown(picture))
+        except OSError as error:
+            raise XzooError(f"cannot draw into {pictures}: {files.reason(error)}") from error
+
+
+def _doctor() -> None:
+    from .doctor import doctor
+
+    facts = doctor()
+    width = max(map(len, facts)) + 2
+    for name, fact in facts.items():
+        print(shown(f"{name:<{width}}{fact}"))
+
+
+def _bench(
+    *,
+    models: Annotated[
+        Several | None,
+        "whole models, in inference and training (the default); names, or none for all",
+    ] = None,
+    layers: Annotated[
+        Several | None,
+        "single layers; texts that their names contain, sizes of your own, or none for all",
+    ] = None,
+    policy: Annotated[bool, "what `auto` takes against the library's best, over 20 shapes"] = False,
+    share: Annotated[bool, "second singular value and speed by share"] = False,
+    scaling: Annotated[
+        bool,
+        "what threads gain our kernels, against what they gain dense ones (--threads 2 or more)",
+    ] = False,
+    loop: Annotated[bool, "the training loop, augmentation, and loading of images"] = False,
+    finetune: Annotated[str | None, "images to learn with and without weights"] = None,
+    threads: Annotated[int, "of torch's; 1 measures a thread's own time"] = 1,
+    pairs: Annotated[int | None, "times that each form is measured"] = None,
+    batch_size: Annotated[int | None, "of models, and of the loop"] = None,
+    compile: Annotated[bool, "dense models by torch.compile as well"] = False,
+    model: Annotated[str | None, "what the loop, or --finetune, trains"] = None,
+    minutes: Annotated[float | None, "of each run of --finetune; by default 2"] = None,
+    seeds: Annotated[int | None, "runs of each kind of --finetune; by default 3"] = None,
+    each: Annotated[int | None, "images per class of --finetune; by default 10"] = None,
+    photos: Annotated[int | None, "files that are drawn for the loop's loader"] = None,
+    csv: Annotated[str | None, "write the figures to this file too"] = None,
+    plot: Annotated[str | None, "draw models and layers into this file"] = None,
+) -> None:
     from . import bench
 
-    if args.model is None or args.csv is None:
+    if finetune is not None:
+        more = _given(minutes=minutes, seeds=seeds, each=each)
+        _bench_finetuning(finetune, model, csv, threads, more)
+        return
+    times, size = _given(pairs=pairs), _given(batch_size=batch_size)
+    trained = _given(model=model, photos=photos)
+    if layers is None and not (policy or share or scaling or loop):
+        models = models or ()
+    if csv is not None:
+        bench.check_file(Path(csv))
+    if plot is not None:
+        bench.check_file(Path(plot), bench.PICTURES)
+    parts: tuple[tuple[bool, Callable[[], Iterator[bench.Figure]]], ...] = (
+        (models is not None, lambda: bench.models(models or (), compiled=compile, **times, **size)),
+        (layers is not None, lambda: bench.layers(layers or (), **times)),
+        (policy, lambda: bench.policy(**times)),
+        (share, lambda: bench.share(**times)),
+        (scaling, lambda: bench.scaling(**times)),
+        (loop, lambda: bench.loop(**trained, **times, **size)),
+    )
+    figures: list[bench.Figure] = []
+    with bench.threads(threads):
+        # all that is asked for is checked before any of it is measured
+        started = [start() for asked, start in parts if asked]
+        try:
+            for figure in chain.from_iterable(started):
+                figures.append(figure)
+                if csv is not None:
+                    bench.write_csv(figures, Path(csv))
+        finally:  # Ctrl-C leaves what was measured
+            if figures:
+                _print_figures([figure.as_row() for figure in figures], bench.machine())
+    if plot is not None:
+        bench.draw(figures, Path(plot))
+
+
+def _bench_finetuning(
+    data: str, model: str | None, csv: str | None, threads: int, more: dict[str, Any]
+) -> None:
+    from . import bench
+
+    if model is None or csv is None:
         raise XzooError(
             "--finetune needs --model NAME, with weights, and --csv FILE, which gets a row for "
             "each run"
         )
-    given = {
-        name: value
-        for name in ("minutes", "seeds", "each")
-        if (value := getattr(args, name)) is not None
-    }
-    with bench.threads(args.threads):
-        for row in bench.finetuning(args.finetune, args.model, args.csv, **given):
+    with bench.threads(threads):
+        for row in bench.finetuning(data, model, csv, **more):
+            images = f"{row['train_images']} images of {row['data']}, seed {row['seed']}"
             start = "from the weights" if row["pretrained"] == "true" else "from scratch"
-            print(
-                shown(
-                    f"{row['train_images']} images of {row['data']}, seed {row['seed']}, {start}: "
-                    f"{row['top1']} %"
-                )
-            )
+            print(shown(f"{images}, {start}: {row['top1']} %"))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: the others keep the defaults of what they are passed to."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+# ---- tables
 
 
 def _print_figures(rows: Sequence[dict[str, str]], machine: dict[str, str]) -> None:
-    """Columns that nothing stands in are left out."""
+    """Empty columns are left out."""
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    table = _table(*columns)
-    for column in table.columns:
-        if column.header in ("against", "note"):
-            column.justify = "left"
+    table = _table(*columns, left=("against", "note"))
     for row in rows:
-        table.add_row(*(row[column] for column in columns))
+        table.add_row(*map(row.get, columns))
     console = _console()
     console.print(table)
     console.print(f"{machine['machine']}; torch {machine['torch']}", soft_wrap=True)
@@ -816,46 +706,39 @@ def _console() -> Any:
     return console if console.is_terminal else Console(**plain, width=200)
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str, left: Sequence[str] = ()) -> Any:
+    """An empty table. The first column, and those named in `left`, are left-aligned."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for column in columns:
+        is_left = column in (columns[0], *left)
+        table.add_column(column, justify="left" if is_left else "right", no_wrap=True)
     return table
 
 
+def _in_millions(counts: Any) -> tuple[str, str]:
+    """Weights and multiply-accumulates of a profile."""
+    return f"{counts.weights / 1e6:.2f} M", f"{counts.macs / 1e6:,.0f} M"
+
+
 def _layers_table(model: Any, counts: Any) -> Any:
-    """A row a layer. Singular values are shares of the first, so that 1 is a group convolution and
-    0 a dense layer; the two after the second are its bounds. "/ G" stands for a layer of G groups.
+    """One row per layer. Singular values are divided by the first, so that 1 is a group convolution
+    and 0 a dense layer; the two after the second are its bounds. "/ G" is a layer of G groups.
     """
     from .theory import graphs_of, spectrum
 
-    table = _table(
-        "layer",
-        "in",
-        "out",
-        "kernel",
-        "degree",
-        "share",
-        "second",
-        "Ramanujan",
-        "random",
-        "weights",
-        "MACs",
-    )
-    drawn = graphs_of(model)
+    columns = "layer in out kernel degree share second Ramanujan random weights MACs"
+    table = _table(*columns.split())
+    graphs = graphs_of(model)
     for layer in counts.layers:
         kernel = "x".join(map(str, layer.kernel)) if layer.kernel != (1, 1) else "1"
         measured = ["dense" if layer.groups == 1 else f"/ {layer.groups}", "", "", "", ""]
-        if layer.name in drawn:
-            found = spectrum(drawn[layer.name])
+        if layer.name in graphs:
+            found = spectrum(graphs[layer.name])
             bounds = (found.second, found.ramanujan, found.random_matrix)
-            measured = [
-                str(layer.degree),
-                str(layer.share),
-                *(f"{bound / found.first:.3f}" for bound in bounds),
-            ]
+            shares = [f"{bound / found.first:.3f}" for bound in bounds]
+            measured = [str(layer.degree), str(layer.share), *shares]
         sizes = [str(layer.n_in), str(layer.n_out), kernel]
         table.add_row(layer.name, *sizes, *measured, f"{layer.weights:,}", f"{layer.macs:,}")
     return table

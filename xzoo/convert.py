@@ -1,7 +1,7 @@
 """Turning the layers of any model into X-layers, and back.
 
-    report = xzoo.expand(model, compression=4)      # in place; print(report) says what was done and why
-    xzoo.to_dense(model)                            # the same function in dense layers again
+    report = xzoo.expand(model, compression=4)    # in place; print(report) says what was done
+    xzoo.to_dense(model)                          # the same function in dense layers again
 
 The models of the zoo are built by the same `swap` from their own tables of degrees.
 """
@@ -10,10 +10,11 @@ import ast
 import fnmatch
 import functools
 import inspect
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from . import graphs
 from .errors import GraphError, ModelError
-from .layers import ExpanderConv2d, ExpanderLinear
+from .layers import X_LAYERS, ExpanderConv2d, ExpanderLinear, modules_of
 from .ops import dense as dense_op
 
 Patterns = str | Sequence[str] | None
@@ -38,7 +39,7 @@ Patterns = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """What `expand` did with one layer; `degree` and `share` are None where it was left as it is."""
+    """What `expand` did with one layer; `degree` and `share` are None if it was kept."""
 
     name: str
     layer: str  # such as "conv 64 -> 128, 3x3"
@@ -51,7 +52,7 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers and parameters of a model that hold weights, in its own order; str() is a table."""
+    """All layers and parameters of a model that hold weights, in its order; str() is a table."""
 
     rows: tuple[ConvertedLayer, ...]
 
@@ -69,16 +70,14 @@ class Report:
 
     def __str__(self) -> str:
         wide = max((len(row.name) for row in self.rows), default=0)
-        lines = [
-            f"{row.name:{wide}}  {row.layer:26} {row.weights_before:>12,} -> "
-            f"{row.weights_after:>12,}  {row.reason}"
-            for row in self.rows
-        ]
-        before, after = self.weights_before, max(self.weights_after, 1)
+        lines = []
+        for row in self.rows:
+            counts = f"{row.weights_before:>12,} -> {row.weights_after:>12,}"
+            lines.append(f"{row.name:{wide}}  {row.layer:26} {counts}  {row.reason}")
+        before, after = self.weights_before, self.weights_after
         lines.append(
-            f"{len(self.replaced)} of {len(self.rows)} layers expanded: {before:,} -> "
-            f"{self.weights_after:,} weights, "
-            f"{before / after:.2f} times fewer"
+            f"{len(self.replaced)} of {len(self.rows)} layers expanded: {before:,} -> {after:,} "
+            f"weights, {before / max(after, 1):.2f} times fewer"
         )
         return "\n".join(lines)
 
@@ -118,31 +117,24 @@ def expand(
             that it had, so that a trained model can be fine-tuned; else initial values are drawn
             anew.
 
-    Raises: ModelError for arguments out of range and patterns that fit no layer; GraphError where a
-        layer admits no such graph. The model is then as it was.
+    Raises: ModelError for a compression out of range and for patterns that fit no layer; GraphError
+        for a share or a seed out of range and where a layer admits no such graph. The model is then
+        as it was.
     """
     check_compression(compression)
     rows: list[ConvertedLayer] = []
     degrees: dict[str, int] = {}
     for name, layer, reason in _candidates(model, _patterns(only), _patterns(skip)):
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            rows.append(
-                ConvertedLayer(
-                    name, _describe(layer), None, None, _weights(layer), _weights(layer), reason
-                )
-            )
-            continue
-        n_in, _ = _sizes(layer)
-        degree = degree_for(graph, n_in, max(1, n_in // compression))
-        if not reason and degree == n_in:
-            reason = "kept: every output would read every input"
         if not reason:
-            degrees[name] = degree
-        rows.append(
-            ConvertedLayer(
-                name, _describe(layer), None, None, _weights(layer), _weights(layer), reason
-            )
-        )
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            n_in, _ = _sizes(layer)
+            degree = degree_for(graph, n_in, compressed(n_in, compression))
+            if degree == n_in:
+                reason = "kept: every output would read every input"
+            else:
+                degrees[name] = degree
+        weights = _weights(layer)
+        rows.append(ConvertedLayer(name, _describe(layer), None, None, weights, weights, reason))
     new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=keep_weights)
     return Report(tuple(_done(row, new[row.name]) if row.name in new else row for row in rows))
 
@@ -156,18 +148,15 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises: ModelError, before anything is replaced, for an X-layer whose weight or bias is computed
         (parametrized, pruned) and for subclasses of X-layers.
     """
-    x_layers = {
-        n: m for n, m in model.named_modules() if isinstance(m, ExpanderConv2d | ExpanderLinear)
-    }
     computed = computed_tensors(model)
-    for name, layer in x_layers.items():
+    for name, layer in modules_of(model, X_LAYERS).items():
         if name in computed:
             raise ModelError(f"to_dense(): {_called(name, layer)}: {computed[name]}")
-        if type(layer) not in (ExpanderConv2d, ExpanderLinear):
+        if type(layer) not in X_LAYERS:
             raise ModelError(
                 f"to_dense(): {_called(name, layer)} is a subclass that may compute something "
-                "else; put an "
-                f"{type(layer).__mro__[1].__name__} or a dense layer of your own in its place first"
+                f"else; put an {type(layer).__mro__[1].__name__} or a dense layer of your own in "
+                "its place first"
             )
     if isinstance(model, ExpanderConv2d | ExpanderLinear):
         return dense_form(model)
@@ -198,24 +187,28 @@ def swap(
         ("spatial_share", spatial_share, 1),
         ("seed", seed, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ModelError(f"{name}={value!r}: use an integer from {least} on")
+        if not is_integer(value, least):
+            raise GraphError(f"{name}={value!r}: use an integer from {least} on")
     new = {}
     for name, degree in degrees.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        wanted = spatial_share if layer.weight[0, 0].numel() > 1 else share
-        fits = graphs.effective_share(*_sizes(layer), degree, wanted)
+        limit = spatial_share if layer.weight[0, 0].numel() > 1 else share
+        effective = graphs.effective_share(*_sizes(layer), degree, limit)
+        layer_seed = graphs.layer_seed(seed, name)
         try:
-            new[name] = _x_layer(
-                layer, degree, fits, graph, graphs.layer_seed(seed, name), keep_weights
-            )
+            new[name] = _x_layer(layer, degree, effective, graph, layer_seed, keep_weights)
         except GraphError as error:
             raise GraphError(f"layer {name}: {error}") from None
     for name, x_layer in new.items():
         x_layer.name = name
         model.set_submodule(name, x_layer)
     return new
+
+
+def compressed(n_in: int, compression: int) -> int:
+    """The degree for a compression: n_in // compression, but at least 1."""
+    return max(1, n_in // compression)
 
 
 def degree_for(graph: str, n_in: int, degree: int) -> int:
@@ -225,9 +218,14 @@ def degree_for(graph: str, n_in: int, degree: int) -> int:
     return graphs.largest_divisor(n_in, degree) if graph in ("group", "shuffle") else degree
 
 
+def is_integer(value: Any, least: int) -> bool:
+    """Whether a value is an integer from `least` on; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_compression(compression: int) -> None:
     """Raise ModelError unless it is an integer from 1 on."""
-    if isinstance(compression, bool) or not isinstance(compression, int) or compression < 1:
+    if not is_integer(compression, 1):
         raise ModelError(
             f"compression={compression!r}: use an integer from 1 (dense) on; an output reads "
             "inputs // compression"
@@ -238,12 +236,11 @@ def _x_layer(
     old: nn.Conv2d | nn.Linear, degree: int, share: int, graph: str, seed: int, keep_weights: bool
 ) -> ExpanderConv2d | ExpanderLinear:
     new: ExpanderConv2d | ExpanderLinear
-    chosen: dict[str, Any] = {"degree": degree, "share": share, "graph": graph, "seed": seed}
-    chosen |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    options = {"degree": degree, "share": share, "graph": graph, "seed": seed, **_factory(old)}
     if isinstance(old, nn.Conv2d):
-        new = ExpanderConv2d(old.in_channels, old.out_channels, **_geometry(old), **chosen)
+        new = ExpanderConv2d(old.in_channels, old.out_channels, **_geometry(old), **options)
     else:
-        new = ExpanderLinear(old.in_features, old.out_features, **chosen)
+        new = ExpanderLinear(*_sizes(old), **options)
     if keep_weights:
         with torch.no_grad():
             kept = dense_op.gather(old.weight, new.neighbours)
@@ -259,11 +256,17 @@ def _geometry(layer: nn.Conv2d | ExpanderConv2d) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in names}
 
 
+def _factory(layer: Any) -> dict[str, Any]:
+    weight = layer.weight
+    return {"bias": layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
+
+
 def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
     """|all weights of an output| / |those it keeps|, [out, 1, ...]: for white inputs the variance
     stays the same.
     """
-    before, after = (w.flatten(1).norm(dim=1) for w in (dense, kept))
+    before = dense.flatten(1).norm(dim=1)
+    after = kept.flatten(1).norm(dim=1)
     ratio = torch.where(after > 0, before / after, torch.ones_like(after))
     return ratio.reshape(-1, *[1] * (kept.dim() - 1))
 
@@ -274,16 +277,10 @@ def dense_form(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
     """
     new: nn.Conv2d | nn.Linear
     n_in, n_out = _sizes(x_layer)
-    weight = x_layer.weight
-    factory: dict[str, Any] = {
-        "bias": x_layer.bias is not None,
-        "device": weight.device,
-        "dtype": weight.dtype,
-    }
     if isinstance(x_layer, ExpanderConv2d):
-        new = nn.Conv2d(n_in, n_out, **_geometry(x_layer), **factory)
+        new = nn.Conv2d(n_in, n_out, **_geometry(x_layer), **_factory(x_layer))
     else:
-        new = nn.Linear(n_in, n_out, **factory)
+        new = nn.Linear(n_in, n_out, **_factory(x_layer))
     with torch.no_grad():
         new.weight.copy_(x_layer.dense_weight())
         if x_layer.bias is not None and new.bias is not None:
@@ -295,9 +292,14 @@ def dense_form(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
 
 
 _HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -315,31 +317,33 @@ def computed_tensors(model: nn.Module) -> dict[str, str]:
     """Layers whose weight or bias is not a parameter but computed at each call, with the reason and
     the remedy.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name, layer in model.named_modules():
         for tensor in ("weight", "bias"):
             remedy = _remedy(layer, tensor)
-            if remedy:
-                found.setdefault(
-                    name,
-                    f"its {tensor} is computed at each call; {remedy} makes it a parameter again",
-                )
-    return found
+            if remedy and name not in reasons:
+                computed = f"its {tensor} is computed at each call"
+                reasons[name] = f"{computed}; {remedy} makes it a parameter again"
+    return reasons
+
+
+_REMOVE: dict[type, str] = {  # by the hook that computes a tensor
+    BasePruningMethod: "prune.remove",
+    SpectralNorm: "remove_spectral_norm",
+    WeightNorm: "remove_weight_norm",
+}
 
 
 def _remedy(layer: nn.Module, tensor: str) -> str:
-    """The call that makes a computed tensor a parameter again; "" where it is none."""
+    """The call that makes a computed tensor a parameter again; "" where it is not computed."""
     if is_parametrized(layer, tensor):
         return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})"
     if not isinstance(vars(layer).get(tensor), Tensor):
         return ""
     hooks = tuple(layer._forward_pre_hooks.values())
-    if any(isinstance(hook, BasePruningMethod) for hook in hooks):
-        return f"torch.nn.utils.prune.remove(layer, {tensor!r})"
-    if any(isinstance(hook, SpectralNorm) for hook in hooks):
-        return f"torch.nn.utils.remove_spectral_norm(layer, {tensor!r})"
-    if any(isinstance(hook, WeightNorm) for hook in hooks):
-        return f"torch.nn.utils.remove_weight_norm(layer, {tensor!r})"
+    for kind, remove in _REMOVE.items():
+        if any(isinstance(hook, kind) for hook in hooks):
+            return f"torch.nn.utils.{remove}(layer, {tensor!r})"
     return f"layer.register_parameter({tensor!r}, ...)"
 
 
@@ -353,13 +357,11 @@ def _candidates(
 ) -> Iterable[tuple[str, nn.Module | Tensor, str]]:
     """Name, layer and the reason to leave it ("" for none) of all that holds weights: layers, and
     the parameters of other modules."""
-    adapters = {name for name, _ in model.named_modules() if _in_adapter(model, name)}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers = modules_of(model, (nn.Conv2d, nn.Linear))
     if "" in layers:
         raise ModelError(
             f"expand() got a lone {type(model).__name__}, which cannot be replaced in place; build "
-            "an "
-            "ExpanderConv2d or ExpanderLinear instead, or wrap it in nn.Sequential"
+            "an ExpanderConv2d or ExpanderLinear instead, or wrap it in nn.Sequential"
         )
     for name, layer in layers.items():
         if isinstance(layer.weight, UninitializedParameter):
@@ -373,11 +375,12 @@ def _candidates(
                 f"pattern {pattern!r} fits no convolution or linear layer, such as "
                 f"{', '.join([*layers][:3])}"
             )
-    own = {name: layer for name, layer in layers.items() if name not in adapters}
+    own = {name: layer for name, layer in layers.items() if not _in_adapter(model, name)}
     first = next((name for name, layer in own.items() if isinstance(layer, nn.Conv2d)), None)
     classifier = _classifier(model, own)
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    read, computed = read_by_methods(model, ("weight",)), computed_tensors(model)
+    uses = Counter(dict(model.named_parameters(remove_duplicate=False)).values())
+    read = read_by_methods(model, ("weight",))
+    computed = computed_tensors(model)
     for name, module in model.named_modules():
         if name not in layers:
             yield from _without_x_form(name, module)
@@ -388,7 +391,7 @@ def _candidates(
             reason = "kept: skipped by name"
         elif only and not fits(name, only):
             reason = "kept: not among the names in only"
-        elif name in adapters:
+        elif name not in own:
             reason = "kept: a matrix of an adapter"
         elif not only and name == first:
             reason = "kept: the first convolution"
@@ -406,7 +409,7 @@ def _candidates(
             reason = "kept: its weight is computed (parametrized)"
         elif type(layer.weight) is not nn.Parameter:
             reason = f"kept: its weight is a {type(layer.weight).__name__}"
-        elif any(uses[id(parameter)] > 1 for parameter in layer.parameters()):
+        elif any(uses[parameter] > 1 for parameter in layer.parameters()):
             reason = "kept: its weight is used in two places"
         elif name in read:
             reason = f"kept: {read[name]} reads its weight itself"
@@ -453,9 +456,9 @@ def _in_adapter(model: nn.Module, name: str) -> bool:
     """Whether a module belongs to an adapter: beside a `base_layer`, as peft builds it, or under a
     name lora_*.
     """
-    parts = name.split(".")
-    if any(part.startswith("lora_") for part in parts):
+    if ".lora_" in f".{name}":
         return True
+    parts = name.split(".")
     for depth in range(len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
         if isinstance(parent._modules.get("base_layer"), nn.Module) and parts[depth] not in (
@@ -468,24 +471,25 @@ def _in_adapter(model: nn.Module, name: str) -> bool:
 
 def _classifier(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    found = {name for name in ((names,) if isinstance(names, str) else names) if name in layers}
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    return found or set(linear[-1:])
+    return layers.keys() & _patterns(names) or set(linear[-1:])
 
 
 def read_by_methods(model: nn.Module, tensors: tuple[str, ...]) -> dict[str, str]:
     """Layers of which a module above them reads one of these tensors by itself, with the class of
     that module.
 
-    Told from the source of the classes: what is found is left dense. What hides behind another name
-    is not found, and fails loudly at the first forward pass, because a compact weight has another
-    shape.
+    It reads the source of the classes. These layers stay dense. A read under another name is missed
+    and fails at the first forward pass, because a compact weight has another shape.
     """
-    found = {}
+    readers = {}
     for prefix, module in model.named_modules():
         for path in _tensors_read_by(type(module), tensors):  # type: ignore[arg-type]
-            found[f"{prefix}.{path}".lstrip(".")] = type(module).__name__
-    return found
+            readers[f"{prefix}.{path}".lstrip(".")] = type(module).__name__
+    return readers
+
+
+_BUILDS = re.compile("_*(init|zero|reset|load|fix|extra_repr)")  # names of methods
 
 
 @functools.cache
@@ -501,17 +505,10 @@ def _tensors_read_by(cls: Any, tensors: tuple[str, ...]) -> frozenset[str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # no source: nothing to be told
             continue
-        methods = [
-            f
-            for node in tree.body
-            for f in getattr(node, "body", ())
-            if isinstance(f, ast.FunctionDef)
-        ]
-        for method in methods:
-            if not method.name.lstrip("_").startswith(
-                ("init", "zero", "reset", "load", "fix", "extra_repr")
-            ):
-                paths.update(_tensors_read_in(method, tensors))
+        for definition in tree.body:
+            for method in getattr(definition, "body", ()):
+                if isinstance(method, ast.FunctionDef) and not _BUILDS.match(method.name):
+                    paths.update(_tensors_read_in(method, tensors))
     return frozenset(paths)
 
 
@@ -528,25 +525,24 @@ def _tensors_read_in(method: ast.FunctionDef, tensors: tuple[str, ...]) -> Itera
 
 
 def _done(row: ConvertedLayer, x_layer: ExpanderConv2d | ExpanderLinear) -> ConvertedLayer:
-    degree, share = x_layer.degree, x_layer.share
-    reason = f"degree {degree}, share {share}"
-    return ConvertedLayer(
-        row.name, row.layer, degree, share, row.weights_before, x_layer.weight.numel(), reason
+    return replace(
+        row,
+        degree=x_layer.degree,
+        share=x_layer.share,
+        weights_after=x_layer.weight.numel(),
+        reason=f"degree {x_layer.degree}, share {x_layer.share}",
     )
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int]:
+def _sizes(layer: Any) -> tuple[int, int]:
     """Inputs and outputs: channels of a convolution, features of a linear layer."""
-    names = (
-        ("in_features", "out_features")
-        if hasattr(layer, "in_features")
-        else ("in_channels", "out_channels")
-    )
-    return getattr(layer, names[0]), getattr(layer, names[1])
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
-def _weights(held: nn.Module | Tensor) -> int:
-    return held.numel() if isinstance(held, Tensor) else held.weight.numel()  # type: ignore[operator]
+def _weights(held: Any) -> int:
+    return held.numel() if isinstance(held, Tensor) else held.weight.numel()
 
 
 def _describe(held: nn.Module | Tensor) -> str:
@@ -557,11 +553,7 @@ def _describe(held: nn.Module | Tensor) -> str:
         return "linear {} -> {}".format(*_sizes(held))
     if isinstance(held, nn.Conv2d):
         kind = "conv"
-    if (
-        hasattr(held, "in_channels")
-        and hasattr(held, "out_channels")
-        and hasattr(held, "kernel_size")
-    ):
+    if all(hasattr(held, name) for name in ("in_channels", "out_channels", "kernel_size")):
         return "{} {} -> {}, {}".format(kind, *_sizes(held), _by(held.kernel_size))
     return f"{kind} {_by(held.weight.shape)}"
 

@@ -1,5 +1,4 @@
-"""A model for inference: what follows a layer taken over by it, in the memory format that is faster
-here.
+"""A copy of a model for inference: layers take over what follows them, in the faster memory format.
 
     fast = xzoo.deploy(model, torch.zeros(1, 3, 224, 224))
 
@@ -22,7 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
+import itertools
 import logging
 import math
 import time
@@ -32,14 +31,15 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models._features_fx import get_notrace_modules
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .convert import computed_tensors, dense_form, read_by_methods
-from .errors import ModelError, first_line
-from .layers import ExpanderConv2d, ExpanderLinear
+from .errors import ModelError
+from .layers import X_LAYERS, ExpanderConv2d, ExpanderLinear, modules_of
+from .norms import unfuse
 from .profile import copy_of, refuse_unsized, unwrapped
+from .tracing import TENSORS, following, is_plain
 
 _logger = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ FOLDS_INTO: dict[type, tuple[tuple[type, ...], int]] = {
     nn.Linear: (_LINEAR_NORMS, 2),
     ExpanderLinear: (_LINEAR_NORMS, 2),
 }
-X_LAYERS = (ExpanderConv2d, ExpanderLinear)
 ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-TENSORS = ("weight", "bias", "running_mean", "running_var")
 # in each form that is measured; the fastest counts, because other work on a machine only adds
 RUNS = 7
 CLEARLY = 1.1  # times as fast: the clock is not that exact, and a dense layer needs more memory
@@ -72,7 +70,7 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     rounding alone.
 
     The copy is compared with the model on the example and on noise of its size, also in float64
-    where the model runs in it. A change that makes a difference is taken back and told as a
+    where the model runs in it. A change that makes a difference is undone and logged as a
     warning; a model whose outputs cannot be compared, because they hold no tensors or differ from
     call to call, stays as it is.
 
@@ -87,8 +85,6 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     """
     model = unwrapped(model)
     refuse_unsized(model)
-    from .norms import unfuse
-
     fast = unfuse(copy_of(model, _own)).eval().requires_grad_(False)
     proof = Proof(fast, example)
     if not proof.trials:
@@ -98,10 +94,8 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
         return fast
     for name, remedy in computed_tensors(model).items():
         _logger.warning("layer %s stays as it is: %s", name, remedy)
-    folded, norms = (
-        _fold_norms(proof),
-        sum(isinstance(part, _BatchNorm) for part in model.modules()),
-    )
+    norms = len(modules_of(model, _BatchNorm))
+    folded = _fold_norms(proof)
     with _same_random_numbers(example):
         fused, (said, form) = _fuse_activations(proof), _choose_format(proof, example)
         _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
@@ -110,7 +104,7 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 class Proof:
-    """What a model gives before anything is changed; `holds` tells whether it still does.
+    """The outputs of a model before any change; `holds` says whether it still computes them.
 
     `models` are the model and, where it runs in float64, a copy of it: both are changed alike. In
     float64 a mistake shows beside no rounding; in the model's own type also those of kernels do.
@@ -123,7 +117,7 @@ class Proof:
         noise = _noise(model, example)
         for x in [example] if noise is example else [example, noise]:
             outputs = _outputs(model, x)
-            self.trials.append((model, x, outputs, [_rounding(y) for y in outputs]))
+            self.trials.append((model, x, outputs, list(map(_rounding, outputs))))
         self._add_float64(noise)
         # A model with a memory or dice of its own, or without a tensor in its result, proves
         # nothing.
@@ -135,55 +129,56 @@ class Proof:
         exact_x = x.double() if x.is_floating_point() else x
         try:
             exact = copy_of(model, _own).double()
-            wanted = _outputs(exact, exact_x)
+            expected = _outputs(exact, exact_x)
         except Exception:
             # of whatever class: a fixed type in the model's code, a device without float64
             return
-        if x.dtype == torch.float64 or [y.shape for y in outputs] != [y.shape for y in wanted]:
+        if x.dtype == torch.float64 or _shapes(outputs) != _shapes(expected):
             return
-        for i, (y, z) in enumerate(zip(outputs, wanted, strict=True)):
+        for i, (y, z) in enumerate(zip(outputs, expected, strict=True)):
             allowed[i] = max(allowed[i], 4 * _apart(y, z))
         self.models.append(exact)
-        self.trials.append((exact, exact_x, wanted, [EXACT * _largest(y) for y in wanted]))
+        self.trials.append((exact, exact_x, expected, [EXACT * _largest(y) for y in expected]))
 
     def holds(self) -> bool:
-        return all(self._same(*trial) for trial in self.trials)
+        return all(itertools.starmap(self._same, self.trials))
 
     def _same(
-        self, model: nn.Module, x: Tensor, wanted: list[Tensor], allowed: list[float]
+        self, model: nn.Module, x: Tensor, expected: list[Tensor], allowed: list[float]
     ) -> bool:
         try:
             outputs = _outputs(model, x)
         except Exception:  # of whatever class: a change took away what the model's code reads
             return False
-        if [(y.shape, y.dtype) for y in outputs] != [(y.shape, y.dtype) for y in wanted]:
+        if _shapes(outputs) != _shapes(expected):
             return False
-        for y, expected, atol in zip(outputs, wanted, allowed, strict=True):
+        for y, z, atol in zip(outputs, expected, allowed, strict=True):
+            if y.dtype != z.dtype:
+                return False
             if y.dtype.is_floating_point or y.is_complex():
-                if not torch.isclose(y, expected, rtol=0, atol=atol, equal_nan=True).all():
+                if not torch.isclose(y, z, rtol=0, atol=atol, equal_nan=True).all():
                     return False
-            elif model is not self.models[0] and not torch.equal(y, expected):
+            elif model is not self.models[0] and not torch.equal(y, z):
                 # else a rank may change by rounding
                 return False
         return True
 
 
 def _change(proof: Proof, changes: Mapping[str, Change], done: str) -> list[str]:
-    """Make these changes, but for those that show in an output; the names of those made."""
-    undo = [change(model) for change in changes.values() for model in proof.models]
+    """Make these changes, except those that show in an output. Returns the names of those made."""
+    undo: list[Undo] = []
+    for change in changes.values():
+        undo += map(change, proof.models)
     if not changes or (proof.trials and proof.holds()):
         return list(changes)
     for step in reversed(undo):
         step()
+    if len(changes) == 1:
+        _logger.warning("%s is not %s: the model's outputs would change", *changes, done)
+        return []
     made = []
     for name, change in changes.items():
-        undo = [change(model) for model in proof.models]
-        if proof.trials and proof.holds():
-            made.append(name)
-            continue
-        for step in undo:
-            step()
-        _logger.warning("%s is not %s: the model's outputs would change", name, done)
+        made += _change(proof, {name: change}, done)
     return made
 
 
@@ -191,14 +186,15 @@ def _fold_norms(proof: Proof) -> int:
     """Fold every batch norm of a model in eval mode that directly follows its layer, in place;
     returns how many.
 
-    Those stay that follow something else (a sum, an activation: DenseNet's first in each layer), or
-    a layer that is called, read or trained in more than one place. A model that torch.fx cannot
-    trace stays as it is.
+    A norm stays where it follows something else (a sum, an activation: DenseNet's first norm in
+    each layer), or a layer that is called, read or trained in more than one place. A model that
+    torch.fx cannot trace stays as it is.
     """
+    model = proof.models[0]
     changes: dict[str, Change] = {}
-    for layer, norm in following(proof.models[0], "folded", reads_matter=True):
-        parts = [proof.models[0].get_submodule(name) for name in (layer, norm)]
-        if _folds(parts[0], parts[1], proof.dims.get(norm, 0)):
+    for layer, norm in following(model, "folded", reads_matter=True):
+        dims = proof.dims.get(norm, 0)
+        if _folds(model.get_submodule(layer), model.get_submodule(norm), dims):
             changes[norm] = functools.partial(_fold, layer, norm)
     return len(_change(proof, changes, "folded into the layer before it"))
 
@@ -207,115 +203,22 @@ def _fuse_activations(proof: Proof) -> int:
     """Let every X-layer do the relu or relu6 module that directly follows it, in place; returns how
     many do.
     """
+    model = proof.models[0]
     changes: dict[str, Change] = {}
-    for layer, act in following(proof.models[0], "fused"):
-        parts = [proof.models[0].get_submodule(name) for name in (layer, act)]
-        if type(parts[0]) in X_LAYERS and type(parts[1]) in ACTIVATIONS and all(map(_plain, parts)):
+    for layer, act in following(model, "fused"):
+        parts = model.get_submodule(layer), model.get_submodule(act)
+        if (
+            type(parts[0]) in X_LAYERS
+            and type(parts[1]) in ACTIVATIONS
+            and all(map(is_plain, parts))
+        ):
             changes[act] = functools.partial(_fuse, layer, act)
     return len(_change(proof, changes, "done by the layer before it"))
 
 
-def following(model: nn.Module, what: str, reads_matter: bool = False) -> Iterator[tuple[str, str]]:
-    """Names of two modules, of which the second alone gets the first one's result; each called
-    once, under one name, and with parameters of its own, which no code but its own reads. Modules
-    between them that do nothing count as absent."""
-    tracer = _Tracer()
-    # A copy, because code that stores what it computed would store fx's proxies (levit's biases);
-    # tensors are shared.
-    shadow = copy_of(model, lambda tensor: tensor)
-    try:
-        nodes = tracer.trace(shadow, _defaults(shadow)).nodes
-    except Exception as error:  # of whatever class the model's own code raises on a proxy
-        _logger.warning(
-            "nothing is %s: torch.fx cannot trace the model (%s)", what, first_line(error)
-        )
-        return
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = Counter(map(id, modules.values()))
-    calls = Counter(id(modules[str(node.target)]) for node in nodes if node.op == "call_module")
-    owners = Counter(id(p) for part in model.modules() for p in part.parameters(recurse=False))
-    read = read_by_methods(model, TENSORS)
-
-    def alone(node: fx.Node) -> bool:
-        part = modules[str(node.target)]
-        if (
-            calls[id(part)] > 1
-            or names[id(part)] > 1
-            or any(owners[id(p)] > 1 for p in part.parameters())
-        ):
-            return False
-        tensors = (*part._parameters.values(), *part._buffers.values())
-        return not reads_matter or not (
-            str(node.target) in read or tracer.read & set(map(id, tensors))
-        )
-
-    def before(node: fx.Node) -> Any:
-        return (
-            node.args[0]
-            if node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-            else None
-        )
-
-    for node in nodes:
-        first = before(node)
-        while isinstance(first, fx.Node) and first.op == "call_module" and len(first.users) == 1:
-            part = modules[str(first.target)]
-            if type(part) is not nn.Identity or not _plain(part):
-                if alone(first) and alone(node):
-                    yield str(first.target), str(node.target)
-                break
-            first = before(first)
-
-
-class _Tracer(fx.Tracer):
-    """Goes into containers alone: layers, norms and what timm says cannot be traced are leaves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: set[int] = set()  # tensors that traced code asks a module for, by id
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        leaves = (*FOLDS_INTO, _BatchNorm, *get_notrace_modules())
-        return isinstance(module, leaves) or super().is_leaf_module(module, name)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if isinstance(attr_val, Tensor):
-            self.read.add(id(attr_val))
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-def _defaults(model: nn.Module) -> dict[str, Any] | None:
-    """The arguments after the first of model(example): a proxy in their place would take the other
-    branch.
-    """
-    values = [(p.name, p.default) for p in inspect.signature(model.forward).parameters.values()][1:]
-    plain = {
-        name: value
-        for name, value in values
-        if value is None or type(value) in (bool, int, float, str)
-    }
-    return plain or None
-
-
-def _plain(part: nn.Module) -> bool:
-    """Whether it computes what its class says, from tensors of its own: no hooks, no
-    parametrization, no adapters.
-    """
-    hooks = (
-        part._forward_hooks,
-        part._forward_pre_hooks,
-        part._modules if type(part) in FOLDS_INTO else (),
-    )
-    patched = [name for name in ("forward", *TENSORS) if vars(part).get(name) is not None]
-    tensors = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
-    # not quantized, sharded, without sizes
-    usual = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-    return usual and not any(hooks) and not patched and set(part._parameters) <= {"weight", "bias"}
-
-
 def _folds(layer: nn.Module, norm: nn.Module, dims: int) -> bool:
-    norms, wanted = FOLDS_INTO.get(type(layer), ((), 0))
-    if type(norm) not in norms or dims != wanted or not (_plain(layer) and _plain(norm)):
+    norms, its_dims = FOLDS_INTO.get(type(layer), ((), 0))
+    if type(norm) not in norms or dims != its_dims or not (is_plain(layer) and is_plain(norm)):
         return False
     # Without statistics of its own, or in training mode, it takes each batch's.
     mean: Any = norm.running_mean
@@ -400,20 +303,18 @@ def _dims(model: nn.Module, example: Tensor) -> dict[str, int]:
     dims: dict[str, int] = {}
 
     def note(name: str, part: nn.Module, args: tuple[Any, ...]) -> None:
-        found = args[0].dim() if args else 0
-        dims[name] = found if dims.get(name, found) == found else 0
+        now = args[0].dim() if args else 0
+        dims[name] = now if dims.get(name, now) == now else 0
 
-    named = [(name, part) for name, part in model.named_modules() if isinstance(part, _BatchNorm)]
-    hooks = [part.register_forward_pre_hook(functools.partial(note, name)) for name, part in named]
-    try:
-        _outputs(model, example)
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on an example of {list(example.shape)}: {error}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for name, part in modules_of(model, _BatchNorm).items():
+            hooks.enter_context(part.register_forward_pre_hook(functools.partial(note, name)))
+        try:
+            _outputs(model, example)
+        except Exception as error:
+            raise ModelError(
+                f"the model does not run on an example of {list(example.shape)}: {error}"
+            ) from error
     return dims
 
 
@@ -435,18 +336,21 @@ def _same_random_numbers(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found if found.layout == torch.strided else found.to_dense()
-    elif isinstance(found, Mapping):
-        for value in found.values():
+def _shapes(outputs: list[Tensor]) -> list[torch.Size]:
+    return [y.shape for y in outputs]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output if output.layout == torch.strided else output.to_dense()
+        return
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    if isinstance(output, list | tuple):
+        for value in output:
             yield from _tensors(value)
-    elif isinstance(found, list | tuple):
-        for value in found:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(found):
-        for field in dataclasses.fields(found):
-            yield from _tensors(getattr(found, field.name))
 
 
 def _rounding(y: Tensor) -> float:
@@ -483,13 +387,11 @@ def _choose_format(proof: Proof, example: Tensor) -> tuple[str, torch.memory_for
                 spent[name] = min(spent[name], _seconds(candidate, example))
     best = min(spent, key=spent.__getitem__)
     del models
-    if not _change(
-        proof, {f"the format {best}": functools.partial(_format, formats[best])}, "taken"
-    ):
+    form = formats[best]
+    if not _change(proof, {f"the format {best}": functools.partial(_format, form)}, "taken"):
         return "in the memory format that it had", torch.contiguous_format
-    return f"{best}, {max(spent.values()) / spent[best]:.2f} times as fast as the other", formats[
-        best
-    ]
+    ratio = max(spent.values()) / spent[best]
+    return f"{best}, {ratio:.2f} times as fast as the other", form
 
 
 def _format(form: torch.memory_format, model: nn.Module) -> Undo:
@@ -520,14 +422,13 @@ def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> 
     how many.
     """
     model = proof.models[0]
-    places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
+    uses = Counter(dict(model.named_modules(remove_duplicate=False)).values())
     read = read_by_methods(model, TENSORS)
-    ours = {name: part for name, part in model.named_modules() if isinstance(part, X_LAYERS)}
-    names = [
-        name
-        for name, part in ours.items()
-        if type(part) in X_LAYERS and _plain(part) and places[id(part)] == 1 and name not in read
-    ]
+    ours = modules_of(model, X_LAYERS)
+    names = []
+    for name, part in ours.items():
+        if type(part) in X_LAYERS and is_plain(part) and uses[part] == 1 and name not in read:
+            names.append(name)
     if not names:
         return 0, len(ours)
     dense = copy.deepcopy(model)
@@ -535,14 +436,17 @@ def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> 
         _dense(form, name, dense)
     # Within runs of whole models: a layer that is called again and again finds its weights in the
     # cache.
-    least, theirs = (dict.fromkeys(names, math.inf) for _ in range(2))
+    least = dict.fromkeys(names, math.inf)
+    least_dense = least.copy()
     with torch.inference_mode():
         for _ in range(RUNS):
-            for candidate, best in ((model, least), (dense, theirs)):
+            for candidate, best in ((model, least), (dense, least_dense)):
                 for name, seconds in _seconds_of(candidate, names, example).items():
                     best[name] = min(best[name], seconds)
-    slower = [name for name in names if theirs[name] * CLEARLY < least[name]]
-    changes: dict[str, Change] = {name: functools.partial(_dense, form, name) for name in slower}
+    changes: dict[str, Change] = {}
+    for name in names:
+        if least_dense[name] * CLEARLY < least[name]:
+            changes[name] = functools.partial(_dense, form, name)
     return len(_change(proof, changes, "replaced by its dense form")), len(ours)
 
 
@@ -553,7 +457,7 @@ def _dense(form: torch.memory_format, name: str, model: nn.Module) -> Undo:
 
 
 def _seconds_of(model: nn.Module, names: list[str], example: Tensor) -> dict[str, float]:
-    """The time that each of these modules takes in one run of the model (in the last call of it)."""
+    """Seconds that each of these modules takes in one run of the model, in its last call."""
     spent: dict[str, float] = {}
 
     def start(name: str, *_: Any) -> None:
@@ -562,14 +466,12 @@ def _seconds_of(model: nn.Module, names: list[str], example: Tensor) -> dict[str
     def stop(name: str, *_: Any) -> None:
         spent[name] += _now(example)
 
-    hooks = []
-    for name in names:
-        part = model.get_submodule(name)
-        hooks += [part.register_forward_pre_hook(functools.partial(start, name))]
-        hooks += [part.register_forward_hook(functools.partial(stop, name))]
-    model(example)
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            part = model.get_submodule(name)
+            hooks.enter_context(part.register_forward_pre_hook(functools.partial(start, name)))
+            hooks.enter_context(part.register_forward_hook(functools.partial(stop, name)))
+        model(example)
     return spent
 
 

@@ -22,9 +22,9 @@ LEVELS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
 
 
 def doctor() -> dict[str, str]:
-    """Facts by name, a line each, in the order in which they are told.
+    """Facts by name, one line each, in the order in which they are printed.
 
-    Builds the kernels if they are not there, and tries again where that failed before.
+    Builds the kernels if they are missing, and tries again where that failed before.
     """
     found = native.examine()
     facts = {
@@ -53,7 +53,7 @@ def doctor() -> dict[str, str]:
 
 
 def _vectors() -> str:
-    """The CPU's own, and what it is held to."""
+    """The vectors that the CPU has, and the limit that is set for them."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return platform.machine()
     best = next((LEVELS[level] for level in native.levels()), "less than x86-64-v3 (AVX2)")
@@ -72,5 +72,5 @@ def _limited_by(level: str, refused: list[str]) -> str:
     if level == "v4" or platform.machine() not in ("x86_64", "AMD64"):
         return ""
     if not Path("/proc/cpuinfo").exists():
-        return "/proc/cpuinfo, which would tell what this CPU has, is not there"
+        return "/proc/cpuinfo, which lists what this CPU has, is missing"
     return f"this CPU lacks {'AVX-512' if level == 'v3' else 'AVX2'}"

@@ -22,8 +22,9 @@ from .theory import Graph
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and most of xzoo never draws
     from matplotlib.axes import Axes
-    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+
+Edge = tuple[tuple[float, float], tuple[float, float]]  # from a channel to one of the next layer
 
 INK, PALE = "#333333", "#d9d9d9"
 COLOUR = {
@@ -70,12 +71,19 @@ def draw_adjacency(graph: Graph, title: str = "") -> "Figure":
     """One layer as a bipartite drawing (of some of its outputs, if there are many) beside its 0/1
     matrix.
     """
+    from matplotlib.colors import ListedColormap
+
     figure = _figure(10, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_lines(left, graph)
     matrix = np.repeat(graph.matrix(), graph.share, axis=0)
     right.imshow(
-        matrix, cmap=_white_to("biregular"), aspect="auto", interpolation="nearest", vmin=0, vmax=1
+        matrix,
+        cmap=ListedColormap(["white", COLOUR["biregular"]]),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0,
+        vmax=1,
     )
     right.set(xlabel="input channel", ylabel="output channel")
     density = f"{graph.degree} of {graph.n_in} inputs for each output"
@@ -98,7 +106,7 @@ def draw_spectrum(graph: Graph, title: str = "") -> "Figure":
 
 
 def draw_reach(curves: Mapping[str, theory.Reach], title: str = "") -> "Figure":
-    """Part of all pairs (input, output) that is connected, layer by layer; one curve for each name."""
+    """Share of all pairs (input, output) that is connected, by layer; one curve for each name."""
     figure = _figure(7, 4.2)
     draw_growth(figure.subplots(), curves)
     figure.suptitle(title)
@@ -116,12 +124,11 @@ def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Fi
     found = list(measured.values())
     place = np.arange(len(found))
     axes.axhline(1, color=COLOUR["group"], linewidth=1.5, label="group convolution")
-    bounds = (
-        ("Ramanujan bound", INK, [each.ramanujan / each.first for each in found]),
-        ("random-matrix value", "#999999", [each.random_matrix / each.first for each in found]),
-    )
-    for label, colour, heights in bounds:
-        axes.hlines(heights, place - 0.4, place + 0.4, color=colour, linewidth=1.6, label=label)
+    ends = (place - 0.4, place + 0.4)
+    heights = [each.ramanujan / each.first for each in found]
+    axes.hlines(heights, *ends, color=INK, linewidth=1.6, label="Ramanujan bound")
+    heights = [each.random_matrix / each.first for each in found]
+    axes.hlines(heights, *ends, color="#999999", linewidth=1.6, label="random-matrix value")
     size = 30 if len(found) < 60 else 12
     axes.scatter(
         place,
@@ -132,9 +139,9 @@ def draw_layers(measured: Mapping[str, theory.Spectrum], title: str = "") -> "Fi
         label="layer",
     )
     axes.set(ylim=(0, 1.08), ylabel="second / first singular value", xlim=(-0.7, len(found) - 0.3))
-    ticks = place[:: max(1, len(found) // 24 + (len(found) > 24))]
-    names = [drawable(cut(shown(layer), 60)) for layer in measured]
-    axes.set_xticks(ticks, [names[i] for i in ticks], rotation=60, ha="right", fontsize=7)
+    step = max(1, len(found) // 24 + (len(found) > 24))
+    names = [drawable(cut(shown(layer), 60)) for layer in list(measured)[::step]]
+    axes.set_xticks(place[::step], names, rotation=60, ha="right", fontsize=7)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     axes.set_title(title)
     return figure
@@ -161,7 +168,7 @@ def draw_model(model: nn.Module, folder: str | Path, name: str = "model") -> lis
     smallest = min(drawn, key=lambda layer: drawn[layer].neighbours.size)
     pictures = {
         "spectrum": draw_layers(
-            {layer: theory.spectrum(graph) for layer, graph in drawn.items()}, name
+            dict(zip(drawn, map(theory.spectrum, drawn.values()), strict=True)), name
         ),
         "reach": draw_reach(
             {span: run.reach}, f"{name}: its longest run has {len(run.names)} X-layers, {state}"
@@ -180,29 +187,28 @@ def _draw_columns(axes: "Axes", stack: Sequence[Graph], output: int, colour: str
     marked = [chosen]
     for column, graph in reversed(list(enumerate(stack))):
         rows = np.repeat(graph.neighbours, graph.share, axis=0)
-        ends = [
-            ((column, _height(i, graph.n_in)), (column + 1, _height(o, graph.n_out)), o in chosen)
-            for o, row in enumerate(rows)
-            for i in row
-        ]
-        pale = [(start, end) for start, end, on_path in ends if not on_path]
-        bright = [(start, end) for start, end, on_path in ends if on_path]
+        pale: list[Edge] = []
+        bright: list[Edge] = []
+        for o, row in enumerate(rows):
+            for i in row:
+                start, end = (column, _height(i, graph.n_in)), (column + 1, _height(o, graph.n_out))
+                (bright if o in chosen else pale).append((start, end))
         width = 1.1 if len(bright) < 200 else 0.35  # a dense layer would be a wall of ink
         axes.add_collection(LineCollection(pale, colors=PALE, linewidths=0.7, zorder=1))
         axes.add_collection(
             LineCollection(bright, colors=colour, linewidths=width, alpha=0.7, zorder=2)
         )
-        chosen = {int(i) for o in chosen for i in rows[o]}
+        chosen = set(rows[list(chosen)].ravel().tolist())
         marked.insert(0, chosen)
     for column, (width, on_path) in enumerate(zip(widths, marked, strict=True)):
-        fill = [colour if channel in on_path else "white" for channel in range(width)]
-        edge = [colour if channel in on_path else "#aaaaaa" for channel in range(width)]
+        inside = np.isin(range(width), list(on_path))
+        fill = np.where(inside, colour, "white").tolist()
+        rim = np.where(inside, colour, "#aaaaaa").tolist()
         heights = [_height(channel, width) for channel in range(width)]
-        axes.scatter([column] * width, heights, 42, fill, edgecolors=edge, linewidths=1.1, zorder=3)
+        axes.scatter([column] * width, heights, 42, fill, edgecolors=rim, linewidths=1.1, zorder=3)
     axes.set(xlim=(-0.2, len(stack) + 0.2), ylim=(-0.04, 1.04), yticks=[])
-    axes.set_xticks(
-        range(len(widths)), ["input", *(f"layer {i}" for i in range(1, len(widths)))], fontsize=10
-    )
+    names = ["input", *map("layer {}".format, range(1, len(widths)))]
+    axes.set_xticks(range(len(widths)), names, fontsize=10)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return len(chosen)
@@ -215,12 +221,10 @@ def _draw_lines(axes: "Axes", graph: Graph) -> None:
     # a thousand lines are as many as the eye can tell apart
     drawn = max(4, min(32, 1000 // graph.degree))
     outputs = range(0, graph.n_out, -(-graph.n_out // drawn))
-    rows = [graph.neighbours[o // graph.share] for o in outputs]
-    lines = [
-        ((_height(i, graph.n_in), 0), (_height(o, graph.n_out), 1))
-        for o, row in zip(outputs, rows, strict=True)
-        for i in row
-    ]
+    lines = []
+    for o in outputs:
+        for i in graph.neighbours[o // graph.share]:
+            lines.append(((_height(i, graph.n_in), 0), (_height(o, graph.n_out), 1)))
     axes.add_collection(
         LineCollection(
             lines,
@@ -230,13 +234,8 @@ def _draw_lines(axes: "Axes", graph: Graph) -> None:
         )
     )
     for width, height in ((graph.n_in, 0), (graph.n_out, 1)):
-        axes.scatter(
-            [_height(c, width) for c in range(width)],
-            [height] * width,
-            min(30, 900 / width),
-            INK,
-            zorder=3,
-        )
+        places = [_height(channel, width) for channel in range(width)]
+        axes.scatter(places, [height] * width, min(30, 900 / width), INK, zorder=3)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.06, 1.06), xticks=[])
     axes.set_yticks([0, 1], [f"{graph.n_in}\ninputs", f"{graph.n_out}\noutputs"])
     axes.tick_params(length=0)
@@ -284,7 +283,7 @@ def draw_histogram(axes: "Axes", graph: Graph) -> None:
 
 
 def draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
-    """A curve that is complete goes on at 100 % beside longer ones, since no layer can undo that."""
+    """A complete curve goes on at 100 % beside longer ones, since no layer can undo that."""
     from matplotlib.ticker import MaxNLocator
 
     longest = max(len(found.connected) for found in curves.values())
@@ -309,12 +308,6 @@ def draw_growth(axes: "Axes", curves: Mapping[str, theory.Reach]) -> None:
 def _height(channel: int, width: int) -> float:
     """Channels from top (1) to bottom (0); a single one in the middle."""
     return 1 - channel / (width - 1) if width > 1 else 0.5
-
-
-def _white_to(kind: str) -> "ListedColormap":
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(["white", COLOUR[kind]])
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -1,9 +1,10 @@
 """The errors that xzoo raises for a caller's mistakes.
 
-    XzooError(ValueError)     every one of them; the command line prints its one line and exits with 2
-        GraphError            no such graph: sizes, degree, share, or neighbours that are not a graph
-        ModelError            a model, layer or checkpoint that does not go with what was asked of it
-        DataError             images, folders or labels that cannot be used
+    XzooError(ValueError)    all of them; the command line prints the one line and exits with 2
+        ModelError           a model, layer or checkpoint does not go with what was asked of it
+            GraphError       no such graph: sizes, degree, share, seed, or no graph at all
+            InputError       an input has a size that a layer does not take; also a RuntimeError
+        DataError            images, folders or labels that cannot be used
 
 A message says what was given, what is allowed and what to do, in one line. Mistakes of our own are
 assertions, not these.
@@ -14,12 +15,16 @@ class XzooError(ValueError):
     """A mistake that the caller can mend; the message says how."""
 
 
-class GraphError(XzooError):
+class ModelError(XzooError):
+    """A model, a layer or a checkpoint does not go with what was asked of it."""
+
+
+class GraphError(ModelError):
     """No graph of these sizes exists, or an array is not a graph."""
 
 
-class ModelError(XzooError):
-    """A model, a layer or a checkpoint does not go with what was asked of it."""
+class InputError(ModelError, RuntimeError):
+    """An input has a size that the layer does not take; a RuntimeError too, as in torch."""
 
 
 class DataError(XzooError):
@@ -27,8 +32,6 @@ class DataError(XzooError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, of whatever library; the name of its class where it
-    says nothing.
-    """
+    """The first line of the message of any error; the name of its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

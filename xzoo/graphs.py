@@ -143,7 +143,7 @@ def singular_values(neighbours: Neighbours, n_in: int) -> tuple[float, float]:
     blocks, degree = neighbours.shape
     if min(blocks, n_in) == 1:
         return math.sqrt(blocks * degree), 0.0
-    matrix = _dense(neighbours, n_in).astype(np.float32)
+    matrix = adjacency(neighbours, n_in).astype(np.float32)
     if min(blocks, n_in) <= 1024:
         gram = (matrix @ matrix.T if blocks <= n_in else matrix.T @ matrix).astype(np.float64)
         top = np.linalg.eigvalsh(gram)[-2:]
@@ -238,7 +238,7 @@ def _biregular(words: _Words, n_in: int, blocks: int, degree: int) -> NDArray[An
     neighbouring rows complementary, and the second singular value a fifth too large.)
     """
     rows = _random(words, n_in, blocks, degree)
-    reads = np.ascontiguousarray(_dense(rows, n_in).T)  # [n_in, blocks]
+    reads = np.ascontiguousarray(adjacency(rows, n_in).T)  # [n_in, blocks]
     surplus, deficit = _moves(words, reads.sum(axis=1), blocks * degree)
     # A row's key is the xor of one random word for each of its inputs: a move changes it in two
     # steps, and equal rows have equal keys. (Two different rows with one key would only forbid a
@@ -281,9 +281,8 @@ def _ramanujan(words: _Words, n_in: int, blocks: int, degree: int) -> NDArray[An
     if degree < 2 or blocks * degree < 2 * n_in:
         raise GraphError(
             f"graph='ramanujan' with {n_in} inputs, {blocks} blocks of outputs and degree "
-            f"{degree}: every input "
-            "and every block needs 2 edges or more; use a larger degree, a smaller share or "
-            "graph='biregular'"
+            f"{degree}: every input and every block needs 2 edges or more; use a larger degree, "
+            "a smaller share or graph='biregular'"
         )
     bound = ramanujan_bound(n_in, blocks, degree)
     for _ in range(MAX_DRAWS):
@@ -294,9 +293,8 @@ def _ramanujan(words: _Words, n_in: int, blocks: int, degree: int) -> NDArray[An
             return neighbours
     raise GraphError(
         f"graph='ramanujan' with {n_in} inputs, {blocks} blocks of outputs and degree {degree}: "
-        "none of "
-        f"{MAX_DRAWS} draws met the bound {bound:.4f}; use another seed, another degree or "
-        "graph='biregular'"
+        f"none of {MAX_DRAWS} draws met the bound {bound:.4f}; use another seed, another degree "
+        "or graph='biregular'"
     )
 
 
@@ -322,8 +320,8 @@ _DRAW: dict[str, Callable[[_Words, int, int, int], NDArray[Any]]] = {
 KINDS = tuple(_DRAW)
 
 
-def _dense(neighbours: NDArray[Any], n_in: int) -> NDArray[np.bool_]:
-    """The matrix [blocks, n_in]: True where the block reads the input."""
+def adjacency(neighbours: NDArray[Any], n_in: int) -> NDArray[np.bool_]:
+    """The quotient graph as a bool matrix [blocks, n_in]: True where a block reads an input."""
     matrix = np.zeros((len(neighbours), n_in), dtype=bool)
     np.put_along_axis(matrix, neighbours.astype(np.intp), True, axis=1)
     return matrix
@@ -346,8 +344,7 @@ def check(kind: str, n_in: int, n_out: int, degree: int, share: int, seed: int) 
     if not 1 <= degree <= n_in:
         raise GraphError(
             f"degree={degree} with {n_in} inputs: an output reads at least one input and none "
-            "twice; use 1 to "
-            f"{n_in}, or compression >= 1 (degree = inputs // compression)"
+            f"twice; use 1 to {n_in}, or compression >= 1 (degree = inputs // compression)"
         )
     if share < 1 or n_out % share:
         raise GraphError(f"share={share} with {n_out} outputs: use a divisor of {n_out}")
@@ -358,6 +355,5 @@ def check(kind: str, n_in: int, n_out: int, degree: int, share: int, seed: int) 
         above = n_in // largest_divisor(n_in, n_in // degree)
         raise GraphError(
             f"graph={kind!r} with degree={degree}: {n_in} inputs do not fall into groups of "
-            f"{degree}; the "
-            f"nearest that do are {below} and {above}"
+            f"{degree}; the nearest that do are {below} and {above}"
         )

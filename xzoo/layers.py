@@ -18,18 +18,19 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import graphs, ops
-from .errors import GraphError, ModelError
+from .errors import GraphError, InputError, ModelError
 
 
 class _Expander(nn.Module):
-    """What both layers have in common: parameters, graph, initial values and the checks of a load."""
+    """What both layers share: parameters, graph, initial values and the checks of a load."""
 
     weight: Tensor
     bias: Tensor | None
@@ -128,8 +129,8 @@ class _Expander(nn.Module):
         except GraphError as error:
             raise GraphError(
                 f"{self._title()}: neighbours: {error}. They are the layer's graph and not numbers "
-                "to average or "
-                "step: leave integers out of the loop, or load the graph anew with load_state_dict"
+                "to average or step: leave integers out of the loop, or load the graph anew with "
+                "load_state_dict"
             ) from None
         self._remember_graph()
 
@@ -203,8 +204,7 @@ class _Expander(nn.Module):
         if neighbours.shape != self.neighbours.shape:
             raise GraphError(
                 f"has shape {list(neighbours.shape)}; this layer needs "
-                f"{list(self.neighbours.shape)}: build it with "
-                "the degree and share of the file"
+                f"{list(self.neighbours.shape)}: build it with the degree and share of the file"
             )
         if neighbours.is_floating_point():  # numpy knows no bfloat16
             raise GraphError(
@@ -270,7 +270,7 @@ class _Parametrizations(nn.ModuleDict):
         module.register_forward_pre_hook(_refuse_matrix)
 
     def _restore(self, name: str, module: Any) -> None:
-        """Make the tensor the layer's parameter again: torch has replaced it before it gets here."""
+        """Make the tensor the layer's parameter again: torch has replaced it before this call."""
         original = getattr(module, "original1", None)  # of weight_norm; 0 are its lengths
         # has overwritten it: what it computes is all that is left
         if isinstance(module[0], _Orthogonal):
@@ -303,10 +303,24 @@ def _needs_the_matrix(part: Any) -> bool:
 def _matrix_wanted(kind: str) -> str:
     return (
         f"{kind.lstrip('_')} on an X-layer would go by its compact weight [out, degree], not by "
-        "its matrix: use it on "
-        "xzoo.to_dense(layer), or register a parametrization that goes by "
+        "its matrix: use it on xzoo.to_dense(layer), or register a parametrization that goes by "
         "layer.dense_weight(weight)"
     )
+
+
+@fx.has_side_effect  # or fx would remove the call, because nobody uses its result
+def check_input(x: Tensor, dim: int, n_in: int, message: str) -> None:
+    """Raise InputError unless x has n_in channels in dimension `dim`.
+
+    `message` has two places for n_in. torch.fx records a call of this, and TorchScript compiles it.
+    """
+    if torch.jit.is_scripting():
+        torch._assert(x.shape[dim] == n_in, message.format(n_in, n_in))
+        return
+    if has_torch_function((x,)) and not torch.compiler.is_dynamo_compiling():
+        handle_torch_function(check_input, (x,), x, dim, n_in, message)
+    elif x.shape[dim] != n_in:
+        raise InputError(f"{message.format(n_in, n_in)} but {list(x.shape)}")
 
 
 class ExpanderConv2d(_Expander):
@@ -353,8 +367,8 @@ class ExpanderConv2d(_Expander):
         if groups != 1:
             raise ModelError(
                 f"groups={groups}: a graph takes the place of groups; use groups=1, and for a "
-                "group convolution "
-                f"graph='group' with degree={max(1, in_channels // max(1, groups))}"
+                "group convolution graph='group' with "
+                f"degree={max(1, in_channels // max(1, groups))}"
             )
         self._set_graph(in_channels, out_channels, degree, expandSize, share, graph, seed)
         # nn.Conv2d knows which arguments make sense and brings them into one form.
@@ -379,15 +393,12 @@ class ExpanderConv2d(_Expander):
         self._pad = [left, right, top, bottom] if before else None
         self._pad_mode = "constant" if padding_mode == "zeros" else padding_mode
         self._conv_padding = (0, 0) if before else (top, left)
-        self._sizes_wanted = (
-            f"ExpanderConv2d of {in_channels} inputs: x is not [B, {in_channels}, H, W]"
-        )
         self._store(dense.kernel_size, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             self._check_unchanged()
-        torch._assert(x.shape[1] == self.in_channels, self._sizes_wanted)
+        check_input(x, 1, self.in_channels, "ExpanderConv2d of {} inputs: x is not [B, {}, H, W]")
         if self._pad is not None:
             x = F.pad(x, self._pad, self._pad_mode)
         return ops.conv2d(
@@ -440,15 +451,12 @@ class ExpanderLinear(_Expander):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self._set_graph(in_features, out_features, degree, expandSize, share, graph, seed)
-        self._sizes_wanted = (
-            f"ExpanderLinear of {in_features} inputs: x is not [..., {in_features}]"
-        )
         self._store((), bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             self._check_unchanged()
-        torch._assert(x.shape[-1] == self.in_features, self._sizes_wanted)
+        check_input(x, -1, self.in_features, "ExpanderLinear of {} inputs: x is not [..., {}]")
         return ops.linear(x, self.weight, self.neighbours, self.bias, self.activation)
 
     def extra_repr(self) -> str:
@@ -456,6 +464,14 @@ class ExpanderLinear(_Expander):
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"{self._graph_repr()}"
         )
+
+
+X_LAYERS = (ExpanderConv2d, ExpanderLinear)
+
+
+def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """Qualified name -> module, of those of these kinds, in the order of `named_modules`."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
 
 
 def _changes(tensor: Tensor) -> int:

@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import filterfalse
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,8 @@ def class_labels(classes: Sequence[str], most: int) -> list[str]:
         labels.append(f"#{number}" if _lacking(text) else cut(text, most))
     # By their outlines, which take milliseconds: an accent in one character or two, letters of two
     # alphabets.
-    looks = (
-        labels
-        if all(label.isascii() for label in labels)
-        else [_outline(label) for label in labels]
-    )
+    plain = "".join(labels).isascii()
+    looks = labels if plain else list(map(_outline, labels))
     seen = Counter(looks)
     return [
         f"#{number} {label}" if seen[look] > 1 else label
@@ -121,8 +120,8 @@ def _families(text: str) -> list[str]:
     """Those that the text needs beside FAMILY."""
     if text.isascii():
         return []
-    found = [_family_of(c) for c in text if c not in _own()]
-    return list(dict.fromkeys(name for name in found if name))
+    families = map(_family_of, filterfalse(_own().__contains__, text))
+    return list(dict.fromkeys(filter(None, families)))
 
 
 @functools.cache
@@ -150,10 +149,8 @@ def _installed() -> list[str]:
     """
     # fonts for formulas, and one that has a box for everything
     own = Path(matplotlib.get_data_path())
-    files = {
-        *font_manager.findSystemFonts(),
-        *(font.fname for font in font_manager.fontManager.ttflist),
-    }
+    known = map(attrgetter("fname"), font_manager.fontManager.ttflist)
+    files = {*font_manager.findSystemFonts(), *known}
 
     def order(file: str) -> tuple[bool, bool, str]:
         name = Path(file).stem.lower()

@@ -104,21 +104,20 @@ def quota(root: Path | str = "/") -> float | None:
     root = Path(root)
     try:
         # Names in them may be of any bytes.
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
-        mounts = (root / "proc/self/mountinfo").read_text(
-            encoding="utf-8", errors="surrogateescape"
+        groups, mounts = (
+            (root / "proc/self" / name).read_text(encoding="utf-8", errors="surrogateescape")
+            for name in ("cgroup", "mountinfo")
         )
     except OSError:  # not Linux
         return None
-    limits = []
+    limits: list[float | None] = []
     for line in groups.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         unified = number == "0" and not controllers
         if unified or "cpu" in controllers.split(","):
-            for folder in _folders(root, mounts, group, unified):
-                limits.append(_limit(folder))
-    return min((limit for limit in limits if limit), default=None)
+            limits += map(_limit, _folders(root, mounts, group, unified))
+    return min(filter(None, limits), default=None)
 
 
 def _folders(root: Path, mounts: str, group: str, unified: bool) -> Iterator[Path]:
@@ -128,12 +127,11 @@ def _folders(root: Path, mounts: str, group: str, unified: bool) -> Iterator[Pat
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or len(kind) < 3:
             continue
-        wanted = (
-            kind[0] == "cgroup2" if unified else kind[0] == "cgroup" and "cpu" in kind[2].split(",")
-        )
-        if not wanted:
+        name, controllers = kind[0], kind[2].split(",")
+        if not (name == "cgroup2" if unified else name == "cgroup" and "cpu" in controllers):
             continue
-        top, place = (_unescaped(text) for text in fields[3:5])
+        # Blanks are written as octal numbers there.
+        top, place = (re.sub(r"\\(\d{3})", _of_octal, text) for text in fields[3:5])
         at, inside = root / place.lstrip("/"), PurePosixPath(group)
         # In a container the group may be named as the host sees it, where only its own folder is
         # mounted: the parts that are not there are passed over.
@@ -142,11 +140,8 @@ def _folders(root: Path, mounts: str, group: str, unified: bool) -> Iterator[Pat
             yield at / folder
 
 
-def _unescaped(text: str) -> str:
-    """Of /proc/self/mountinfo, where blanks are written as octal numbers."""
-    for code, sign in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, sign)
-    return text
+def _of_octal(found: re.Match[str]) -> str:
+    return chr(int(found[1], 8))
 
 
 def _limit(folder: Path) -> float | None:
@@ -231,7 +226,8 @@ def device_named(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        name = _best_device()
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     if name.split(":")[0] not in ("cuda", "mps", "cpu"):
         raise XzooError(f"device={name}: give auto, cpu, cuda or mps")
     try:
@@ -239,14 +235,6 @@ def device_named(name: str) -> "torch.device":
     except (RuntimeError, AssertionError) as error:
         raise XzooError(f"device={name}: {first_line(error)}; try --device cpu") from error
     return torch.device(name)
-
-
-def _best_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def hardware(device: "torch.device") -> str:
@@ -257,9 +245,6 @@ def hardware(device: "torch.device") -> str:
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-            name,
-        )
+        known = re.search(r"^model name.*?: *(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+        name = known[1].strip() if known else name
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

@@ -1,7 +1,7 @@
 """Names from outside (classes, files, folders, recipes), in any script and any encoding: in a line,
 in a file, hashed.
 
-Python stands in for a byte of a file name that is not UTF-8 by a surrogate, which no encoder takes.
+Python reads a byte of a file name that is not UTF-8 as a surrogate, which no encoder accepts.
 How names are drawn in pictures is in lettering.py.
 """
 

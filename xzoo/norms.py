@@ -11,9 +11,9 @@ activation acts as ever. Compiled and exported models compute as if nothing had 
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from .deploy import following
 from .ops.norms import batch_norm_act
 from .ops.operations import is_observed
+from .tracing import following
 
 _ACTIVATED = "_xzoo_activated"  # of a tensor: the module that its norm has already stood in for
 

@@ -5,6 +5,7 @@ computes them.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,29 +78,30 @@ def profile(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
         ) from error
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
-    computed = [
-        name for name, module in shadow.named_modules() if isinstance(module, ParametrizationList)
-    ]
+    modules = dict(shadow.named_modules())
+    computed = [name for name, part in modules.items() if isinstance(part, ParametrizationList)]
 
     def products(name: str) -> int:
         return sum(flops.get(name, {}).get(op, 0) for op in _PRODUCTS) // 2
 
     def macs(name: str) -> int:
-        inside = [part for part in computed if part.startswith(f"{name}." if name else "")]
-        whole = products(f"{root}.{name}" if name else "Global")
-        return whole - sum(products(f"{root}.{part}") for part in inside)
+        count = products(f"{root}.{name}" if name else "Global")
+        for part in computed:
+            if part.startswith(f"{name}." if name else ""):
+                count -= products(f"{root}.{part}")
+        return count
 
+    layers = []
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() >= 2:
+            layers.append(_layer(name, module, weight, macs(name)))
     parameters = list(model.parameters())
     return Profile(
         weights=sum(p.numel() for p in parameters if p.dim() >= 2),
         params=sum(p.numel() for p in parameters),
         macs=macs(""),
-        layers=tuple(
-            _layer(name, module, macs(name))
-            for name, module in shadow.named_modules()
-            if isinstance(getattr(module, "weight", None), torch.Tensor)
-            and module.weight.dim() >= 2
-        ),
+        layers=tuple(layers),
     )
 
 
@@ -139,10 +141,8 @@ def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for held in (
-            *module._parameters.values(),
-            *module._buffers.values(),
-            *vars(module).values(),
+        for held in chain.from_iterable(
+            (module._parameters.values(), module._buffers.values(), vars(module).values())
         ):
             if isinstance(held, Tensor) and id(held) not in memo:
                 memo[id(held)] = tensor(held)
@@ -152,9 +152,7 @@ def copy_of(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
         raise ModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
 
 
-def _layer(name: str, module: nn.Module, macs: int) -> Layer:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+def _layer(name: str, module: nn.Module, weight: Tensor, macs: int) -> Layer:
     groups = getattr(module, "groups", 1)
     degree, share = getattr(module, "degree", None), getattr(module, "share", None)
     n_in = getattr(module, "in_channels", getattr(module, "in_features", weight.shape[1]))

@@ -2,9 +2,11 @@
 
 The two theorems of the paper, as numbers of the graphs that are really there:
 
-    Theorem 1 (sensitivity)  after O(log n) layers every output depends on every input: `reach`, `runs`
-    Theorem 2 (mixing)       between any two vertex sets run about as many edges as between random ones:
-                             `mixing`, `random_mixing`; the smaller the second singular value, the closer
+    Theorem 1 (sensitivity)  after O(log n) layers every output depends on every input: `reach`,
+                             `runs`
+    Theorem 2 (mixing)       any two vertex sets have about as many edges between them as random
+                             ones: `mixing`, `random_mixing`; the smaller the second singular
+                             value, the closer
 
 Source: Prabhu, Varma and Namboodiri, "Deep Expander Networks", ECCV 2018. Both hold for graphs of
 equal degrees on equal sides; the bipartite forms are quoted where they are used. A guarantee that
@@ -24,7 +26,7 @@ from torch import nn
 
 from . import graphs
 from .errors import GraphError
-from .layers import ExpanderConv2d, ExpanderLinear
+from .layers import X_LAYERS, ExpanderConv2d, ExpanderLinear, modules_of
 
 Packed = NDArray[np.uint64]  # sets of channels, one to a row, one channel to a bit
 
@@ -58,9 +60,7 @@ class Graph:
 
     def matrix(self) -> NDArray[np.float32]:
         """[blocks, n_in] of 0 and 1. The layer's own matrix repeats every row `share` times."""
-        matrix = np.zeros((self.blocks, self.n_in), dtype=np.float32)
-        np.put_along_axis(matrix, self.neighbours.astype(np.intp), 1, axis=1)
-        return matrix
+        return graphs.adjacency(self.neighbours, self.n_in).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,7 @@ def reach(stacked: Iterable[Graph]) -> Reach:
         elif graph.n_in != len(depends):
             raise GraphError(
                 f"graph {len(connected) + 1} of the stack has {graph.n_in} inputs; it needs "
-                f"{len(depends)}, "
-                "the outputs of the graph before it"
+                f"{len(depends)}, the outputs of the graph before it"
             )
         depends = np.repeat(_unions(depends, graph.neighbours, everything), graph.share, axis=0)
         seen = np.bitwise_count(depends).sum(axis=1, dtype=np.int64)
@@ -265,11 +264,7 @@ def graph_of(layer: ExpanderConv2d | ExpanderLinear) -> Graph:
 
 def graphs_of(model: nn.Module) -> dict[str, Graph]:
     """Qualified name -> graph, of every X-layer in the order of `named_modules`."""
-    return {
-        name: graph_of(module)
-        for name, module in model.named_modules()
-        if isinstance(module, ExpanderConv2d | ExpanderLinear)
-    }
+    return {name: graph_of(layer) for name, layer in modules_of(model, X_LAYERS).items()}
 
 
 def runs(model: nn.Module) -> list[Stretch]:

@@ -112,10 +112,8 @@ def _entry(name: str, row: Mapping[str, Any]) -> Entry:
             raise ValueError(f"{what} {value!r}")
     if row.get("commit") is not None and not _COMMIT.fullmatch(row["commit"]):
         raise ValueError(f"commit {row['commit']!r} is not 40 hexadecimal digits")
-    pins = {
-        file: Pin(row["files"][file]["sha256"], row["files"][file]["size"])
-        for file in (CONFIG, WEIGHTS)
-    }
+    known = row["files"]
+    pins = {file: Pin(known[file]["sha256"], known[file]["size"]) for file in (CONFIG, WEIGHTS)}
     return Entry(name, pins, row["cfg"], row.get("repo"), row.get("commit"), row.get("version"))
 
 
@@ -199,9 +197,8 @@ def fetch(
     other = revision is not None and revision != entry.commit
     folder = None if other else embedded(entry.name)
     if folder is not None:
-        held = {name: _read(folder / name) for name in (CONFIG, WEIGHTS)}
-        there = {name: data for name, data in held.items() if data is not None}
-        if all(name in there and pin.fits(there[name]) for name, pin in entry.files.items()):
+        there = {name: _read(folder / name) or b"" for name in entry.files}
+        if all(pin.fits(there[name]) for name, pin in entry.files.items()):
             return _parsed(entry, there, folder / WEIGHTS, "embedded")
         if entry.repo is None:
             raise ModelError(
@@ -252,12 +249,12 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     """sha256 (hex) of all graphs of a model, by name, whatever integers they are stored in; ""
     without any.
     """
-    drawn = {key: value for key, value in state.items() if key.rpartition(".")[2] == "neighbours"}
-    prints = [
-        f"{key} {graphs.fingerprint(drawn[key].to(torch.int32).numpy(force=True))}\n"
-        for key in sorted(drawn)
-    ]
-    return _sha256("".join(prints).encode()) if prints else ""
+    prints = ""
+    for key in sorted(state):
+        if key.rpartition(".")[2] == "neighbours":
+            rows = state[key].to(torch.int32).numpy(force=True)
+            prints += f"{key} {graphs.fingerprint(rows)}\n"
+    return _sha256(prints.encode()) if prints else ""
 
 
 def check_fingerprint(config: Mapping[str, Any], state: Mapping[str, Tensor], what: str) -> None:
@@ -393,24 +390,34 @@ def explained(
 
     endpoint, what = constants.ENDPOINT, f"{repo}/{file}" if file else repo
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        return (
+    commit = "commit" if _COMMIT.fullmatch(revision or "") else "revision"
+    missing = file or Path(str(getattr(getattr(error, "response", None), "url", CONFIG))).name
+    for kind, text in (
+        (
+            errors.GatedRepoError,
             f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN or run "
-            "`hf auth login`"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
+            "`hf auth login`",
+        ),
+        (
+            errors.RepositoryNotFoundError,
             f"{endpoint} has no repository {repo}, or it is private: then set HF_TOKEN or run `hf "
-            "auth login`"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        commit = "commit" if _COMMIT.fullmatch(revision or "") else "revision"
-        return f"{repo} has no {commit} {revision}" if revision else f"{repo} has no such revision"
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        missing = file or Path(str(getattr(getattr(error, "response", None), "url", CONFIG))).name
-        return f"{repo} has no {missing}" + (f" at {revision}" if revision else "")
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is not the name of a repository of the Hub; give OWNER/NAME"
+            "auth login`",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"{repo} has no {commit} {revision}" if revision else f"{repo} has no such revision",
+        ),
+        (
+            errors.RemoteEntryNotFoundError,
+            f"{repo} has no {missing}" + (f" at {revision}" if revision else ""),
+        ),
+        (
+            errors.HFValidationError,
+            f"{repo!r} is not the name of a repository of the Hub; give OWNER/NAME",
+        ),
+    ):
+        if isinstance(error, kind):
+            return text
     if status in (401, 403):
         return f"{endpoint} refused the token for {what}; set another HF_TOKEN, or none"
     if isinstance(error, UnicodeEncodeError):  # headers are ASCII, and of ours the token is in them

@@ -95,7 +95,7 @@ class Figure:
             "note": self.note,
         }
 
-    def told(self) -> dict[str, str]:
+    def as_row(self) -> dict[str, str]:
         """What of the row is printed, in fewer columns."""
         row = self.row()
         unit = "" if self.unit == "x" else f" {self.unit}"
@@ -121,19 +121,17 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
     return tuple(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def faster(times: dict[str, Times]) -> str:
+def fastest(times: dict[str, Times]) -> str:
     """The name of the one that takes less time."""
     return min(times, key=lambda name: median(times[name].seconds))
 
 
-def lasting(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """In the unit that suits it."""
-    unit, size = next(
-        pair
-        for pair in (("s", 1), ("ms", 1e-3), ("us", 1e-6))
-        if seconds >= pair[1] or pair[0] == "us"
-    )
-    return f"{seconds / size:.3g} {unit}"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
 
 
 def machine() -> dict[str, str]:
@@ -182,7 +180,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def watched(
+def with_progress(
     cases: Sequence[T], what: Callable[[T], str], work: Callable[[T], float]
 ) -> Iterator[T]:
     """The cases, each after a line on stderr that names it and tells how long all that are left

@@ -5,12 +5,15 @@ Ours is the operation of xzoo.ops as a layer calls it, by the backend that `auto
 outputs. Dense is torch's own on a weight that lies ready, in the faster of its two memory formats.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import starmap
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +23,8 @@ from ..errors import XzooError
 from ..ops import dense as definition
 from ..ops import native, operations
 from ..ops.auto import choose
-from ..ops.tune import PRODUCTS, LayerShape, Tensors, Times, alternate, tensors
-from .figures import Figure, faster, lasting, ratios, watched
+from ..ops.tune import PRODUCTS, LayerShape, Tensors, alternate, tensors
+from .figures import Figure, fastest, format_seconds, ratios, with_progress
 
 ROUNDS = 3  # to find the faster memory format, before the pairs that count
 # numbers in an intermediate result: the gather-multiply-sum of a large batch has no place
@@ -72,9 +75,8 @@ def named(text: str) -> LayerShape | None:
     found = _NAME.fullmatch(text)
     if found is None or (found[1] is None) != (found[4] is None) or int(found[1] or 1) % 2 == 0:
         return None
-    kernel, n_in, n_out, size, stride, batch, degree, share = (
-        int(number or 0) for number in found.groups()[:-1]
-    )
+    numbers = map(int, found.groups(default="0")[:-1])
+    kernel, n_in, n_out, size, stride, batch, degree, share = numbers
     layer = LayerShape(
         kernel, n_in, n_out, size or 1, stride or 1, degree, share, batch, bool(found[9])
     )
@@ -85,18 +87,41 @@ def named(text: str) -> LayerShape | None:
 # ---- what is measured: the rows and bars of the notes that the kernels were designed by
 
 
-def _many(rows: str, product: str, bars: tuple[float, float] | None) -> list[LayerCase]:
-    found = []
+def _shapes(names: Iterable[str]) -> list[LayerShape]:
+    return list(filter(None, map(named, names)))
+
+
+def _many(
+    rows: str, product: str, bars: tuple[float, float] | None, shares: str = ""
+) -> list[LayerCase]:
+    """A case for each row and share; the shares of a row stand at its end, if not in `shares`."""
+    cases = []
     for row in rows.splitlines():
-        sizes, _, shares = row.strip().partition(" s")
-        found += [
-            LayerCase(layer, product, bars)
-            for s in shares.split(",")
-            if (layer := named(f"{sizes} s{s}"))
-        ]
-    return found
+        sizes, _, own = row.strip().partition(" s")
+        for share in (shares or own).split(","):
+            cases += [LayerCase(layer, product, bars) for layer in _shapes([f"{sizes} s{share}"])]
+    return cases
 
 
+_POINTWISE = """1x1 1024->256 14x14 b16 d128
+    1x1 1024->256 14x14 b16 d256
+    1x1 1024->256 14x14 b16 d512
+    1x1 256->1024 14x14 b16 d64
+    1x1 256->1024 14x14 b16 d128
+    1x1 512->2048 7x7 b16 d128
+    1x1 512->128 28x28 b16 d128
+    1x1 128->512 28x28 b16 d32
+    1x1 256->64 56x56 b16 d64
+    1x1 512->512 14x14 b1 d64
+    1x1 256->1024 14x14 b1 d64
+    1x1 256->1024 14x14 b1 d128"""
+_TRAINED = """3x3 512->512 4x4 b128 d16 s1,4
+    3x3 256->256 8x8 b128 d16 s1,4
+    3x3 256->256 8x8 b128 d64 s1,4
+    3x3 256->256 14x14 b16 d64 s1,4"""
+_TRAINED_POINTWISE = """1x1 1024->256 14x14 b16 d128
+    1x1 256->1024 14x14 b16 d64
+    1x1 512->512 14x14 b1 d64"""
 CASES = (
     *_many(
         """3x3 512->512 4x4 b128 d16 s1
@@ -143,63 +168,26 @@ CASES = (
         None,
     ),
     # The notes give a range for these two shares; its lower end is asked for.
-    *(
-        case
-        for share, bars in ((2, (0.50, 0.40)), (1, (0.40, 0.38)))
-        for case in _many(
-            f"""1x1 1024->256 14x14 b16 d128 s{share}
-            1x1 1024->256 14x14 b16 d256 s{share}
-            1x1 1024->256 14x14 b16 d512 s{share}
-            1x1 256->1024 14x14 b16 d64 s{share}
-            1x1 256->1024 14x14 b16 d128 s{share}
-            1x1 512->2048 7x7 b16 d128 s{share}
-            1x1 512->128 28x28 b16 d128 s{share}
-            1x1 128->512 28x28 b16 d32 s{share}
-            1x1 256->64 56x56 b16 d64 s{share}
-            1x1 512->512 14x14 b1 d64 s{share}
-            1x1 256->1024 14x14 b1 d64 s{share}
-            1x1 256->1024 14x14 b1 d128 s{share}""",
-            "forward",
-            bars,
-        )
-    ),
+    *_many(_POINTWISE, "forward", (0.50, 0.40), shares="2"),
+    *_many(_POINTWISE, "forward", (0.40, 0.38), shares="1"),
     *_many("linear 3072->768 b1 d307 s1", "forward", (0.2, 0.2)),
     *_many("linear 3072->768 b1 d307 s4", "forward", (0.5, 0.5)),
     *_many("linear 3072->768 b64 d307 s1", "forward", (0.70, 0.6)),
     *_many("linear 3072->768 b64 d307 s4", "forward", (0.95, 0.7)),
-    *(
-        case
-        for b in (4, 16, 128, 512)
-        for case in _many(f"linear 3072->768 b{b} d307 s1,4", "forward", None)
+    *_many(
+        """linear 3072->768 b4 d307 s1,4
+        linear 3072->768 b16 d307 s1,4
+        linear 3072->768 b128 d307 s1,4
+        linear 3072->768 b512 d307 s1,4""",
+        "forward",
+        None,
     ),
-    *(
-        case
-        for product, bars in (("input_grad", (0.70, 0.55)), ("weight_grad", (0.55, 0.65)))
-        for case in _many(
-            """3x3 512->512 4x4 b128 d16 s1,4
-            3x3 256->256 8x8 b128 d16 s1,4
-            3x3 256->256 8x8 b128 d64 s1,4
-            3x3 256->256 14x14 b16 d64 s1,4""",
-            product,
-            bars,
-        )
-    ),
-    *(
-        case
-        for share, product, bars in (
-            (1, "input_grad", (0.50, 0.48)),
-            (1, "weight_grad", (0.38, 0.37)),
-            (4, "input_grad", (0.50, 0.48)),
-            (4, "weight_grad", (0.52, 0.52)),
-        )
-        for case in _many(
-            f"""1x1 1024->256 14x14 b16 d128 s{share}
-            1x1 256->1024 14x14 b16 d64 s{share}
-            1x1 512->512 14x14 b1 d64 s{share}""",
-            product,
-            bars,
-        )
-    ),
+    *_many(_TRAINED, "input_grad", (0.70, 0.55)),
+    *_many(_TRAINED, "weight_grad", (0.55, 0.65)),
+    *_many(_TRAINED_POINTWISE, "input_grad", (0.50, 0.48), shares="1"),
+    *_many(_TRAINED_POINTWISE, "weight_grad", (0.38, 0.37), shares="1"),
+    *_many(_TRAINED_POINTWISE, "input_grad", (0.50, 0.48), shares="4"),
+    *_many(_TRAINED_POINTWISE, "weight_grad", (0.52, 0.52), shares="4"),
 )
 
 
@@ -220,12 +208,8 @@ def layers(selected: Sequence[str] = (), pairs: int = 15) -> Iterator[Figure]:
     _check_pairs(pairs)
     cases: dict[LayerCase, None] = {}
     for text in selected:
-        own = named(text)
-        found = (
-            [LayerCase(own, product) for product in PRODUCTS]
-            if own
-            else [case for case in CASES if text in str(case)]
-        )
+        found = list(starmap(LayerCase, itertools.product(_shapes([text]), PRODUCTS)))
+        found = found or [case for case in CASES if text in str(case)]
         if not found:
             raise XzooError(
                 f"layer {text!r}: no case is called so; give sizes such as '{name(CASES[0].layer)}'"
@@ -235,7 +219,7 @@ def layers(selected: Sequence[str] = (), pairs: int = 15) -> Iterator[Figure]:
 
 
 def _layers(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
-    for case in watched(cases, str, lambda case: case.work * pairs):
+    for case in with_progress(cases, str, lambda case: case.work * pairs):
         yield from _measure(case, pairs)
 
 
@@ -256,7 +240,7 @@ def _measure(case: LayerCase, pairs: int) -> Iterator[Figure]:
             case.bars[wanted] * ideal if dense and case.bars and wanted is not None else None,
             part="layer",
             ideal=ideal if dense else None,
-            ours=lasting(median(spent.seconds)),
+            ours=format_seconds(median(spent.seconds)),
             faults=spent.faults,
             note=_taken(drawn, case.product),
         )
@@ -266,7 +250,7 @@ def ours(drawn: Tensors, product: str) -> Callable[[], Tensor]:
     """The operation as a layer, or its backward pass, calls it."""
     if product == "forward":
         operation = ops.conv2d if drawn.geometry else ops.linear
-        geometry: list[Any] = [tuple(pair) for pair in drawn.geometry]
+        geometry: list[Any] = list(map(tuple, drawn.geometry))
         return partial(operation, drawn.x, drawn.weight, drawn.neighbours, None, *geometry)
     operation = getattr(torch.ops.xzoo, drawn.operation + PRODUCTS[product])
     return partial(operation, *drawn.arguments(product), operations.forced())
@@ -333,7 +317,7 @@ def _faster_dense(drawn: Tensors, product: str) -> tuple[str, Callable[[], Tenso
     for form, each in _formats(drawn).items():
         own = weight.to(memory_format=torch.channels_last) if form == "channels_last" else weight
         forms[form] = partial(library, each, product, own)
-    best = faster(alternate(forms, ROUNDS)) if len(forms) > 1 else "contiguous"
+    best = fastest(alternate(forms, ROUNDS)) if len(forms) > 1 else "contiguous"
     return best, forms[best]
 
 
@@ -353,42 +337,29 @@ def _check_pairs(pairs: int) -> None:
 
 # From layers of the models, with every second one at a compression of 2, where a sparse kernel
 # gains little or loses.
-POLICY = tuple(
-    layer
-    for text in (
-        *(
-            "3x3 64->64 32x32 b128 d32 s1",
-            "3x3 128->128 16x16 b64 d16 s1",
-            "3x3 256->256 8x8 b128 d128 s1",
-        ),
-        *(
-            "3x3 512->512 4x4 b128 d32 s1",
-            "3x3 512->512 2x2 b64 d256 s1",
-            "3x3 512->512 2x2 b1 d32 s1",
-        ),
-        *(
-            "3x3 256->256 14x14 b1 d128 s1",
-            "3x3 128->256 28x28/2 b16 d16 s1",
-            "3x3 512->512 7x7 b16 d256 s1",
-        ),
-        *(
-            "3x3 64->64 56x56 b1 d8 s1",
-            "1x1 256->64 56x56 b16 d128 s4",
-            "1x1 512->128 28x28 b16 d64 s4",
-        ),
-        *(
-            "1x1 1024->256 14x14 b16 d512 s1",
-            "1x1 256->1024 14x14 b1 d64 s4",
-            "1x1 512->2048 7x7 b16 d256 s4",
-        ),
-        *(
-            "1x1 512->512 14x14 b16 d64 s4",
-            "1x1 24->96 16x16 b64 d12 s1",
-            "linear 3072->768 b64 d307 s4",
-        ),
-        *("linear 512->512 b128 d256 s1", "linear 512->512 b1 d128 s4"),
+POLICY = _shapes(
+    (
+        "3x3 64->64 32x32 b128 d32 s1",
+        "3x3 128->128 16x16 b64 d16 s1",
+        "3x3 256->256 8x8 b128 d128 s1",
+        "3x3 512->512 4x4 b128 d32 s1",
+        "3x3 512->512 2x2 b64 d256 s1",
+        "3x3 512->512 2x2 b1 d32 s1",
+        "3x3 256->256 14x14 b1 d128 s1",
+        "3x3 128->256 28x28/2 b16 d16 s1",
+        "3x3 512->512 7x7 b16 d256 s1",
+        "3x3 64->64 56x56 b1 d8 s1",
+        "1x1 256->64 56x56 b16 d128 s4",
+        "1x1 512->128 28x28 b16 d64 s4",
+        "1x1 1024->256 14x14 b16 d512 s1",
+        "1x1 256->1024 14x14 b1 d64 s4",
+        "1x1 512->2048 7x7 b16 d256 s4",
+        "1x1 512->512 14x14 b16 d64 s4",
+        "1x1 24->96 16x16 b64 d12 s1",
+        "linear 3072->768 b64 d307 s4",
+        "linear 512->512 b128 d256 s1",
+        "linear 512->512 b1 d128 s4",
     )
-    if (layer := named(text))
 )
 
 
@@ -400,20 +371,18 @@ def policy(pairs: int = 15) -> Iterator[Figure]:
     Raises: XzooError for pairs below 1.
     """
     _check_pairs(pairs)
-    return _policy([LayerCase(layer, product) for product in PRODUCTS for layer in POLICY], pairs)
+    pairings = itertools.product(PRODUCTS, POLICY)
+    return _policy([LayerCase(layer, product) for product, layer in pairings], pairs)
 
 
 def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
     medians: dict[str, list[float]] = {product: [] for product in PRODUCTS}
-    for case in watched(cases, str, lambda case: case.work * pairs):
+    for case in with_progress(cases, str, lambda case: case.work * pairs):
         forms = _formats(tensors(case.layer))
         candidates = {form: ours(each, case.product) for form, each in forms.items()}
-        best = faster(alternate(candidates, ROUNDS))
-        calls = {
-            "auto": candidates[best],
-            "dense": _faster_dense(forms["contiguous"], case.product)[1],
-        }
-        times = alternate(calls, pairs)
+        best = fastest(alternate(candidates, ROUNDS))
+        dense = _faster_dense(forms["contiguous"], case.product)[1]
+        times = alternate({"auto": candidates[best], "dense": dense}, pairs)
         figure = Figure(
             str(case),
             "dense",
@@ -422,7 +391,7 @@ def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
             1.1,
             at_least=False,
             part="policy",
-            ours=lasting(median(times["auto"].seconds)),
+            ours=format_seconds(median(times["auto"].seconds)),
             faults=times["auto"].faults,
             note=f"{_taken(forms[best], case.product)}, {best}",
         )
@@ -437,7 +406,9 @@ def _policy(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
 
 SHARES = (1, 2, 4, 8, 16)
 CLASSES = (
-    *("3x3 256->256 8x8 b64 d64", "1x1 1024->256 14x14 b16 d128", "1x1 256->1024 14x14 b16 d64"),
+    "3x3 256->256 8x8 b64 d64",
+    "1x1 1024->256 14x14 b16 d128",
+    "1x1 256->1024 14x14 b16 d64",
     "linear 1024->1024 b64 d128",
 )
 
@@ -449,35 +420,25 @@ def share(pairs: int = 15) -> Iterator[Figure]:
     Raises: XzooError for pairs below 1.
     """
     _check_pairs(pairs)
-    return _share(
-        [layer for text in CLASSES for s in SHARES if (layer := named(f"{text} s{s}"))], pairs
-    )
+    return _share(_shapes(starmap("{} s{}".format, itertools.product(CLASSES, SHARES))), pairs)
 
 
 def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
-    for layer in watched(chosen, name, lambda layer: LayerCase(layer).work * pairs * 2):
+    for layer in with_progress(chosen, name, lambda layer: LayerCase(layer).work * pairs * 2):
         drawn = tensors(layer)
         found = theory.spectrum(theory.Graph(drawn.neighbours.numpy(), layer.n_in, layer.share))
-        of = {"first singular value": found.first, "bound of random graphs": found.bound}
-        for against, value in of.items():
-            yield Figure(
-                f"second singular value, {name(layer)}",
-                against,
-                "x",
-                (found.second / value,),
-                part="share",
-            )
-        times: dict[str, tuple[Times, Times]] = {}
+        bounds = {"first singular value": found.first, "bound of random graphs": found.bound}
+        for against, value in bounds.items():
+            what = f"second singular value, {name(layer)}"
+            yield Figure(what, against, "x", (found.second / value,), part="share")
+        seconds: dict[str, list[list[float]]] = {"ours": [], "dense": []}
         for product in PRODUCTS:
             calls = {"ours": ours(drawn, product), "dense": _faster_dense(drawn, product)[1]}
-            both = alternate(calls, pairs)
-            times[product] = both["ours"], both["dense"]
+            for form, times in alternate(calls, pairs).items():
+                seconds[form].append(times.seconds)
         # A step in training is all three.
-        steps = [
-            [sum(round) for round in zip(*(t[i].seconds for t in times.values()), strict=True)]
-            for i in (0, 1)
-        ]
-        speeds = {"forward": [t.seconds for t in times["forward"]], "training": steps}
+        steps = [np.sum(seconds[form], axis=0).tolist() for form in ("ours", "dense")]
+        speeds = {"forward": [seconds["ours"][0], seconds["dense"][0]], "training": steps}
         for what, (mine, theirs) in speeds.items():
             yield Figure(
                 f"{what}, {name(layer)}",
@@ -486,19 +447,18 @@ def _share(chosen: list[LayerShape], pairs: int) -> Iterator[Figure]:
                 ratios(theirs, mine),
                 part="share",
                 ideal=layer.n_in / layer.degree,
-                ours=lasting(median(mine)),
+                ours=format_seconds(median(mine)),
             )
 
 
 # ---- threads
 
 SCALING = (
-    *(
-        "3x3 512->512 4x4 b128 d16 s1",
-        "3x3 256->256 14x14 b16 d64 s1",
-        "3x3 256->256 14x14 b1 d64 s1",
-    ),
-    *("1x1 256->1024 14x14 b16 d64 s4", "1x1 1024->256 14x14 b16 d256 s4"),
+    "3x3 512->512 4x4 b128 d16 s1",
+    "3x3 256->256 14x14 b16 d64 s1",
+    "3x3 256->256 14x14 b1 d64 s1",
+    "1x1 256->1024 14x14 b16 d64 s4",
+    "1x1 1024->256 14x14 b16 d256 s4",
 )
 SCALED = 0.95  # least part of what threads gain a dense operation
 
@@ -512,8 +472,8 @@ def scaling(pairs: int = 15) -> Iterator[Figure]:
     _check_pairs(pairs)
     if torch.get_num_threads() == 1:
         raise XzooError("threads=1: there is nothing to gain; give two or more")
-    layers = [layer for text in SCALING if (layer := named(text))]
-    return _scaling([LayerCase(layer, product) for layer in layers for product in PRODUCTS], pairs)
+    cases = list(starmap(LayerCase, itertools.product(_shapes(SCALING), PRODUCTS)))
+    return _scaling(cases, pairs)
 
 
 def _scaling(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
@@ -523,12 +483,12 @@ def _scaling(cases: list[LayerCase], pairs: int) -> Iterator[Figure]:
         torch.set_num_threads(threads)
         call()
 
-    for case in watched(cases, str, lambda case: case.work * pairs):
+    for case in with_progress(cases, str, lambda case: case.work * pairs):
         drawn = tensors(case.layer)
         forms = {"ours": ours(drawn, case.product), "dense": _faster_dense(drawn, case.product)[1]}
-        calls = {
-            (form, n): partial(on, n, call) for form, call in forms.items() for n in (1, count)
-        }
+        calls: dict[tuple[str, int], Callable[[], None]] = {}
+        for form, call in forms.items():
+            calls |= {(form, 1): partial(on, 1, call), (form, count): partial(on, count, call)}
         try:
             times = alternate(calls, pairs)
         finally:

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from ..ops import dense as definition
 from ..ops import native
 from ..ops.tune import alternate
 from ..profile import profile
-from .figures import Figure, faster, lasting, ratios, watched
+from .figures import Figure, fastest, format_seconds, ratios, with_progress
 
 # What has to be reached in inference and in training with vectors of 16 floats; NARROW of it with
 # 8.
@@ -110,7 +110,7 @@ def _models(
         cases += [ModelCase(name, batch, False) for batch in dict.fromkeys((one, many))] + [
             ModelCase(name, training, True)
         ]
-    for case in watched(cases, str, lambda case: _work(case, pairs)):
+    for case in with_progress(cases, str, lambda case: _work(case, pairs)):
         yield from _measure(case, pairs, compiled)
 
 
@@ -142,7 +142,7 @@ def _measure(case: ModelCase, pairs: int, compiled: bool) -> Iterator[Figure]:
             bar if against == "dense" else None,
             part="model",
             ideal=dense / ours if against == "dense" else None,
-            ours=lasting(median(spent.seconds)),
+            ours=format_seconds(median(spent.seconds)),
             faults=spent.faults,
             note=note,
         )
@@ -157,44 +157,42 @@ def _forms(name: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """
     ours = _create(name)
     masked = to_dense(copy.deepcopy(ours))
-    masks = {
-        key: definition.scatter(
-            torch.ones_like(layer.weight), layer.neighbours, layer._n_in
-        ).detach()
-        for key, layer in ours.named_modules()
-        if isinstance(layer, ExpanderConv2d | ExpanderLinear)
-    }
-    forms = {"ours": ours, "dense": _create(name, compression=1)}
-    return forms | {
+    masks = {}
+    for key, layer in ours.named_modules():
+        if isinstance(layer, ExpanderConv2d | ExpanderLinear):
+            ones = torch.ones_like(layer.weight)
+            masks[key] = definition.scatter(ones, layer.neighbours, layer._n_in).detach()
+    forms = {
+        "ours": ours,
+        "dense": _create(name, compression=1),
         "masked": masked,
         "group": _with_torchs_groups(_create(name, graph="group")),
-    }, masks
+    }
+    return forms, masks
 
 
 def _with_torchs_groups(model: nn.Module) -> nn.Module:
     """A model of group graphs with torch's own group convolutions, in place; its linear layers
     stay, torch has none.
     """
-    convolutions = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, ExpanderConv2d)
-    }
-    for name, layer in convolutions.items():
-        same = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "padding_mode",
-        )
-        arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
-        groups = layer.in_channels // layer.degree
-        new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
-        new.load_state_dict(
-            {key: value for key, value in layer.state_dict().items() if key != "neighbours"}
-        )
-        model.set_submodule(name, new)
+    same = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "padding_mode",
+    )
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, ExpanderConv2d):
+            arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
+            groups = layer.in_channels // layer.degree
+            new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
+            state = layer.state_dict()
+            del state["neighbours"]
+            new.load_state_dict(state)
+            model.set_submodule(name, new)
     return model
 
 
@@ -229,12 +227,15 @@ def _inferences(
             _mask(fast, masks)
         last = any(p.dim() == 4 and not p.is_contiguous() for p in fast.parameters())
         formats[name] = "channels_last" if last else "contiguous"
-        calls[name] = lambda fast=fast: fast(images)  # type: ignore[misc]
+        calls[name] = partial(fast, images)
         if name == "dense" and compiled:
             squeezed = torch.compile(fast)
-            both = {"eager": calls[name], "compiled": lambda squeezed=squeezed: squeezed(images)}  # type: ignore[misc]
+            both: dict[str, Callable[[], Any]] = {
+                "eager": calls[name],
+                "compiled": partial(squeezed, images),
+            }
             with torch.no_grad():
-                best = faster(alternate(both, CHOOSE))
+                best = fastest(alternate(both, CHOOSE))
             calls[name], formats[name] = both[best], f"{formats[name]} {best}"
     return calls, f"{formats['ours']}, dense {formats['dense']}"
 
@@ -256,7 +257,7 @@ def _training_steps(
                 candidates[key] = _step(
                     own, torch.compile(own), images.to(memory_format=form), labels
                 )
-        formats[name] = faster(alternate(candidates, CHOOSE))
+        formats[name] = fastest(alternate(candidates, CHOOSE))
         calls[name] = candidates[formats[name]]
     return calls, f"{formats['ours']}, dense {formats['dense']}"
 
@@ -340,10 +341,12 @@ def _memories(name: str, batch: int) -> dict[str, tuple[int, int]]:
         images, labels = _batch(model, batch)
         found.append(memory(model, images.to("meta"), labels.to("meta")))
     mine, theirs = found
-    both = f"all memory in training, batch {batch}"
     return {
         STATE: (mine.state, theirs.state),
-        both: (mine.state + mine.activations, theirs.state + theirs.activations),
+        f"all memory in training, batch {batch}": (
+            mine.state + mine.activations,
+            theirs.state + theirs.activations,
+        ),
     }
 
 
@@ -374,8 +377,7 @@ def _macs(name: str) -> tuple[int, int]:
 @cache
 def _kind(name: str) -> str:
     model: Any = _create(name, device="meta")
-    size = model.pretrained_cfg["input_size"][-1]
-    return "small" if size <= SMALL else "large"
+    return "small" if model.pretrained_cfg["input_size"][-1] <= SMALL else "large"
 
 
 def _work(case: ModelCase, pairs: int) -> float:

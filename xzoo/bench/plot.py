@@ -5,17 +5,19 @@ multiplications.
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from ..errors import XzooError
 from ..files import atomic
+from ..lettering import Picture
 from .figures import Figure, check_file
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PICTURES = (".png", ".svg", ".pdf")
 # What is drawn alike: label, a pattern that is in a figure's name (the first that is counts),
@@ -37,6 +39,7 @@ KINDS = {
 }
 # how far to the right of a kind's points the next kind's are
 APART = {"model": 1.012, "layer": 1.03}
+TICKS = (0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 NAME_APART = 0.04  # parts of the picture's width between names of models
 TITLE = {"model": "whole models", "layer": "single layers"}
 
@@ -47,26 +50,24 @@ def draw(figures: Iterable[Figure], path: Path) -> None:
 
     Raises: XzooError where there is no such figure, or the file cannot be written.
     """
-    from ..lettering import Picture
-
     check_file(path, PICTURES)
-    shown = [figure for figure in figures if figure.part in KINDS and figure.ideal is not None]
-    parts = [part for part in KINDS if any(figure.part == part for figure in shown)]
+    parts: dict[str, list[Figure]] = {part: [] for part in KINDS}
+    for figure in figures:
+        if figure.part in parts and figure.ideal is not None:
+            parts[figure.part].append(figure)
+    parts = dict(filter(itemgetter(1), parts.items()))
     if not parts:
         raise XzooError("nothing to draw: no model or layer was measured against its dense form")
     picture = Picture(6.6 * len(parts), 6.2)
-    for number, part in enumerate(parts, 1):
-        axes = picture.add_subplot(1, len(parts), number)
-        _panel(axes, part, [figure for figure in shown if figure.part == part])
+    for axes, part in zip(picture.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        _panel(axes, part, parts[part])
     with atomic(path) as draft:
         picture.savefig(draft, dpi=110, format=path.suffix[1:])
 
 
-def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
-    from matplotlib.ticker import NullLocator
-
+def _panel(axes: Axes, part: str, figures: Sequence[Figure]) -> None:
     ideals = [figure.ideal or 1.0 for figure in figures]
-    reached = [value for figure in figures for value in figure.quartiles]
+    reached = list(chain.from_iterable(figure.quartiles for figure in figures))
     left, right = min(1.5, *ideals) / 1.12, max(3.0, *ideals) * 1.15
     bottom, top = min(0.8, *reached) / 1.1, max(right, *reached) * 1.05
     axes.plot(
@@ -82,43 +83,27 @@ def _panel(axes: "Axes", part: str, figures: Sequence[Figure]) -> None:
         mine = [figure for figure in figures if _kind(kinds, figure.what) == place]
         if mine:
             # Each kind a little to the right of that before, as many have one ideal.
-            x = [
-                (figure.ideal or 1.0) * APART[part] ** (place - (len(kinds) - 1) / 2)
-                for figure in mine
-            ]
+            apart = APART[part] ** (place - (len(kinds) - 1) / 2)
+            x = [(figure.ideal or 1.0) * apart for figure in mine]
             low, middle, high = zip(*(figure.quartiles for figure in mine), strict=True)
             spread = np.abs(np.array([low, high]) - middle)
-            style: dict[str, Any] = {
-                "fmt": marker,
-                "color": colour,
-                "markersize": 6,
-                "elinewidth": 1,
-                "alpha": 0.85,
-            }
-            axes.errorbar(x, middle, spread, label=label, **style)
+            style: dict[str, Any] = {"color": colour, "markersize": 6, "elinewidth": 1}
+            axes.errorbar(x, middle, spread, label=label, fmt=marker, alpha=0.85, **style)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
     for axis, ends in ((axes.xaxis, (left, right)), (axes.yaxis, (bottom, top))):
-        ticks = [
-            tick
-            for tick in (0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
-            if ends[0] <= tick <= ends[1]
-        ]
-        axis.set_ticks(ticks, [f"{tick:g}x" for tick in ticks])
+        ticks = [tick for tick in TICKS if ends[0] <= tick <= ends[1]]
+        axis.set_ticks(ticks, list(map("{:g}x".format, ticks)))
         axis.set_minor_locator(NullLocator())
     axes.set_xlabel("multiplications fall")
     axes.set_ylabel(f"times as fast as dense: {TITLE[part]}")
     axes.grid(alpha=0.25)
     axes.legend(loc="upper left", fontsize=8.5, framealpha=1, edgecolor="none")
     if part == "model":
-        _names(
-            axes,
-            {figure.what.partition(",")[0]: figure.ideal or 1.0 for figure in figures},
-            left,
-            right,
-        )
+        places = {figure.what.partition(",")[0]: figure.ideal or 1.0 for figure in figures}
+        _names(axes, places, left, right)
 
 
-def _names(axes: "Axes", places: dict[str, float], left: float, right: float) -> None:
+def _names(axes: Axes, places: dict[str, float], left: float, right: float) -> None:
     """The models' names above the picture, apart from each other, each with a line to its place on
     the axis.
     """
@@ -147,6 +132,7 @@ def _names(axes: "Axes", places: dict[str, float], left: float, right: float) ->
 
 
 def _kind(kinds: Sequence[tuple[str, str, str, str]], what: str) -> int | None:
-    return next(
-        (place for place, (_, pattern, *_) in enumerate(kinds) if re.search(pattern, what)), None
-    )
+    for place, (_, pattern, *_) in enumerate(kinds):
+        if re.search(pattern, what):
+            return place
+    return None

@@ -82,7 +82,7 @@ def _loop(model: str, batch_size: int, pairs: int, photos: int) -> Iterator[Figu
 
 
 def bare_loop(task: Classifier, data: InMemory, device: torch.device) -> Iterator[None]:
-    """Plain PyTorch that does to the network of `task` what the Trainer would; `next` takes a step."""
+    """Plain PyTorch that does with the network of `task` what the Trainer does, a step a time."""
     net = task.net.to(device).train()
     loss_of = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
     optimizer = create_optimizer_v2(

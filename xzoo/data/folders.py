@@ -1,12 +1,14 @@
 """A folder of images: what each file in it is for. Used as an image of a class and a part, or left
 out, and why.
 
-    a class      a sub-folder; all images in it count, at any depth
-    a part       class folders in a folder with a usual name (train, Training, seg_train, val_images, test_set, ...);
-                 parts may lie deeper (archive/photos/train/CLASS, seg_train/seg_train/CLASS), or within each class
-                 (CLASS/train), or val and test beside the classes
-    left out     what KEPT_BY_SYSTEMS and a leading dot name, what is neither an image nor a file, images beside the
-                 class folders, parts that are not used, and a file that is reached twice, through a link
+    a class     a sub-folder; all images in it count, at any depth
+    a part      class folders in a folder with a usual name: train, Training, seg_train,
+                val_images, test_set, ...; parts may lie deeper (archive/photos/train/CLASS,
+                seg_train/seg_train/CLASS), or within each class (CLASS/train), or val and test
+                beside the classes
+    left out    what KEPT_BY_SYSTEMS and a leading dot name, what is not an image or not a file,
+                images beside the class folders, parts that are not used, and a file that is
+                reached twice, through a link
 
 A folder called `train` may also be a class (a locomotive). So a name alone makes no part: it has to
 hold class folders, and stand alone or beside another part. Where that leaves two readings, the
@@ -18,8 +20,10 @@ Not here: whether a file can be read, and which are identical (scan.py).
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 from ..errors import DataError
@@ -60,8 +64,14 @@ _PARTS = {
 _KINDS = {word: kind for kind, words in _PARTS.items() for word in words}
 # Repeated, and so that a text can be read in one way only: the time to refuse one grows
 # exponentially with two.
-_BESIDE = "(?:seg|segmented|data|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final|[0-9])*"
+_BESIDE = (
+    "(?:seg|segmented|data|set|split|part|images?|imgs?|pictures?|photos?|pics?|cropped|final"
+    "|[0-9])*"
+)
 _PART = re.compile(f"{_BESIDE}({'|'.join(sorted(_KINDS, key=len, reverse=True))}){_BESIDE}")
+
+
+_base, _name = attrgetter("base"), attrgetter("name")
 
 
 @dataclass
@@ -75,6 +85,10 @@ class Layout:
     val: list[tuple[str, int, Path]] | None = None
     left_out: list[LeftOut] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[tuple[str, int, Path]]:
+        return [*self.train, *(self.val or [])]
 
 
 def part_of(name: str) -> str | None:
@@ -94,56 +108,59 @@ def rank(name: str, kind: str | None = None) -> tuple[bool, int, str]:
     return (kind or part_of(name)) == "test", place, name
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
+def shorten(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_same_classes(data: str, train: Sequence[str], val: Sequence[str]) -> None:
-    if set(train) != set(val):
-        missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-        if same_letters([*missing, *extra]) and {_letters(n) for n in missing} == {
-            _letters(n) for n in extra
-        }:
-            raise DataError(
-                f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in "
-                "two forms "
-                "of Unicode; rename the folders of one of them"
-            )
+def check_same_classes(data: str, train: Iterable[str], val: Iterable[str]) -> None:
+    missing, extra = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    if missing and set(map(_letters, missing)) == set(map(_letters, extra)):
+        raise DataError(
+            f"{data}: train has {missing[0]!a} where val has {extra[0]!a}: the same letters in "
+            "two forms of Unicode; rename the folders of one of them"
+        )
+    if missing or extra:
         raise DataError(
             f"{data}: train and val must have the same classes; "
-            f"only in train: {few(missing) or 'none'}; only in val: {few(extra) or 'none'}"
+            f"only in train: {shorten(missing) or 'none'}; only in val: {shorten(extra) or 'none'}"
         )
 
 
-def same_letters(classes: Sequence[str]) -> list[str]:
+def same_letters(classes: Iterable[str]) -> list[str]:
     """A remark on each set of classes whose names are the same letters, as macOS and other systems
     spell them.
     """
-    spelled: dict[str, list[str]] = {}
-    for name in dict.fromkeys(classes):
-        spelled.setdefault(_letters(name), []).append(name)
-    return [
-        f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of "
-        "Unicode; "
-        "if they are one class, put their images into one folder"
-        for names in spelled.values()
-        if len(names) > 1
-    ]
+    remarks = []
+    for names in _alike(classes, _letters):
+        remarks.append(
+            f"the classes {' and '.join(map(ascii, names))} are the same letters in two forms of "
+            "Unicode; if they are one class, put their images into one folder"
+        )
+    return remarks
 
 
 def _letters(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def _alike(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    """The names of which `key` gives the same, in groups of two or more."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(key(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 # ---- reading a folder
 
 
 Classes = dict[str, list[Place]]  # the folders of each class
+Parts = tuple[Classes, Classes | None]  # to train on and to validate on
 
 
 def folders_with_images(root: Path) -> list[str]:
     top = Place(root, "", os.path.realpath(root))
-    return [folder.base for folder in _Reader(top).subs(top)]
+    return _bases(_Reader(top).subs(top))
 
 
 def read_folder(root: Path) -> Layout:
@@ -165,7 +182,7 @@ def read_folder(root: Path) -> Layout:
 
 
 class _Reader:
-    """What is decided about the folders of DATA, and remembered until all files are accounted for."""
+    """What is decided about the folders of DATA, kept until all files are accounted for."""
 
     def __init__(self, top: Place) -> None:
         self.top = top
@@ -178,27 +195,27 @@ class _Reader:
     def subs(self, place: Place) -> list[Place]:
         """Its folders with images, in text order."""
         found = [folder for folder in self.folders(place) if has_images(folder, self.top.real)]
-        for folder, kind in kinds_of(found).items():
-            self.kinds[folder] = kind
+        self.kinds |= kinds_of(found)
         return found
 
     def folders(self, place: Place) -> list[Place]:
-        content = listed(place)
-        links = [link for link in content.links if not leads_back(link, self.top.real)]
-        return sorted([*content.folders, *links], key=lambda folder: folder.base)
+        links = [link for link in listed(place).links if not leads_back(link, self.top.real)]
+        return sorted(listed(place).folders + links, key=_base)
 
     def names(self, place: Place) -> set[str]:
-        return {sub.base for sub in self.subs(place)}
+        return set(_bases(self.subs(place)))
 
     def of_kind(self, places: Sequence[Place], *kinds: str | None) -> list[Place]:
         return [place for place in places if self.kinds.get(place.name) in kinds]
 
     def leave(self, place: Place, reason: str) -> None:
+        """Leave a folder out, and say so."""
         self.unused[place.name] = reason
+        self.remarks.append(reason)
 
     # ---- parts
 
-    def arranged(self, place: Place) -> tuple[Classes, Classes | None]:
+    def arranged(self, place: Place) -> Parts:
         """The class folders of training and validation below a folder; None where it has no part to
         validate.
         """
@@ -213,16 +230,17 @@ class _Reader:
             if self.are_parts(place, trains, judges, others):
                 return self.parts(place, trains, judges)
             self.remarks.append(
-                f"{trains[0].shown} is read as a class, beside {few([o.base for o in others])}"
+                f"{trains[0].shown} is read as a class, beside {shorten(_bases(others))}"
             )
             return self.classes(place, subs), None
         if others:
             # Images to validate on have labels, so that a flat val/ is none of those parts; a flat
             # test/ may be one.
-            flat = [judge for judge in self.of_kind(judges, "val") if not self.subs(judge)]
-            beside = few([other.base for other in others])
-            self.remarks += [f"{judge.shown} is read as a class, beside {beside}" for judge in flat]
-            judges = [judge for judge in judges if judge not in flat]
+            beside = shorten(_bases(others))
+            for judge in self.of_kind(judges, "val"):
+                if not self.subs(judge):
+                    self.remarks.append(f"{judge.shown} is read as a class, beside {beside}")
+                    judges.remove(judge)
             others = [sub for sub in subs if sub not in judges]
         if judges and others:
             return self.classes_and_judges(place, others, judges)
@@ -241,7 +259,7 @@ class _Reader:
         """Whether what is called train is a part. Raises: DataError where it may be a part or a
         class.
         """
-        nested = [train for train in trains if self.subs(train)]
+        nested = list(filter(self.subs, trains))
         if not nested and (judges or not others):
             raise DataError(f"{place.path}, {_and(trains + judges)}: {FLAT}")
         if judges or not others:
@@ -251,19 +269,17 @@ class _Reader:
         # Parts of one data set have the same classes, and classes of another have not.
         if all(self.names(other) & self.names(nested[0]) for other in others):
             return True
-        beside = few([other.base for other in others])
         raise DataError(
-            f"{place.path}: {nested[0].shown} may be a part, or a class as {beside}; "
+            f"{place.path}: {nested[0].shown} may be a part, or a class as "
+            f"{shorten(_bases(others))}; "
             f"to train on it alone give {nested[0].path}, to make it a class give it another name"
         )
 
-    def parts(
-        self, place: Place, trains: list[Place], judges: list[Place]
-    ) -> tuple[Classes, Classes | None]:
+    def parts(self, place: Place, trains: list[Place], judges: list[Place]) -> Parts:
         """Folders of parts: one to train on, the first of the others that has class folders to
         validate.
         """
-        usable = [train for train in trains if self.subs(train)]
+        usable = list(filter(self.subs, trains))
         usable = [train for train in usable if train.base.lower() == "train"] or usable
         if len(usable) > 1:
             raise DataError(
@@ -273,17 +289,18 @@ class _Reader:
         folder = self.unwrapped(usable[0], set())
         train = self.classes(folder, self.subs(folder))
         val = self.validating(judges, set(train))
-        beside = [other for other in self.folders(place) if other not in [usable[0], *judges]]
-        for other in beside:
+        rest = []
+        for other in self.folders(place):
+            if other in [usable[0], *judges]:
+                continue
             if part_of(other.base) in ("val", "test"):
                 self.leave(other, f"{other.shown} is not used: it has no class folders with images")
-                self.remarks.append(self.unused[other.name])
             else:
-                self.leave(other, f"beside {usable[0].shown}, and not used")
-        rest = [other.base for other in beside if part_of(other.base) not in ("val", "test")]
+                self.unused[other.name] = f"beside {usable[0].shown}, and not used"
+                rest.append(other.base)
         if rest:
             self.remarks.append(
-                f"beside {usable[0].shown}, these folders are not used: {few(rest)}"
+                f"beside {usable[0].shown}, these folders are not used: {shorten(rest)}"
             )
         return train, val
 
@@ -299,15 +316,13 @@ class _Reader:
             elif not self.subs(folder):
                 self.leave(judge, f"{judge.shown} is not used: it has no class folders with images")
             else:
-                check_same_classes(str(self.top.path), sorted(classes), sorted(self.names(folder)))
+                check_same_classes(str(self.top.path), classes, self.names(folder))
                 chosen = judge
                 validates = {sub.base: [sub] for sub in self.subs(folder)}
                 if self.kinds[judge.name] == "test":
                     self.remarks.append(
                         f"{judge.shown} validates, since there is no part called val"
                     )
-            if judge.name in self.unused:
-                self.remarks.append(self.unused[judge.name])
         return validates if chosen is not None else None
 
     def unwrapped(self, part: Place, classes: set[str]) -> Place:
@@ -317,68 +332,65 @@ class _Reader:
             part, subs = subs[0], self.subs(subs[0])
         return part
 
-    def classes_and_judges(
-        self, place: Place, others: list[Place], judges: list[Place]
-    ) -> tuple[Classes, Classes | None]:
+    def classes_and_judges(self, place: Place, others: list[Place], judges: list[Place]) -> Parts:
         """CLASS/ and test/CLASS beside each other. Raises: DataError if test/ may be a class
         itself.
         """
-        names = {other.base for other in others}
+        names = set(_bases(others))
         for judge in judges:
             if not self.names(self.unwrapped(judge, names)) & names:
                 raise DataError(
                     f"{place.path}: {judge.shown} may be a part, or a class as "
-                    f"{few(sorted(names))}; "
-                    "take it away, or to make it a class give it another name"
+                    f"{shorten(sorted(names))}; take it away, or to make it a class give it "
+                    "another name"
                 )
         return self.classes(place, others, judges), self.validating(judges, names)
 
-    def deeper(self, place: Place, subs: list[Place]) -> tuple[Classes, Classes | None]:
+    def deeper(self, place: Place, subs: list[Place]) -> Parts:
         """No part here: is each folder a class, or do folders have parts?"""
-        parts = {sub.name: self.of_kind(self.subs(sub), "train", "val", "test") for sub in subs}
-        split = [
-            sub
-            for sub in subs
-            if 0 < len(self.of_kind(parts[sub.name], "train")) < len(parts[sub.name])
-        ]
+        parts = {}
+        split = []
+        flat = True
+        for sub in subs:
+            parts[sub.base] = self.of_kind(self.subs(sub), "train", "val", "test")
+            if 0 < len(self.of_kind(parts[sub.base], "train")) < len(parts[sub.base]):
+                split.append(sub)
+            flat = flat and not any(map(self.subs, parts[sub.base]))
         if not split:
             return self.classes(place, subs), None
-        if len(split) == len(subs) > 1 and not any(
-            self.subs(part) for sub in subs for part in parts[sub.name]
-        ):
+        if len(split) == len(subs) > 1 and flat:
             return self.parts_of_classes(subs, parts)
         if len(split) > 1:
             raise DataError(
                 f"{place.path}: {_and(split)} have parts; give one of them, such as {split[0].path}"
             )
-        beside = [sub for sub in subs if sub is not split[0]]
-        for other in beside:
-            self.leave(other, f"beside {split[0].shown}, which has the parts, and not used")
+        subs.remove(split[0])
+        for other in subs:
+            self.unused[other.name] = f"beside {split[0].shown}, which has the parts, and not used"
         self.remarks.append(
-            f"{split[0].shown} is read; not used beside it: {few([other.base for other in beside])}"
+            f"{split[0].shown} is read; not used beside it: {shorten(_bases(subs))}"
         )
         return self.arranged(split[0])
 
-    def parts_of_classes(
-        self, subs: list[Place], parts: dict[str, list[Place]]
-    ) -> tuple[Classes, Classes | None]:
+    def parts_of_classes(self, subs: list[Place], parts: dict[str, list[Place]]) -> Parts:
         """CLASS/train and CLASS/val."""
-        train = {sub.base: self.of_kind(parts[sub.name], "train") for sub in subs}
-        val = {sub.base: self.of_kind(parts[sub.name], "val") for sub in subs}
-        test = {sub.base: self.of_kind(parts[sub.name], "test") for sub in subs}
-        judges, name = (val, "val") if any(val.values()) else (test, "test")
-        check_same_classes(
-            str(self.top.path), list(train), [name for name, places in judges.items() if places]
+        train, val, test = (
+            {name: self.of_kind(places, kind) for name, places in parts.items()}
+            for kind in ("train", "val", "test")
         )
+        judges, name = (val, "val") if any(val.values()) else (test, "test")
+        check_same_classes(str(self.top.path), train, filter(judges.get, judges))
         self.remarks.append(
             f"each class has parts: its train part is trained on, its {name} part validates"
         )
-        used = [place for part in (train, judges) for places in part.values() for place in places]
-        rest = [place for sub in subs for place in self.folders(sub) if place not in used]
-        for place in rest:
-            self.leave(place, f"{place.shown} is not used, since {name} validates")
+        used = list(chain(*train.values(), *judges.values()))
+        rest = []
+        for place in chain.from_iterable(map(self.folders, subs)):
+            if place not in used:
+                rest.append(place.shown)
+                self.unused[place.name] = f"{place.shown} is not used, since {name} validates"
         if rest:
-            self.remarks.append(f"not used: {few([place.shown for place in rest])}")
+            self.remarks.append(f"not used: {shorten(rest)}")
         return train, judges
 
     # ---- classes
@@ -389,23 +401,20 @@ class _Reader:
         """
         empty = [folder.base for folder in self.folders(place) if folder not in [*subs, *parts]]
         if empty:
-            self.remarks.append(f"no class, since there is no image in it: {few(empty)}")
-        by_lower: dict[str, list[str]] = {}
-        for sub in subs:
-            by_lower.setdefault(sub.base.lower(), []).append(sub.base)
-        alike = [" and ".join(names) for names in by_lower.values() if len(names) > 1]
+            self.remarks.append(f"no class, since there is no image in it: {shorten(empty)}")
+        alike = list(map(" and ".join, _alike(_bases(subs), str.lower)))
         if alike:
             self.remarks.append(
-                f"two classes, though only upper case tells them apart: {few(alike)}"
+                f"two classes, though only upper case tells them apart: {shorten(alike)}"
             )
-        inside = [inner.name for sub in subs for inner in self.subs(sub)]
+        inside = [inner.name for inner in chain.from_iterable(map(self.subs, subs))]
         judges = [name for name in inside if self.kinds.get(name) in ("val", "test")]
         if judges:
             self.remarks.append(
-                f"read as images of the class, though called as a part: {few(judges)}"
+                f"read as images of the class, though called as a part: {shorten(judges)}"
             )
         if inside:
-            self.remarks.append(f"sub-folders are of the class that they lie in: {few(inside)}")
+            self.remarks.append(f"sub-folders are of the class that they lie in: {shorten(inside)}")
         return {sub.base: [sub] for sub in subs}
 
     def labelled(self, layout: Layout, classes: Classes) -> list[tuple[str, int, Path]]:
@@ -418,7 +427,7 @@ class _Reader:
             for place in places:
                 found, left_out = gather(place, self.top.real)
                 images += found
-                labels |= {image.name: label for image in found}
+                labels |= dict.fromkeys(map(_name, found), label)
                 layout.left_out += left_out
         kept, again = each_once(images, self.top.real)
         layout.left_out += again
@@ -428,29 +437,24 @@ class _Reader:
 
     def account(self, layout: Layout) -> None:
         """Give every file that has no reason yet its own."""
-        known = {name for name, _, _ in [*layout.train, *(layout.val or [])]}
-        known |= {left.name for left in layout.left_out}
+        known = {name for name, _, _ in layout.images}
+        known.update(map(_name, layout.left_out))
         # A link to a folder that was followed is known by what is in it.
-        known |= {folder for name in known for folder in _above(name)}
-        layout.left_out += [
-            self.reason(name) for name in walked(self.top.path) if name not in known
-        ]
+        known.update(*map(_above, known))
+        layout.left_out += map(self.reason, sorted(set(walked(self.top.path)) - known))
         layout.left_out.sort(key=lambda left: (left.why, as_walked(left.name)))
 
     def reason(self, name: str) -> LeftOut:
         path = self.top.path / name
-        if any(is_hidden(part) for part in name.split("/")):
+        if any(map(is_hidden, name.split("/"))):
             return LeftOut(name, HIDDEN, "hidden, or kept by a system")
-        unused = next(
-            (self.unused[folder] for folder in [name, *_above(name)] if folder in self.unused), None
-        )
+        unused = next(filter(None, map(self.unused.get, [name, *_above(name)])), None)
         if path.is_dir():
             if not path.is_symlink():
                 return LeftOut(name, UNUSED, "cannot be listed")
-            if leads_back(Place(path, name, os.path.realpath(path)), self.top.real):
-                return LeftOut(
-                    name, TWICE, f"a link back to {os.path.realpath(path)}, which holds it"
-                )
+            real = os.path.realpath(path)
+            if leads_back(Place(path, name, real), self.top.real):
+                return LeftOut(name, TWICE, f"a link back to {real}, which holds it")
             return LeftOut(name, UNUSED, unused or "a link to a folder without images")
         odd = no_regular_file(path)
         if odd:
@@ -464,27 +468,29 @@ class _Reader:
 
 def _drop_empty(layout: Layout) -> None:
     """A class whose files all belong to another one, through links, is none."""
-    there = {label for _, label, _ in [*layout.train, *(layout.val or [])]}
-    lost = [name for label, name in enumerate(layout.classes) if label not in there]
-    if not lost:
-        return
-    layout.remarks.append(
-        f"no class, since all its files are another's, through links: {few(lost)}"
-    )
-    new = {label: i for i, label in enumerate(sorted(there))}
-    layout.classes = [layout.classes[label] for label in sorted(there)]
-    layout.train = [(name, new[label], path) for name, label, path in layout.train]
-    if layout.val is not None:
-        layout.val = [(name, new[label], path) for name, label, path in layout.val]
+    there = sorted({label for _, label, _ in layout.images})
+    names = [layout.classes[label] for label in there]
+    lost = [name for name in layout.classes if name not in names]
+    if lost:
+        layout.remarks.append(
+            f"no class, since all its files are another's, through links: {shorten(lost)}"
+        )
+    layout.classes = names
+    for part in (layout.train, layout.val or []):
+        part[:] = [(name, there.index(label), path) for name, label, path in part]
 
 
 def _above(name: str) -> list[str]:
     """Names of the folders that a file lies in, the nearest first."""
-    return [parent.as_posix() for parent in Path(name).parents if parent.name]
+    return [parent.as_posix() for parent in Path(name).parents][:-1]
 
 
 def _and(places: Sequence[Place]) -> str:
-    return " and ".join(place.shown for place in places)
+    return " and ".join(map(attrgetter("shown"), places))
+
+
+def _bases(places: Iterable[Place]) -> list[str]:
+    return list(map(_base, places))
 
 
 def kinds_of(places: Sequence[Place]) -> dict[str, str]:
@@ -494,24 +500,21 @@ def kinds_of(places: Sequence[Place]) -> dict[str, str]:
     They may have more in common, as chest_xray_train and chest_xray_test have: then the word that
     differs tells.
     """
-    found = {place.name: kind for place in places if (kind := part_of(place.base))}
+    found: dict[str, str] = {}
     alike: dict[tuple[str, ...], dict[str, str]] = {}
     for place in places:
         words = re.split(r"[\W_]+", place.base.lower())
-        parts = [word for word in words if word in _KINDS]
-        if place.name not in found and len(parts) == 1:
+        parts = list(filter(_KINDS.get, words))
+        if kind := part_of(place.base):
+            found[place.name] = kind
+        elif len(parts) == 1:
             rest = tuple(word for word in words if word != parts[0])
             alike.setdefault(rest, {})[place.name] = _KINDS[parts[0]]
-    groups = [
-        group
-        for group in alike.values()
-        if "train" in group.values() and len(set(group.values())) > 1
-    ]
+    groups = [group for group in alike.values() if {"train"} < set(group.values())]
     if len(groups) > 1:
         train, val = list(groups[0])[:2]
         raise DataError(
             f"{places[0].path.parent}: {train}/ and {val}/ may be parts of a class; make "
-            "train/CLASS and val/CLASS of "
-            "them, or to make them classes give them other names"
+            "train/CLASS and val/CLASS of them, or to make them classes give them other names"
         )
     return found | groups[0] if groups else found

@@ -1,8 +1,9 @@
 """ImageNet and data sets of its kind: too large for memory, decoded and transformed by workers.
 
-    a folder     train/ and val/ with a folder for each class, whose text order gives the labels
-    tar shards   train-000000.tar ... and val-...tar, WebDataset's: KEY.jpg with KEY.cls, a number, beside it
-    parquet      a folder in the Hub's image layout, or a data set on the Hub (org/name)
+    a folder      train/ and val/ with a folder for each class, whose text order gives the labels
+    tar shards    train-000000.tar ... and val-...tar, WebDataset's: KEY.jpg with KEY.cls, a
+                  number, beside it
+    parquet       a folder in the Hub's image layout, or a data set on the Hub (org/name)
 
 Each is made a table that is indexed by number, so that the order stays a function of (seed, epoch)
 and a run resumes anywhere. Workers hand on uint8, a quarter of the bytes, and the device
@@ -20,6 +21,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -39,11 +41,11 @@ from ..files import atomic
 from ..home import home
 from ..machine import cores
 from .augment import colours_of, normalised
-from .folders import VAL_NAMES, check_same_classes, few
+from .folders import VAL_NAMES, check_same_classes, shorten
 from .images import load_rgb
 from .loader import Loader, Views, batch_bytes
 from .module import DataModule
-from .order import EvalOrder, TrainOrder, held_out, standing
+from .order import EvalOrder, TrainOrder, run_position, split_validation
 from .scan import Images
 from .sources import Item, list_images, split_of
 from .walk import SUFFIXES
@@ -120,7 +122,7 @@ class Stored(Images):
 
 
 class Rows(Sequence[Item]):
-    """A split of a data set in the form of the library `datasets`: on disk, and indexed by number."""
+    """A split in the form of the library `datasets`: on disk, and indexed by number."""
 
     def __init__(self, split: str, rows: Any, image: str, label: str) -> None:
         self.split, self.rows, self.image, self.label = split, rows, image, label
@@ -159,8 +161,8 @@ def contents(root: str, num_classes: int) -> Contents:
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", root):
         raise DataError(
             f"{root} is not a folder; give one with train/ and val/, of tar shards or of parquet "
-            "files, or a data set "
-            f"of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has to be accepted there)"
+            f"files, or a data set of the Hub, where ImageNet-1k is {FACTS.hub} (its licence has "
+            "to be accepted there)"
         )
     else:
         found = _hub(root)
@@ -180,8 +182,7 @@ def _folders(root: Path) -> Contents:
         raise DataError(f"{root}: no train/ and val/ in it, and no tar shards or parquet files")
     classes = _subfolders(root / "train")
     check_same_classes(str(root), classes, _subfolders(root / names[0]))
-    train, val = (_scan(root, part, classes) for part in ("train", names[0]))
-    return Contents(classes, train, val)
+    return Contents(classes, _scan(root, "train", classes), _scan(root, names[0], classes))
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -200,9 +201,9 @@ def _scan(root: Path, part: str, classes: Sequence[str]) -> tuple[Stored, Tensor
     labels: list[int] = []
     for label, name in enumerate(_watched(classes, f"listing {part}")):
         with os.scandir(root / part / name) as entries:
-            files = sorted(e.name for e in entries if _is_image(e.name))
-        names += [os.fsencode(f"{part}/{name}/{file}") for file in files]
-        labels += [label] * len(files)
+            for file in sorted(filter(_is_image, map(attrgetter("name"), entries))):
+                names.append(os.fsencode(f"{part}/{name}/{file}"))
+                labels.append(label)
     return _stored(Table(root, np.array(names, np.bytes_), np.array(labels, np.int64)))
 
 
@@ -216,10 +217,8 @@ def _stored(table: Table) -> tuple[Stored, Tensor]:
 
 def _in_memory(root: str) -> Contents:
     listing = list_images(root)
-    train, val = (
-        (Stored(part), torch.tensor([i.label for i in part]))
-        for part in (listing.train, listing.val or [])
-    )
+    parts = [Stored(listing.train), Stored(listing.val or [])]
+    train, val = ((images, torch.tensor(images.labels)) for images in parts)
     return Contents(listing.classes, train, val)
 
 
@@ -237,8 +236,8 @@ def _hub(root: str) -> Contents:
     val = next((name for name in VAL_NAMES if name in splits), None)
     if val is None or "train" not in splits:
         raise DataError(
-            f"{root}: its parts are {few(sorted(splits))}; train and one of {', '.join(VAL_NAMES)} "
-            "are needed"
+            f"{root}: its parts are {shorten(sorted(splits))}; train and one of "
+            f"{', '.join(VAL_NAMES)} are needed"
         )
     features = splits["train"].features
     image = next(
@@ -249,7 +248,7 @@ def _hub(root: str) -> Contents:
     )
     if image is None or label is None:
         raise DataError(
-            f"{root}: no column of images and one of class labels among {few(list(features))}"
+            f"{root}: no column of images and one of class labels among {shorten(list(features))}"
         )
     parts = []
     for name in ("train", val):
@@ -268,9 +267,10 @@ def _shards(root: Path, shards: Sequence[Path], num_classes: int) -> Contents:
     val = next((name for name in VAL_NAMES if name in parts), None)
     if "train" not in parts or val is None:
         raise DataError(
-            f"{root}: its shards are of {few(sorted(parts))}; train-*.tar and val-*.tar are needed"
+            f"{root}: its shards are of {shorten(sorted(parts))}; train-*.tar and val-*.tar are "
+            "needed"
         )
-    train, test = (_indexed(root, parts[name]) for name in ("train", val))
+    train, test = _indexed(root, parts["train"]), _indexed(root, parts[val])
     for _, labels in (train, test):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise DataError(
@@ -281,11 +281,11 @@ def _shards(root: Path, shards: Sequence[Path], num_classes: int) -> Contents:
 
 
 def _indexed(root: Path, shards: Sequence[Path]) -> tuple[Stored, Tensor]:
-    """Where each image of the shards is; read once, then kept in the cache until a shard changes."""
-    state = [
-        (shard.relative_to(root).as_posix(), shard.stat().st_size, shard.stat().st_mtime_ns)
-        for shard in shards
-    ]
+    """Where each image of the shards is; read once, then cached until a shard changes."""
+    state = []
+    for shard in shards:
+        found = shard.stat()
+        state.append((shard.relative_to(root).as_posix(), found.st_size, found.st_mtime_ns))
     digest = hashlib.sha256(repr((str(root.resolve()), state)).encode()).hexdigest()[:24]
     cached = home() / "shards" / f"{digest}.npz"
     with (
@@ -333,10 +333,9 @@ def _members(shard: Path) -> list[tuple[str, int, tuple[int, int]]]:
             f"{shard}: no tar shard that can be read ({error}); fetch it anew"
         ) from error
     if images.keys() != labels.keys():
-        odd = sorted(images.keys() ^ labels.keys())
         raise DataError(
-            f"{shard}: {few(odd)} must have an image and a .cls file with its label, and has one "
-            "of them"
+            f"{shard}: {shorten(sorted(images.keys() ^ labels.keys()))} must have an image and a "
+            ".cls file with its label, and has one of them"
         )
     for name, (start, size) in images.values():
         if start + size > shard.stat().st_size:
@@ -496,8 +495,7 @@ class ImageNet(DataModule):
     @property
     def dataset(self) -> str | None:
         """Its key in the table of results: ImageNet-1k whole, or None."""
-        whole = (self.num_classes, self.n_test) == (FACTS.classes, FACTS.n)
-        return self.key if whole else None
+        return self.key if (self.num_classes, self.n_test) == (FACTS.classes, FACTS.n) else None
 
     @property
     def n_val(self) -> int:
@@ -520,7 +518,7 @@ class ImageNet(DataModule):
         if self._contents is None:
             self._contents = contents(self.root, self.num_classes)
             if self.holdout:
-                self._held, self._kept = held_out(self._contents.train[1], self.holdout)
+                self._held, self._kept = split_validation(self._contents.train[1], self.holdout)
         return self._contents
 
     def _transform(self, training: bool) -> Any:
@@ -541,7 +539,7 @@ class ImageNet(DataModule):
     def train_dataloader(self) -> Loader:
         images, _ = self._found().train
         views = Views(images, self._transform(training=True), self.seed)
-        return self._loader(views, self._kept, self.train_order(*standing(self.trainer)))
+        return self._loader(views, self._kept, self.train_order(*run_position(self.trainer)))
 
     def val_dataloader(self) -> Loader:
         images, _ = self._found().train if self.holdout else self._found().val
@@ -551,7 +549,7 @@ class ImageNet(DataModule):
         return self._eval_loader(self._found().val[0], None)
 
     def _eval_loader(self, images: Stored, numbers: Tensor | None) -> Loader:
-        rank, world, *_ = standing(self.trainer)
+        rank, world, *_ = run_position(self.trainer)
         views = Views(images, self._transform(training=False), None)
         n = len(views) if numbers is None else len(numbers)
         return self._loader(views, numbers, EvalOrder(n, self.eval_batch_size, rank, world))

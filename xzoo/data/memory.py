@@ -28,7 +28,7 @@ from ..machine import cores
 from .augment import Augment, colours_of, normalised, upscaled
 from .images import load_rgb
 from .module import DataModule
-from .order import EvalOrder, Resumable, TrainOrder, held_out, standing
+from .order import EvalOrder, Resumable, TrainOrder, run_position, split_validation
 from .sources import Item, Listing, list_images
 
 CHUNK = 256  # images that a thread decodes at a time
@@ -198,7 +198,7 @@ class InMemory(DataModule):
         self._names = listing.classes
         self._whole, self._side = self._is_whole(listing), _pixels(listing.train[0]).shape[0]
         images, labels = self._decoded(listing.train)
-        held, kept = held_out(labels, self.holdout)
+        held, kept = split_validation(labels, self.holdout)
         test = self._decoded(listing.val or [])
         self._parts = {
             "train": (images[kept], labels[kept]) if self.holdout else (images, labels),
@@ -224,13 +224,12 @@ class InMemory(DataModule):
                 f"{self.root} has {len(listing.classes)} classes, {name} has {self.facts.classes}: "
                 "another data set?"
             )
-        if self.facts.lossless and (
-            lossy := next(filter(_is_jpeg, [*listing.train, *listing.val]), None)
-        ):
+        lossy = next(filter(_is_jpeg, listing.items), None) if self.facts.lossless else None
+        if lossy:
             raise DataError(
                 f"{self.root}: {lossy.name} is a JPEG file, and {name} means the exact pixels; "
-                "give them "
-                f"({self.facts.hub} on the Hub has them), or read these by --data ImageFolder"
+                f"give them ({self.facts.hub} on the Hub has them), or read these by --data "
+                "ImageFolder"
             )
         return listing
 
@@ -316,7 +315,7 @@ class InMemory(DataModule):
         )
 
     def train_dataloader(self) -> PlaceLoader:
-        return self._loader("train", self.train_order(*standing(self.trainer)))
+        return self._loader("train", self.train_order(*run_position(self.trainer)))
 
     def val_dataloader(self) -> PlaceLoader:
         return self._eval_loader("val")
@@ -326,7 +325,7 @@ class InMemory(DataModule):
 
     def _eval_loader(self, part: str) -> PlaceLoader:
         self.setup()
-        rank, world, *_ = standing(self.trainer)
+        rank, world, *_ = run_position(self.trainer)
         return self._loader(
             part, EvalOrder(len(self._parts[part][1]), self.eval_batch_size, rank, world)
         )

@@ -78,7 +78,7 @@ class DataModule(pl.LightningDataModule, ABC):
     def train_order(
         self, rank: int = 0, world: int = 1, done: int = 0, limit: int | float = 1.0
     ) -> TrainOrder:
-        """Which training images each batch has; the arguments as `order.standing` gives them."""
+        """Which training images each batch has; arguments as `order.run_position` gives them."""
 
     def batches_per_epoch(self, world: int = 1) -> int:
         """Steps in an epoch, known before any loader exists."""

@@ -57,7 +57,7 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
     return keys(seed, epoch, ORDER, torch.arange(n)).argsort(stable=True)
 
 
-def held_out(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def split_validation(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Numbers of `count` images held out of training, and of the others, ascending; the same for
     every seed.
 
@@ -144,7 +144,7 @@ class TrainOrder(Sampler[list[tuple[int, int]]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the given epoch at its first batch, unless it is the one that a resumed run is in."""
+        """Begin an epoch at its first batch, unless it is the one that a resumed run is in."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
@@ -178,7 +178,7 @@ def steps_of_epoch(trainer: Any, data: Any) -> int:
     return limited(data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches)
 
 
-def standing(trainer: Any) -> tuple[int, int, int, int | float]:
+def run_position(trainer: Any) -> tuple[int, int, int, int | float]:
     """Where a Lightning trainer (or None) stands: rank, number of ranks, batches seen since the run
     began, and its limit on the batches of an epoch.
     """
@@ -194,7 +194,7 @@ class Resumable:
     """Tells Lightning that a loader starts where the restored run stands; else it warns of what
     does not happen.
 
-    There is nothing to store: the place is the number of batches, which `standing` reads.
+    There is nothing to store: the place is the number of batches, which `run_position` reads.
     """
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..machine import cores
 from ..names import say
 from .loader import Loader, Transform, Views, batch_bytes
 from .module import DataModule
-from .order import EvalOrder, TrainOrder, standing
+from .order import EvalOrder, TrainOrder, run_position
 from .scan import ImageData, read
 
 
@@ -90,10 +90,10 @@ class ImageModule(DataModule):
 
     def train_dataloader(self) -> Loader:
         views = Views(self.data.train, self.train_transform, self.seed)
-        return self._loader(views, self.train_order(*standing(self.trainer)))
+        return self._loader(views, self.train_order(*run_position(self.trainer)))
 
     def val_dataloader(self) -> Loader:
-        rank, world, *_ = standing(self.trainer)
+        rank, world, *_ = run_position(self.trainer)
         order = EvalOrder(len(self.data.val), self.batch_size, rank, world)
         return self._loader(Views(self.data.val, self.eval_transform, None), order)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, compress, starmap
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from rich.progress import track
 from ..errors import DataError
 from ..machine import cores
 from ..names import encoded, rejoined
-from .folders import few, same_letters
+from .folders import same_letters, shorten
 from .images import Pixels, grey_peak, grey_ranges, load_rgb, told_range, unwarned
 from .sources import Item, Listing, list_images
 from .walk import NO_IMAGE, LeftOut, ending
@@ -50,7 +52,7 @@ class Images:
         return len(self.items)
 
     def image(self, index: int) -> Image.Image:
-        """The image as RGB. Raises DataError that names it, if it went away since it was scanned."""
+        """The image as RGB. Raises DataError that names it, if it is gone since it was scanned."""
         item = self.items[index]
         try:
             return load_rgb(item.source, self.at_least, self.ranges)
@@ -90,44 +92,34 @@ class ImageData:
         """In a line: the images and classes, the files that are left out by reason, and what is odd
         about the rest.
         """
-        parts = [
-            f"{len(self.train) + len(self.val)} images of {len(self.classes)} classes",
-            *self.facts,
-        ]
-        reasons: dict[str, list[LeftOut]] = {}
+        count = len(self.train) + len(self.val)
+        parts = [f"{count} images of {len(self.classes)} classes", *self.facts]
+        reasons: dict[str, list[str]] = {}
         for left in self.left_out:
-            reasons.setdefault(left.why, []).append(left)
-        counts = [f"{len(files)} {why}{_shown(why, files)}" for why, files in reasons.items()]
-        return "; ".join([*parts, f"left out: {', '.join(counts)}"] if counts else parts)
+            reasons.setdefault(left.why, []).append(left.name)
+        counts = [f"{len(names)} {why}{_shown(why, names)}" for why, names in reasons.items()]
+        if counts:
+            parts.append(f"left out: {', '.join(counts)}")
+        return "; ".join(parts)
 
     def fingerprint(self) -> str:
         """Changes when an image is added, removed, renamed or moves to another class or part, or
         looks otherwise.
         """
-        lines = [
-            f"{part}:{i.label}:{i.name}"
-            for part in ("train", "val")
-            for i in getattr(self, part).items
-        ]
-        # As pixels were before there were ranges, it is as it was.
-        lines += [
-            f"range:{kind}:{full:g}" for kind, full in self.ranges.items() if not _usual(kind, full)
-        ]
+        lines = [f"train:{i.label}:{i.name}" for i in self.train.items]
+        lines += [f"val:{i.label}:{i.name}" for i in self.val.items]
+        for kind, full in self.ranges.items():
+            # As pixels were before there were ranges, it is as it was.
+            if full not in ((1.0, 255.0, 65535.0) if kind == "float" else (65535.0,)):
+                lines.append(f"range:{kind}:{full:g}")
         return hashlib.sha256(encoded("\n".join([*self.classes, *lines]))).hexdigest()[:16]
 
 
-def _shown(why: str, files: Sequence[LeftOut]) -> str:
-    """Which ones, where that is short and tells something."""
-    if why == UNREADABLE:
-        return f" ({few([left.name for left in files])})"
+def _shown(why: str, names: Sequence[str]) -> str:
+    """Which ones, where that is short and says something."""
     if why == NO_IMAGE:
-        return f" ({few(sorted({ending(left.name) for left in files}))})"
-    return ""
-
-
-def _usual(kind: str, full: float) -> bool:
-    """Whether a range is one that was taken before folders had ranges."""
-    return full in ((1.0, 255.0, 65535.0) if kind == "float" else (65535.0,))
+        names = sorted(set(map(ending, names)))
+    return f" ({shorten(names)})" if why in (UNREADABLE, NO_IMAGE) else ""
 
 
 def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) -> ImageData:
@@ -140,7 +132,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
         none that can be read, or trains and validates on different classes.
     """
     listing = list_images(str(data))
-    items = listing.train + (listing.val or [])
+    items = listing.items
     if not items:
         raise DataError(f"{data}: no images in it; put those of each class into a sub-folder")
     with unwarned():
@@ -150,33 +142,32 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
         kept, skipped, sides = _decode(items, at_least, memory, ranges)
     _check_broken(str(data), items, kept, skipped)
     left_out = [LeftOut(name, UNREADABLE, detail) for name, detail in skipped]
-    facts = [told_range(kind, full) for kind, full in ranges.items()]
+    facts = list(starmap(told_range, ranges.items()))
 
-    used = [item for item in kept if item is not None]
-    same = identical([item for item, there in zip(items, kept, strict=True) if there is not None])
-    first_val = sum(item is not None for item in kept[: len(listing.train)])
+    readable = list(map(bool, kept))
+    used = list(filter(None, kept))
+    same = identical(list(compress(items, readable)))
+    first_val = sum(readable[: len(listing.train)])
     train, val = used[:first_val], used[first_val:]
     if listing.val is None:
-        train, val = hold_out(train, same=same)
+        train, val = split_by_name(train, same=same)
         copies = len(same) - len(set(same))
         if copies:
             facts.append(f"{copies} of them are copies of others, and on the same side as those")
     else:
-        judged = set(same[first_val:])
-        left_out += [
-            LeftOut(item.name, BOTH, BOTH)
-            for item, n in zip(train, same, strict=False)
-            if n in judged
-        ]
-        train = [item for item, n in zip(train, same, strict=False) if n not in judged]
-    several = _in_several_classes(used, same)
+        judges = set(same[first_val:])
+        judged = [n in judges for n in same[:first_val]]
+        left_out += [LeftOut(item.name, BOTH, BOTH) for item in compress(train, judged)]
+        train = list(compress(train, map(not_, judged)))
+    classes_of = _classes_of(used, same)
+    several = [item.name for item, n in zip(used, same, strict=True) if len(classes_of[n]) > 1]
     if several:
         listing.remarks.append(
-            f"{len(several)} images are identical to one of another class: {few(several)}"
+            f"{len(several)} images are identical to one of another class: {shorten(several)}"
         )
     _check_classes(str(data), listing, train, val, sum(left.why == BOTH for left in left_out))
     return ImageData(
-        classes=[rejoined(name) for name in listing.classes],
+        classes=list(map(rejoined, listing.classes)),
         train=Images(train, at_least, ranges),
         val=Images(val, at_least, ranges),
         mirror=listing.mirror,
@@ -190,7 +181,7 @@ def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) ->
     )
 
 
-def hold_out(
+def split_by_name(
     items: Sequence[Item], share: float = HELD_OUT, same: Sequence[int] | None = None
 ) -> tuple[list[Item], list[Item]]:
     """Split into train and val, class by class, by a hash of the names: the same split on every
@@ -204,19 +195,18 @@ def hold_out(
             on the same side; those that are in two classes stay in train.
     """
     same = range(len(items)) if same is None else same
-    labels: dict[int, set[int]] = {}
+    labels = _classes_of(items, same)
     by_label: dict[int, list[int]] = {}
-    for place, item in enumerate(items):
-        labels.setdefault(same[place], set()).add(item.label)
-        by_label.setdefault(item.label, []).append(place)
+    hashes = [hashlib.sha256(encoded(item.name)).digest() for item in items]
+    for place in sorted(range(len(items)), key=hashes.__getitem__):
+        by_label.setdefault(items[place].label, []).append(same[place])
     held: set[int] = set()
-    for places in by_label.values():
-        places.sort(key=lambda place: _hash(items[place].name))
-        different = list(dict.fromkeys(same[place] for place in places))
+    for firsts in by_label.values():
+        different = list(dict.fromkeys(firsts))
         count = min(max(1, round(share * len(different))), len(different) - 1)
         held.update([first for first in different if len(labels[first]) == 1][:count])
-    train = [item for item, first in zip(items, same, strict=True) if first not in held]
-    return train, [item for item, first in zip(items, same, strict=True) if first in held]
+    is_held = [first in held for first in same]
+    return list(compress(items, map(not_, is_held))), list(compress(items, is_held))
 
 
 def identical(items: Sequence[Item]) -> list[int]:
@@ -225,10 +215,10 @@ def identical(items: Sequence[Item]) -> list[int]:
 
     Only files of the same size and the same end are read whole, which are few among photographs.
     """
-    groups = [list(range(len(items)))]
-    for look in (_size, _end, _digest):
-        groups = [part for group in groups for part in _alike(group, items, look)]
     first = list(range(len(items)))
+    groups = [list(first)]
+    for look in (_size, _end, _digest):
+        groups = list(chain.from_iterable(_alike(group, items, look) for group in groups))
     for group in groups:
         for place in group:
             first[place] = group[0]
@@ -269,15 +259,12 @@ def _digest(item: Item) -> Hashable:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _in_several_classes(items: Sequence[Item], same: Sequence[int]) -> list[str]:
+def _classes_of(items: Sequence[Item], same: Sequence[int]) -> dict[int, set[int]]:
+    """The classes of each first one of identical items."""
     labels: dict[int, set[int]] = {}
     for item, first in zip(items, same, strict=True):
         labels.setdefault(first, set()).add(item.label)
-    return [item.name for item, first in zip(items, same, strict=True) if len(labels[first]) > 1]
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(encoded(name)).digest()
+    return labels
 
 
 # ---- decoding once, and what may be wrong
@@ -312,7 +299,7 @@ def _decode(
         room -= size
         kept.append(item if pixels is None or room < 0 else Item(item.name, item.label, pixels))
     if room < 0:
-        kept = [None if k is None else item for k, item in zip(kept, items, strict=True)]
+        kept = [k and item for k, item in zip(kept, items, strict=True)]
     return kept, skipped, sides
 
 
@@ -321,9 +308,13 @@ def _threaded(look: Callable[[Item], Any], items: Sequence[Item], what: str) -> 
     # Threads, because Pillow decodes without the interpreter's lock and pixels need not be sent
     # anywhere.
     with ThreadPoolExecutor(min(8, cores())) as pool:
-        seen = pool.map(look, items)
         yield from track(
-            seen, what, len(items), console=console, transient=True, disable=not console.is_terminal
+            pool.map(look, items),
+            what,
+            len(items),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
 
 
@@ -356,11 +347,12 @@ def _check_classes(
     data: str, listing: Listing, train: list[Item], val: list[Item], both: int = 0
 ) -> None:
     classes, counts = listing.classes, Counter(item.label for item in train)
-    lost = sorted({item.label for item in listing.train + val} - counts.keys())
+    lost = sorted({item.label for item in listing.items} - counts.keys())
     if lost:
         same = f" ({both} are identical to images that validate)" if both else ""
         raise DataError(
-            f"{data}: no training image that can be read of {few([classes[i] for i in lost])}{same}"
+            f"{data}: no training image that can be read of "
+            f"{shorten([classes[i] for i in lost])}{same}"
         )
     if len(classes) < 2 or len(counts) < 2:
         only = classes[next(iter(counts))] if counts else classes[0]

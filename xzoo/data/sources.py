@@ -1,9 +1,10 @@
 """What DATA holds, in every form that it may have, as one `Listing`; no image is decoded here.
 
-    a folder      one sub-folder a class; or parts (train/ with val/ or test/, ...) of such sub-folders: folders.py
-    parquet       a folder of parquet files in the Hub's image layout
-    org/name      a data set on the Hugging Face Hub (needs the extra `data`)
-    digits        scikit-learn's 1,797 handwritten digits, 8 x 8: real images that need no download
+    a folder    one sub-folder a class; or parts (train/ with val/ or test/, ...) of such
+                sub-folders: folders.py
+    parquet     a folder of parquet files in the Hub's image layout
+    org/name    a data set on the Hugging Face Hub (needs the extra `data`)
+    digits      scikit-learn's 1,797 handwritten digits, 8 x 8: real images that need no download
 
 Not here: whether an image can be read, and which are identical (scan.py).
 """
@@ -13,6 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from .. import network
 from ..errors import DataError, first_line
 from ..files import reason
 from . import folders
-from .folders import few, part_of
+from .folders import part_of, shorten
 from .images import Pixels
 from .walk import LeftOut, files_that_end_in
 
@@ -31,7 +33,7 @@ Row = tuple[str, Any, Any]  # of a table: name, image, label
 
 @dataclass(frozen=True)
 class Item:
-    """One image before it was looked at: its name within DATA, its class, and where its bytes are."""
+    """One image before it is read: its name within DATA, its class, and where its bytes are."""
 
     name: str
     label: int
@@ -48,6 +50,11 @@ class Listing:
     mirror: bool = True
     remarks: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def items(self) -> list[Item]:
+        """The images of both parts."""
+        return [*self.train, *(self.val or [])]
 
 
 def check_name(data: str) -> None:
@@ -92,49 +99,48 @@ def _digits() -> Listing:
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], was 0 to 16
     pixels = np.repeat(pixels[..., None], 3, axis=3)
-    items = [
-        Item(f"{label}/{i:04d}", int(label), image)
-        for i, (label, image) in enumerate(zip(digits.target, pixels, strict=True))
-    ]
-    return Listing([str(digit) for digit in range(10)], items, mirror=False)
+    items = []
+    for i, (label, image) in enumerate(zip(digits.target, pixels, strict=True)):
+        items.append(Item(f"{label}/{i:04d}", int(label), image))
+    return Listing(list(map(str, range(10))), items, mirror=False)
 
 
 def _folder_or_tables(root: Path) -> Listing:
-    """Parquet files that hold images come first; others beside class folders are something else's."""
+    """Parquet files that hold images come first; others beside class folders are not the data."""
     tables, beside = files_that_end_in(root, ".parquet"), folders.folders_with_images(root)
-    with_images = [table for table in tables if _has_images(table)]
+    with_images = list(filter(_has_images, tables))
     if not tables or (beside and not with_images):
         return _folder(root)
     listing = _tables(root, with_images or tables)
-    rows = [*listing.train, *(listing.val or [])]
-    if beside and not any(isinstance(row.source, Path) for row in rows):
+    if beside and not any(isinstance(item.source, Path) for item in listing.items):
         listing.remarks.append(
-            f"parquet files are read, and images in folders beside them are not: {few(beside)}"
+            f"parquet files are read, and images in folders beside them are not: {shorten(beside)}"
         )
     strange = [table.name for table in tables if with_images and table not in with_images]
     if strange:
-        listing.remarks.append(f"no images in {few(strange)}")
+        listing.remarks.append(f"no images in {shorten(strange)}")
     return listing
 
 
 def _has_images(table: Path) -> bool:
-    """Whether a parquet file has a column of images; also where that cannot be told, so that it is."""
+    """Whether a parquet file has a column of images; also of one that cannot be read, which fails
+    later.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return any(_kind(column.type) == "image" for column in pq.read_schema(table))
+        return "image" in map(_kind, pq.read_schema(table).types)
     except (pa.ArrowException, OSError):
         return True
 
 
 def _folder(root: Path) -> Listing:
     layout = folders.read_folder(root)
-    train, val = ([Item(*image) for image in part] for part in (layout.train, layout.val or []))
     return Listing(
         layout.classes,
-        train,
-        None if layout.val is None else val,
+        list(starmap(Item, layout.train)),
+        None if layout.val is None else list(starmap(Item, layout.val)),
         remarks=layout.remarks,
         left_out=layout.left_out,
     )
@@ -169,11 +175,10 @@ def split_of(file: Path) -> str:
     """The part of the data that the name of a file, or else of its folder, tells; train if none
     does.
     """
-    words = {part_of(word) for word in re.split(r"[\W_]+", file.stem)} - {None}
+    words = set(map(part_of, re.split(r"[\W_]+", file.stem))) - {None}
     kinds = (words.pop() if len(words) == 1 else None, part_of(file.parent.name))
     for name, kind in zip((file.stem, file.parent.name), kinds, strict=True):
-        found = re.match(r"(train|val|validation|valid|test)(?![a-z])", name.lower())
-        if found:
+        if found := re.match(r"(train|val|validation|valid|test)(?![a-z])", name.lower()):
             return found[1]
         if kind:
             return kind
@@ -186,29 +191,26 @@ def _table(file: Path) -> tuple[list[Row], list[str] | None]:
 
     with pq.ParquetFile(file) as table:
         schema = table.schema_arrow
-        image, label = _columns(file.name, {f.name: _kind(f.type) for f in schema})
+        kinds = dict(zip(schema.names, map(_kind, schema.types), strict=True))
+        image, label = _columns(file.name, kinds)
         names = _class_names(schema.metadata, label)
         rows: list[Row] = []
         # A file may be one row group of gigabytes: read it in pieces.
         for batch in table.iter_batches(256, columns=[image, label]):
-            pairs = zip(
-                batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True
-            )
-            rows += [
-                (f"{file.name}:{len(rows) + i}", _bytes_of(x, file.parent), y)
-                for i, (x, y) in enumerate(pairs)
-            ]
+            columns = (batch.column(name).to_pylist() for name in (image, label))
+            for x, y in zip(*columns, strict=True):
+                rows.append((f"{file.name}:{len(rows)}", _bytes_of(x, file.parent), y))
     return rows, names
 
 
 def _kind(type_: Any) -> str:
     import pyarrow as pa
 
-    if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
+    kinds = pa.types
+    held = kinds.is_struct(type_) and type_.get_field_index("bytes") >= 0
+    if held or kinds.is_binary(type_) or kinds.is_large_binary(type_):
         return "image"
-    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
-        return "image"
-    if pa.types.is_integer(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_):
+    if kinds.is_integer(type_) or kinds.is_string(type_) or kinds.is_large_string(type_):
         return "label"
     return "other"
 
@@ -229,7 +231,8 @@ def _columns(where: str, kinds: dict[str, str]) -> tuple[str, str]:
         )
         if pick is None:
             raise DataError(
-                f"{where}: no {kind} column among {few(list(kinds))}; expected {' or '.join(usual)}"
+                f"{where}: no {kind} column among {shorten(list(kinds))}; "
+                f"expected {' or '.join(usual)}"
             )
         chosen.append(pick)
     return chosen[0], chosen[1]
@@ -238,7 +241,7 @@ def _columns(where: str, kinds: dict[str, str]) -> tuple[str, str]:
 def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[label]["names"]]
+        return list(map(str, features[label]["names"]))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -271,46 +274,48 @@ def _hub(name: str) -> Listing:
     for split, rows in splits.items():
         kinds = {}
         for column, feature in rows.features.items():
-            is_label = isinstance(feature, datasets.ClassLabel) or getattr(
-                feature, "dtype", ""
-            ) in ("int64", "string")
-            kinds[column] = "label" if is_label else "other"
+            kinds[column] = "other"
             if isinstance(feature, datasets.Image):
                 kinds[column] = "image"
+            elif isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in (
+                "int64",
+                "string",
+            ):
+                kinds[column] = "label"
         image, label = _columns(name, kinds)
         classes = getattr(rows.features[label], "names", None)
         rows = rows.cast_column(image, datasets.Image(decode=False))
-        pairs = zip(rows[image], rows[label], strict=True)
-        parts[split] = [(f"{split}:{i}", _bytes_of(x, Path()), y) for i, (x, y) in enumerate(pairs)]
+        parts[split] = []
+        for i, (x, y) in enumerate(zip(rows[image], rows[label], strict=True)):
+            parts[split].append((f"{split}:{i}", _bytes_of(x, Path()), y))
     return _from_rows(name, parts, classes)
 
 
 def _from_rows(data: str, parts: dict[str, list[Row]], classes: list[str] | None) -> Listing:
     """Rows with labels as numbers, or as text where the table has no class names."""
-    remarks = []
     trains = [split for split in parts if part_of(split) == "train"]
-    if "train" not in parts and len(trains) == 1:
-        parts["train"] = parts.pop(trains[0])
     if "train" not in parts:
-        if len(parts) > 1:
-            raise DataError(f"{data}: no train part among {few(sorted(parts))}")
-        parts = {"train": next(iter(parts.values()))}
+        if len(trains) != 1 and len(parts) > 1:
+            raise DataError(f"{data}: no train part among {shorten(sorted(parts))}")
+        train = parts.pop(trains[0] if len(trains) == 1 else next(iter(parts)))
+        parts["train"] = train
     # -1 marks an image whose label is kept secret, as in the test parts of contests.
     parts = {split: [r for r in rows if r[2] not in (None, -1)] for split, rows in parts.items()}
-    labels = {row[2] for rows in parts.values() for row in rows}
-    if classes is None:
-        values = sorted(labels)
-        classes, index = [str(v) for v in values], {v: i for i, v in enumerate(values)}
-    else:
-        index = {i: i for i in range(len(classes))} | {c: i for i, c in enumerate(classes)}
-    wrong = sorted(str(label) for label in labels if label not in index)
-    if wrong:
-        raise DataError(f"{data}: labels {few(wrong)} are outside its {len(classes)} class names")
+    labels = {row[2] for row in chain.from_iterable(parts.values())}
+    values = sorted(labels) if classes is None else range(len(classes))
+    classes = list(map(str, values)) if classes is None else classes
+    index = {name: i for i, name in enumerate(classes)} | {v: i for i, v in enumerate(values)}
+    if wrong := sorted(map(str, labels - index.keys())):
+        raise DataError(
+            f"{data}: labels {shorten(wrong)} are outside its {len(classes)} class names"
+        )
 
     items = {split: [Item(n, index[y], x) for n, x, y in rows] for split, rows in parts.items()}
-    judges = sorted(
-        (split for split in items if part_of(split) in ("val", "test")), key=folders.rank
-    )
-    val = next((split for split in judges if items[split]), None)
-    remarks += [f"{s} is not used" for s in sorted(items) if s not in ("train", val)]
+    judges = sorted(filter(_may_validate, items), key=folders.rank)
+    val = next(filter(items.get, judges), None)
+    remarks = [f"{s} is not used" for s in sorted(items) if s not in ("train", val)]
     return Listing(classes, items["train"], items[val] if val else None, remarks=remarks)
+
+
+def _may_validate(split: str) -> bool:
+    return part_of(split) in ("val", "test")

@@ -8,9 +8,10 @@ and a file that is reached twice. Which image is of which class and part: folder
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from ..errors import DataError
@@ -108,8 +109,7 @@ class Content:
 
     folders: list[Place] = field(default_factory=list)
     links: list[Place] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    linked: set[str] = field(default_factory=set)  # those of the images that are links
+    images: list["ImageFile"] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)  # folders
 
@@ -118,39 +118,33 @@ def _content(place: Place) -> Content:
     found = Content()
     with os.scandir(place.path) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            name = place.below(entry.name)
-            link = entry.is_symlink()
+            name, path = place.below(entry.name), Path(entry.path)
+            link, mode = entry.is_symlink(), _mode(path)
+            real = os.path.realpath(path) if link else os.path.join(place.real, entry.name)
             if is_hidden(entry.name):
                 if entry.is_dir(follow_symlinks=False):
-                    found.hidden.append(Path(entry.path))
+                    found.hidden.append(path)
                 else:
                     found.left_out.append(LeftOut(name, HIDDEN, "hidden, or kept by a system"))
-            elif _is(entry, stat.S_ISDIR):
-                path = Path(entry.path)
-                real = os.path.realpath(path) if link else os.path.join(place.real, entry.name)
+            elif stat.S_ISDIR(mode):
                 (found.links if link else found.folders).append(Place(path, name, real))
-            elif _is(entry, stat.S_ISREG) or (link and not os.path.exists(entry.path)):
-                # A link to nothing is an image that cannot be read, if its name is an image's.
-                if is_image(Path(entry.path)):
-                    found.images.append(entry.name)
-                    if link:
-                        found.linked.add(entry.name)
-                else:
-                    found.left_out.append(
-                        LeftOut(name, NO_IMAGE, f"no image by its ending {ending(entry.name)}")
-                    )
+            elif mode and not stat.S_ISREG(mode):
+                found.left_out.append(LeftOut(name, NO_FILE, str(no_regular_file(path))))
+            # A link to nothing is an image that cannot be read, if its name is an image's.
+            elif not is_image(path):
+                detail = f"no image by its ending {ending(entry.name)}"
+                found.left_out.append(LeftOut(name, NO_IMAGE, detail))
             else:
-                found.left_out.append(
-                    LeftOut(name, NO_FILE, no_regular_file(entry.path) or "no regular file")
-                )
+                found.images.append(ImageFile(name, path, real))
     return found
 
 
-def _is(entry: "os.DirEntry[str]", kind: object) -> bool:
+def _mode(path: Path | str) -> int:
+    """As of os.stat; 0 for what is not there, such as the end of a link that leads nowhere."""
     try:
-        return entry.is_dir() if kind is stat.S_ISDIR else entry.is_file()
-    except OSError:  # a link that leads to itself
-        return False
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
 
 
 def is_hidden(name: str) -> bool:
@@ -174,20 +168,17 @@ def no_regular_file(path: Path | str) -> str | None:
     """What a path is if it is there and no regular file: opening a named pipe waits for ever. None
     if it is one.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return None
-    if stat.S_ISREG(mode):
+    mode = _mode(path)
+    if not mode or stat.S_ISREG(mode):
         return None
     kinds = {
-        "a named pipe": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
-        "a folder": stat.S_ISDIR,
-        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+        "p": "a named pipe",
+        "s": "a socket",
+        "d": "a folder",
+        "c": "a device",
+        "b": "a device",
     }
-    kind = next((name for name, test in kinds.items() if test(mode)), "something else")
-    return f"{kind}, and no regular file"
+    return f"{kinds.get(stat.filemode(mode)[0], 'something else')}, and no regular file"
 
 
 def ending(name: str) -> str:
@@ -216,32 +207,36 @@ def gather(top: Place, root: str) -> tuple[list[ImageFile], list[LeftOut]]:
     """
     images: list[ImageFile] = []
     left_out: list[LeftOut] = []
+    again: list[Place] = []
+    for place in _reached(top, root, again):
+        images += listed(place).images
+        left_out += listed(place).left_out
+        for folder in listed(place).hidden:
+            for file in walked(folder):
+                name = f"{place.below(folder.name)}/{file}"
+                left_out.append(LeftOut(name, HIDDEN, "hidden, or kept by a system"))
+    for place in again:
+        detail = f"a link to {place.real}, which is read already"
+        left_out.append(LeftOut(place.name, TWICE, detail))
+    return sorted(images, key=lambda image: as_walked(image.name)), left_out
+
+
+def _reached(top: Place, root: str, again: list[Place]) -> Iterator[Place]:
+    """Every folder from `top` down, through links as well, each once; `again` gets the links that
+    lead to one of them once more, to DATA or above it.
+    """
     seen: set[str] = set()
     # Links come last, so that what is reached twice is found under its own name first.
     folders, links = [top], list[Place]()
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         if place.real in seen or (place is not top and leads_back(place, root)):
-            left_out.append(
-                LeftOut(place.name, TWICE, f"a link to {place.real}, which is read already")
-            )
+            again.append(place)
             continue
         seen.add(place.real)
-        content = listed(place)
-        for name in content.images:
-            path = place.path / name
-            real = (
-                os.path.realpath(path) if name in content.linked else os.path.join(place.real, name)
-            )
-            images.append(ImageFile(place.below(name), path, real))
-        left_out += content.left_out
-        for folder in content.hidden:
-            left_out += below(
-                folder, place.below(folder.name), HIDDEN, "hidden, or kept by a system"
-            )
-        folders += content.folders
-        links += content.links
-    return sorted(images, key=lambda image: as_walked(image.name)), left_out
+        yield place
+        folders += listed(place).folders
+        links += listed(place).links
 
 
 def leads_back(link: Place, root: str) -> bool:
@@ -257,24 +252,15 @@ def listed(place: Place) -> Content:
         raise DataError(f"{told}; make it readable, or move it out of the data") from error
 
 
-def below(folder: Path, name: str, why: str, detail: str) -> list[LeftOut]:
-    """Every file below a folder that is left out with all that is in it; links are not followed."""
-    return [LeftOut(f"{name}/{file}", why, detail) for file in walked(folder)]
-
-
 def walked(folder: Path) -> list[str]:
     """Names of all files below a folder, and of links to folders and folders that cannot be listed
     as if files.
     """
-    names: list[str] = []
-    closed: list[str] = []
-    for at, folders, files in os.walk(
-        folder, onerror=lambda error: closed.append(str(error.filename))
-    ):
-        start = Path(at).relative_to(folder).as_posix()
+    paths: list[str] = []
+    for at, folders, files in os.walk(folder, onerror=lambda error: paths.append(error.filename)):
         links = [name for name in folders if os.path.islink(os.path.join(at, name))]
-        names += [name if start == "." else f"{start}/{name}" for name in sorted(files + links)]
-    return names + [Path(path).relative_to(folder).as_posix() for path in closed]
+        paths.extend(os.path.join(at, name) for name in sorted(files + links))
+    return [Path(path).relative_to(folder).as_posix() for path in paths]
 
 
 def as_walked(name: str) -> list[tuple[bool, str]]:
@@ -289,15 +275,18 @@ def each_once(images: Sequence[ImageFile], root: str) -> tuple[list[ImageFile], 
     """Without further names of the same file, which links give it; where it has a name of its own,
     that stays.
     """
-    own = [image for image in images if image.real == os.path.join(root, image.name)]
+
     first: dict[str, str] = {}
-    for image in [*own, *images]:
+    for image in sorted(images, key=lambda image: image.real != os.path.join(root, image.name)):
         first.setdefault(image.real, image.name)
-    kept = [image for image in images if first[image.real] == image.name]
-    again = [image for image in images if first[image.real] != image.name]
-    return kept, [
-        LeftOut(image.name, TWICE, f"the same file as {first[image.real]}") for image in again
-    ]
+    kept, again = [], []
+    for image in images:
+        if first[image.real] == image.name:
+            kept.append(image)
+        else:
+            detail = f"the same file as {first[image.real]}"
+            again.append(LeftOut(image.name, TWICE, detail))
+    return kept, again
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -318,7 +307,8 @@ def refuse_within(run: Path, data: Path) -> None:
         return
     top = Place(data, "", os.path.realpath(data))
     above = Path(os.path.realpath(run))
-    if not {str(folder) for folder in (above, *above.parents)}.isdisjoint(_all_real(top)):
+    read = map(attrgetter("real"), _reached(top, top.real, []))
+    if not set(map(str, (above, *above.parents))).isdisjoint(read):
         raise DataError(
             f"{run} is in the data, {data}: a run would write among the images; choose another "
             "--out"
@@ -328,18 +318,6 @@ def refuse_within(run: Path, data: Path) -> None:
             raise DataError(
                 f"{data} is where the run {run} writes its {made}; choose another --out"
             )
-
-
-def _all_real(top: Place) -> set[str]:
-    """Where the folder and all below it really are, through links as well."""
-    seen: set[str] = set()
-    waiting = [top]
-    while waiting:
-        place = waiting.pop()
-        if place.real not in seen and (place is top or not leads_back(place, top.real)):
-            seen.add(place.real)
-            waiting += listed(place).folders + listed(place).links
-    return seen
 
 
 def files_that_end_in(root: Path, ending: str) -> list[Path]:
@@ -352,15 +330,4 @@ def files_that_end_in(root: Path, ending: str) -> list[Path]:
 
 def has_images(top: Place, root: str) -> bool:
     """Whether there is an image at any depth, through links too."""
-    seen: set[str] = set()
-    waiting = [top]
-    while waiting:
-        place = waiting.pop()
-        if place.real in seen or leads_back(place, root):
-            continue
-        seen.add(place.real)
-        content = listed(place)
-        if content.images:
-            return True
-        waiting += content.folders + content.links
-    return False
+    return any(listed(place).images for place in _reached(top, root, []))

@@ -38,8 +38,10 @@ _BODY = """# Model card for {name}
 
 {description} {trained}
 
-An X-Net (Deep Expander Network): most layers read only some of the channels before them, which ones was drawn as an
-expander graph before training. It is built by xzoo in timm's registry: without `import xzoo` timm does not know it.
+An X-Net (Deep Expander Network): most layers read only some of the channels before them, \
+which ones was drawn as an
+expander graph before training. It is built by xzoo in timm's registry: without `import xzoo` \
+timm does not know it.
 
 ## Model details
 
@@ -47,13 +49,15 @@ expander graph before training. It is built by xzoo in timm's registry: without 
 - **Image size:** {size}
 - **Graphs:** {graphs}
 - **Trained by:** {recipe}
-- **Paper:** Deep Expander Networks: Efficient Deep Networks from Graph Theory, https://arxiv.org/abs/1711.08757
+- **Paper:** Deep Expander Networks: Efficient Deep Networks from Graph Theory, \
+https://arxiv.org/abs/1711.08757
 
 | | weights | MACs | file | top-1, % |
 | --- | ---: | ---: | ---: | ---: |
 {table}
 
-Weights are parameters of two or more dimensions, MACs those of convolutions and linear layers for one image.
+Weights are parameters of two or more dimensions, MACs those of convolutions and linear \
+layers for one image.
 {latency}{picture}{curves}
 ## Use
 
@@ -77,9 +81,12 @@ On a folder of images: {command}. {verified}
 
 ## Intended use and limits
 
-For research on sparse networks, for teaching, and as a start for fine-tuning. It knows {classes} classes and takes any
-image for one of them; its probabilities are not calibrated. It was judged on {judged} alone: not on other
-cameras, other image sizes, corrupted images or images that were made to deceive it. It has the biases of its
+For research on sparse networks, for teaching, and as a start for fine-tuning. It knows \
+{classes} classes and takes any
+image for one of them; its probabilities are not calibrated. It was judged on {judged} alone: \
+not on other
+cameras, other image sizes, corrupted images or images that were made to deceive it. \
+It has the biases of its
 training images. Not for decisions about people, nor where a mistake does harm.
 
 ## Licence
@@ -135,7 +142,9 @@ def write(folder: Path | str, repo: str | None = None) -> bool:
     """
     folder = Path(folder)
     measured = _read(folder / METRICS)
-    changed = _put(folder / METRICS, json.dumps(measured | standing(measured), indent=2) + "\n")
+    changed = _put(
+        folder / METRICS, json.dumps(measured | runs_and_rivals(measured), indent=2) + "\n"
+    )
     return _put(folder / CARD, text(folder, repo)) or changed
 
 
@@ -186,7 +195,7 @@ def metrics(
     counted and measured.
     """
     net, counts = cast(Any, model), profile(model)
-    known = result | {"model": config["architecture"]} | standing(result)
+    known = result | {"model": config["architecture"]} | runs_and_rivals(result)
     if net.num_classes <= 5:  # fine-tuning runs of before wrote it for these, too
         known["top5"] = None
     known |= {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
@@ -199,7 +208,7 @@ def metrics(
     return known | ({"latency": _latency(net, dense)} if timed else {})
 
 
-def standing(measured: dict[str, Any]) -> dict[str, Any]:
+def runs_and_rivals(measured: dict[str, Any]) -> dict[str, Any]:
     """What recipes/results.csv has of the same recipe ("runs") and of its rivals, which have other
     graphs or none.
 

@@ -6,13 +6,17 @@ trained on) is in a block "xzoo" beside timm's own keys, which timm passes over.
 
 `export` makes of a run the folder that is published, with what else a reader of it wants to know:
 
-    README.md      the card (card.py)            recipe.yaml    what the run was asked for, without places of a machine
-    metrics.json   what it came to, and counts   curves.png, spectrum.png   its training, and its graphs
+    README.md             the card (card.py)
+    recipe.yaml           what the run was asked for, without places of a machine
+    metrics.json          what it came to, and counts
+    curves.png            its training
+    spectrum.png          its graphs
     logits.safetensors    outputs for `golden_input`, which another machine has to reproduce
 """
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +50,7 @@ GREY = "grey_range"  # of the block: largest values of grey images with more tha
 HALF_MOVES = 0.02  # points that float16 may cost or bring
 EXPORTED = {CONFIG, WEIGHTS, card.CARD, RECIPE, METRICS, CURVES, SPECTRUM, GOLDEN}
 
+_DRAWN_BY = ("graph", "share", "spatial_share", "seed", "compression")
 # of a recipe, where they are texts
 _PLACES = ("root", "data", "out", "results", "default_root_dir", "workers")
 
@@ -71,8 +76,7 @@ def save(
     if len(label_names) != net.num_classes:
         raise ModelError(f"{len(label_names)} label names for a model of {net.num_classes} classes")
     # How X-layers are drawn: whatever of it is in the arguments that rebuild the model.
-    names = ("graph", "share", "spatial_share", "seed", "compression")
-    drawn = {name: value for name, value in net._model_args.items() if name in names}
+    drawn = {name: value for name, value in net._model_args.items() if name in _DRAWN_BY}
     config = {"label_names": list(label_names), "xzoo": drawn | dict(block or {})}
     # safetensors refuses what is not contiguous, as everything is in a channels_last model.
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
@@ -82,7 +86,7 @@ def save(
             str(draft),
             model_config=config,
             safe_serialization=True,
-            data_config=_plain(data_config),
+            data_config=dict(data_config) if data_config else None,
         )
         written = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
         # transformers' wrapper passes num_classes itself, and Python refuses it twice; timm reads
@@ -169,9 +173,9 @@ def load_any(model: str) -> nn.Module:
     except XzooError:
         raise
     except (OSError, RuntimeError) as error:  # no weights in timm's list, or no way to get them
-        reason = first_line(error)
         raise ModelError(
-            f"no weights for {model}: {reason}; give a run folder, or a model that has weights"
+            f"no weights for {model}: {first_line(error)}; give a run folder, or a model that has "
+            "weights"
         ) from error
 
 
@@ -187,9 +191,8 @@ def label_names(model: nn.Module) -> list[str]:
         return [str(described.get(name, name)) for name in names]
     subset = infer_imagenet_subset(model)
     if subset is not None:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(count)]
-    return [str(i) for i in range(count)]
+        return list(map(ImageNetInfo(subset).index_to_description, range(count)))
+    return list(map(str, range(count)))
 
 
 def export(
@@ -232,18 +235,15 @@ def export(
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise XzooError(f"{run} is not a run that can be read: {first_line(error)}") from error
     with files.atomic_folder(to) as draft:
-        state = {
-            key: _narrow(key, value, half is not None) for key, value in model.state_dict().items()
-        }
+        state = {key: _narrow(key, t, half is not None) for key, t in model.state_dict().items()}
         (draft / WEIGHTS).write_bytes(to_bytes(state))
         if half is not None:
             model.load_state_dict(state)  # what follows is of what is stored
             before, result["top1"] = result["top1"], half(draft / WEIGHTS)
             if abs(result["top1"] - before) > HALF_MOVES:
-                moved = f"from {before:.2f} to {result['top1']:.2f} %"
                 raise XzooError(
-                    f"float16 moves the accuracy {moved}, more than {HALF_MOVES} points; export in "
-                    "float32"
+                    f"float16 moves the accuracy from {before:.2f} to {result['top1']:.2f} %, more "
+                    f"than {HALF_MOVES} points; export in float32"
                 )
         made = {key: result[key] for key in ("recipe", "recipe_sha", "commit") if result.get(key)}
         config["xzoo"] = {**config.get("xzoo", {}), **made, "fingerprint": fingerprint(state)}
@@ -281,10 +281,11 @@ def check(folder: Path | str) -> None:
     """
     folder = Path(folder)
     model: Any = load(folder)
-    parts = EXPORTED - {
-        picture for picture in (SPECTRUM, CURVES) if not _is_in_card(folder, picture)
-    }
-    missing = sorted(parts - {file.name for file in folder.iterdir()})
+    place = folder / card.CARD
+    written = place.read_text(encoding="utf-8") if place.is_file() else ""
+    # Pictures that could not be drawn are not in the card.
+    parts = EXPORTED - {name for name in (SPECTRUM, CURVES) if f"]({name})" not in written}
+    missing = sorted(parts - set(os.listdir(folder)))
     if missing:
         raise ModelError(f"{folder} has no {missing[0]}; `xzoo export RUN {folder}` writes it")
     wanted, found = load_file(folder / GOLDEN)["logits"], golden_logits(model)
@@ -294,8 +295,8 @@ def check(folder: Path | str) -> None:
     ):
         raise ModelError(f"{folder}: its outputs are not those of {GOLDEN}")
     metrics, counts = json.loads((folder / METRICS).read_text(encoding="utf-8")), profile(model)
-    counted = {"weights": counts.weights, "params": counts.params, "macs": counts.macs}
-    for name, count in counted.items():
+    for name in ("weights", "params", "macs"):
+        count = getattr(counts, name)
         if metrics[name] != count:
             raise ModelError(
                 f"{folder / METRICS}: {name} is {metrics[name]} there, and {count} in the model"
@@ -304,15 +305,8 @@ def check(folder: Path | str) -> None:
         raise ModelError(
             f"{folder / METRICS}: bytes is {metrics['bytes']}, and not the size of {WEIGHTS}"
         )
-    current = metrics | card.standing(metrics) == metrics
-    if not current or (folder / card.CARD).read_text(encoding="utf-8") != card.text(folder):
-        raise ModelError(f"{folder / card.CARD} is stale; `xzoo card {folder}` writes it anew")
-
-
-def _is_in_card(folder: Path, picture: str) -> bool:
-    """Whether the card shows it; those that could not be drawn it does not."""
-    place = folder / card.CARD
-    return place.is_file() and f"]({picture})" in place.read_text(encoding="utf-8")
+    if metrics | card.runs_and_rivals(metrics) != metrics or written != card.text(folder):
+        raise ModelError(f"{place} is stale; `xzoo card {folder}` writes it anew")
 
 
 def golden_input(size: Sequence[int], count: int = 4) -> Tensor:
@@ -336,26 +330,23 @@ def _narrow(key: str, value: Tensor, half: bool) -> Tensor:
     """A graph in the smallest integers that hold it, weights perhaps in float16; layers widen them
     when they load.
     """
-    if key.rpartition(".")[2] != "neighbours":
-        return (
-            value.half() if half and value.is_floating_point() and value.dim() > 1 else value
-        ).contiguous()
-    kinds = ((torch.uint8, 2**8), (torch.int16, 2**15))
-    return value.to(
-        next((kind for kind, limit in kinds if int(value.max()) < limit), torch.int32)
-    ).contiguous()
+    if key.rpartition(".")[2] == "neighbours":
+        kinds = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}
+        value = value.to(next(kind for kind, limit in kinds.items() if int(value.max()) < limit))
+    elif half and value.is_floating_point() and value.dim() > 1:
+        value = value.half()
+    return value.contiguous()
 
 
 def _placeless(recipe: Any) -> Any:
     """Without where data and results were on the machine of the run."""
     if not isinstance(recipe, dict):
         return recipe
-    kept = {
-        k: v
-        for k, v in recipe.items()
-        if not (k in _PLACES and (v is None or isinstance(v, str | int)))
-    }
-    return {key: _placeless(value) for key, value in kept.items()}
+    kept = {}
+    for key, value in recipe.items():
+        if key not in _PLACES or not (value is None or isinstance(value, str | int)):
+            kept[key] = _placeless(value)
+    return kept
 
 
 def _write(path: Path, text: str) -> None:
@@ -379,7 +370,3 @@ def _load_all(model: nn.Module, weights: Mapping[str, torch.Tensor], what: str) 
         model.load_state_dict(weights)
     except RuntimeError as error:  # a graph that is none, found by the layers
         raise ModelError(f"{what}: {' '.join(str(error).split())}") from error
-
-
-def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return dict(config) if config else None

@@ -36,7 +36,7 @@ WAIT = 90.0  # seconds without a byte in any other call; the Hub itself gives a 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is on the Hub now; of a dry run, what would be. `changed` are the files that were sent."""
+    """What is on the Hub now; of a dry run, what would be. `changed` are the files to send."""
 
     repo: str
     commit: str | None
@@ -80,8 +80,7 @@ def publish(
 
 def folders() -> list[Path]:
     """All that are in the checkout's hub_cards."""
-    place = weights.homes()[1]
-    return sorted(path.parent for path in place.glob(f"*/{weights.CONFIG}"))
+    return sorted(path.parent for path in weights.homes()[1].glob(f"*/{weights.CONFIG}"))
 
 
 def register(
@@ -171,9 +170,10 @@ def _check_rights(repo: str) -> None:
         raise XzooError(
             "publishing needs a token that may write: set HF_TOKEN, or run `hf auth login`"
         )
-    address = f"{constants.ENDPOINT}/api/whoami-v2"
     with network.bounded():
-        answer = get_session().get(address, headers=build_hf_headers())
+        answer = get_session().get(
+            f"{constants.ENDPOINT}/api/whoami-v2", headers=build_hf_headers()
+        )
     if answer.status_code in (401, 403):
         raise XzooError(
             f"{constants.ENDPOINT} does not know the token; set HF_TOKEN, or run `hf auth login`"
@@ -183,11 +183,10 @@ def _check_rights(repo: str) -> None:
         told, owner = answer.json(), repo.partition("/")[0]
         names = [told["name"], *(org["name"] for org in told.get("orgs", []))]
     except (ValueError, KeyError, TypeError) as error:
-        strange = (
+        raise XzooError(
             f"{constants.ENDPOINT} does not answer as the Hub does; is it the sign-in page of a "
             "network?"
-        )
-        raise XzooError(strange) from error
+        ) from error
     if owner not in names:
         raise XzooError(
             f"{told['name']} may not write to {owner}; give --org or --repo, of "
@@ -202,27 +201,25 @@ def _check_rights(repo: str) -> None:
 def _differences(
     api: HfApi, repo: str, commit: str, files: dict[str, bytes]
 ) -> tuple[list[str], list[str]]:
-    """Files that are not there as they should be, and files of the format that should not be there."""
+    """Files that are missing there or differ, and files of the format that do not belong there."""
     there = {}
     for info in api.get_paths_info(repo, sorted(EXPORTED), revision=commit):
         lfs = getattr(info, "lfs", None)
         there[info.path] = lfs.sha256 if lfs else getattr(info, "blob_id", None)
-    fits = {
-        name: there.get(name) in (hashlib.sha256(data).hexdigest(), weights.git_sha1(data))
-        for name, data in files.items()
-    }
-    return sorted(name for name, fit in fits.items() if not fit), sorted(set(there) - set(files))
+    changed = []
+    for name, data in sorted(files.items()):
+        if there.get(name) not in (hashlib.sha256(data).hexdigest(), weights.git_sha1(data)):
+            changed.append(name)
+    return changed, sorted(there.keys() - files.keys())
 
 
 def _tagged(api: HfApi, repo: str, commit: str) -> str:
     """The version of a commit: v1, v2, ...; a new one where it has none. A tag is never moved."""
     for _ in range(3):  # a tag of the same name may come from elsewhere at the same time
-        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
-        versions = {
-            int(name[1:]): target
-            for name, target in tags.items()
-            if re.fullmatch(r"v[1-9]\d*", name)
-        }
+        tags = [
+            tag for tag in api.list_repo_refs(repo).tags if re.fullmatch(r"v[1-9]\d*", tag.name)
+        ]
+        versions = {int(tag.name[1:]): tag.target_commit for tag in tags}
         known = [number for number, target in versions.items() if target == commit]
         if known:
             return f"v{max(known)}"

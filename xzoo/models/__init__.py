@@ -5,7 +5,8 @@ spatial_share=, graph= and seed=. compression=1 is the dense twin, graph="group"
 rival.
 """
 
-from . import x_air, x_alexnet, x_densenet, x_mobilenet, x_resnet, x_timm, x_vgg  # noqa: F401  # into the registry
+# into the registry
+from . import x_air, x_alexnet, x_densenet, x_mobilenet, x_resnet, x_timm, x_vgg  # noqa: F401
 from .registry import create_model, list_models
 
 __all__ = ["create_model", "list_models"]

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..convert import check_compression, degree_for, fits, swap
+from ..convert import check_compression, compressed, degree_for, fits, is_integer, swap
 from ..datasets import DATASETS
 from ..errors import ModelError
 from ..layers import ExpanderConv2d, ExpanderLinear
@@ -50,45 +50,42 @@ def build(
 
     def construct(**arguments: Any) -> nn.Module:
         model: Any = dense(**arguments)
-        candidates = {
-            name: layer.weight.shape[1]
-            for name, layer in model.named_modules()
-            if type(layer) in (nn.Conv2d, nn.Linear)
-            and fits(name, expanded)
-            and not fits(name, dense_too)
-        }
+        candidates = {}
+        for name, layer in model.named_modules():
+            chosen = fits(name, expanded) and not fits(name, dense_too)
+            if chosen and type(layer) in (nn.Conv2d, nn.Linear):
+                candidates[name] = layer.weight.shape[1]
         if isinstance(compression, Mapping):
             _check_table(compression, candidates)
-        wanted = {name: _degree(name, n_in, compression) for name, n_in in candidates.items()}
-        degrees = {
-            name: degree_for(graph, candidates[name], degree) for name, degree in wanted.items()
-        }
-        changed = [name for name in wanted if degrees[name] != wanted[name]]
-        if changed:
-            name = changed[0]
+        degrees: dict[str, int] = {}
+        smaller: list[str] = []
+        for name, n_in in candidates.items():
+            asked = _degree(name, n_in, compression)
+            degree = degree_for(graph, n_in, asked)
+            if degree != asked:
+                smaller.append(f"{name}: {degree} instead of {asked} of {n_in} inputs")
+            if degree < n_in:
+                degrees[name] = degree
+        if smaller:
             _logger.warning(
                 "%s: graph=%r needs degrees that divide the inputs, so %d of %d layers take the "
-                "next smaller one; "
-                "%s: %d instead of %d of %d inputs",
-                *(
-                    variant,
-                    graph,
-                    len(changed),
-                    len(wanted),
-                    name,
-                    degrees[name],
-                    wanted[name],
-                    candidates[name],
-                ),
+                "next smaller one; %s",
+                variant,
+                graph,
+                len(smaller),
+                len(candidates),
+                smaller[0],
             )
-        degrees = {name: degree for name, degree in degrees.items() if degree < candidates[name]}
         new = swap(model, degrees, share, spatial_share, graph, seed, keep_weights=False)
         for x_layer in new.values():
             initialise(x_layer)
         # What timm needs to build it again from a folder; create_model adds its caller's arguments.
         model._model_args = {
             "compression": dict(compression) if isinstance(compression, Mapping) else compression,
-            **{"share": share, "spatial_share": spatial_share, "graph": graph, "seed": seed},
+            "share": share,
+            "spatial_share": spatial_share,
+            "graph": graph,
+            "seed": seed,
         }
         return model
 
@@ -153,16 +150,19 @@ def rows(untrained: Mapping[str, Any]) -> Any:
 
     An architecture's first tag is its default, unless it has other classes: a name means the same
     network with and without weights.
+
+    Args:
+        untrained: architecture -> its row without weights.
     """
-    own = {name.partition(".")[0]: row for name, row in untrained.items()}
     table: dict[str, Any] = {}
     first: dict[str, Any] = {}
     for name, row in timm_rows().items():
-        if (architecture := name.partition(".")[0]) in own:
+        architecture = name.partition(".")[0]
+        if architecture in untrained:
             table[name] = row
             first.setdefault(architecture, row)
-    for architecture, row in own.items():
-        other = architecture in first and first[architecture]["num_classes"] != row["num_classes"]
+    for architecture, row in untrained.items():
+        other = first.get(architecture, row)["num_classes"] != row["num_classes"]
         table[f"{architecture}.untrained{'*' * other}"] = row  # timm's sign for a default
     return generate_default_cfgs(table)
 
@@ -170,7 +170,7 @@ def rows(untrained: Mapping[str, Any]) -> Any:
 def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:
     """Raise ModelError unless every row gives a degree to a layer that the architecture expands."""
     for pattern, degree in table.items():
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+        if not is_integer(degree, 1):
             raise ModelError(
                 f"compression={{{pattern!r}: {degree!r}}}: a table gives degrees, integers from 1 "
                 "on"
@@ -184,8 +184,8 @@ def _check_table(table: Mapping[str, int], layers: Mapping[str, int]) -> None:
 
 def _degree(name: str, n_in: int, compression: int | Mapping[str, int]) -> int:
     if not isinstance(compression, Mapping):
-        return max(1, n_in // compression)
-    return next(
-        (min(degree, n_in) for pattern, degree in compression.items() if fits(name, (pattern,))),
-        n_in,
-    )
+        return compressed(n_in, compression)
+    for pattern, degree in compression.items():
+        if fits(name, (pattern,)):
+            return min(degree, n_in)
+    return n_in

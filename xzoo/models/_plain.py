@@ -2,6 +2,7 @@
 interface.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -103,12 +104,12 @@ class PlainNet(nn.Module):
         if output_fmt != "NCHW":
             raise ModelError(f"output_fmt={output_fmt!r}: a convolutional network has NCHW only")
         take, last = feature_take_indices(len(self.feature_ends), indices)
-        wanted = {self.feature_ends[i] for i in take}
+        taken = {self.feature_ends[i] for i in take}
         end = self.feature_ends[last] + 1 if stop_early else len(self.features)
         intermediates = []
         for index, layer in enumerate(self.features[:end]):
             x = layer(x)
-            if index in wanted:
+            if index in taken:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
@@ -130,10 +131,10 @@ class PlainNet(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             # A level each: a checkpoint keeps its input, which the in-place activation must not be
             # the first to get.
-            ends = self.feature_ends
-            return checkpoint_seq(
-                [self.features[a + 1 : b + 1] for a, b in zip([-1, *ends], ends, strict=False)], x
-            )
+            levels = []
+            for before, end in itertools.pairwise([-1, *self.feature_ends]):
+                levels.append(self.features[before + 1 : end + 1])
+            return checkpoint_seq(levels, x)
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -149,8 +150,7 @@ class PlainNet(nn.Module):
         if pool not in ("avg", "max", "avgmax") and (pool or self.num_classes):
             raise ModelError(
                 f"global_pool={pool!r} with num_classes={self.num_classes}: the hidden layers need "
-                "'avg', 'max' or "
-                "'avgmax'; '' goes with num_classes=0"
+                "'avg', 'max' or 'avgmax'; '' goes with num_classes=0"
             )
         self._has_pool = bool(pool)
         self.global_pool = SelectAdaptivePool2d(output_size=self._pooled, pool_type=pool)

@@ -1,7 +1,6 @@
-"""Models by name: those of the zoo and all others of timm's, with verified weights where they are
-the zoo's.
+"""Models by name: those of the zoo, with verified weights, and all others of timm's.
 
-What a name, an argument or a file of weights has wrong with it is told in one line.
+An error says in one line what is wrong with a name, an argument or a file of weights.
 """
 
 import copy
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .. import files, network, weights
+from ..convert import is_integer
 from ..errors import ModelError, XzooError
 from . import x_timm
 
@@ -54,9 +54,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     _check_name(name)
     for argument, least in (("num_classes", 0), ("in_chans", 1)):
         value = kwargs.get(argument, least)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < least
-        ):
+        if value is not None and not is_integer(value, least):
             raise ModelError(f"{argument}={value!r}: use an integer from {least} on")
     given = {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys()
     trained = name
@@ -88,7 +86,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
 def _trained(
     entry: weights.Entry, revision: str | None = None, cache_dir: Any = None, **kwargs: Any
 ) -> nn.Module:
-    """A model with the weights of a row of weights.json, with another head or input if asked for."""
+    """A model with the weights of a row of weights.json, with another head or input on request."""
     found = weights.fetch(entry, revision, cache_dir)
     arguments = {
         **found.config.get("model_args", {}),
@@ -96,11 +94,9 @@ def _trained(
         **kwargs,
     }
     cfg = {**found.config["pretrained_cfg"], "architecture": entry.architecture, "tag": entry.tag}
-    cfg |= {
-        key: found.config[key]
-        for key in ("label_names", "label_descriptions")
-        if key in found.config
-    }
+    for key in ("label_names", "label_descriptions"):
+        if key in found.config:
+            cfg[key] = found.config[key]
     _check_keys(entry, found, cfg, arguments)
     # timm takes away a head of another size and fits the first layer to other channels.
     overlay = {"state_dict": dict(found.state)}
@@ -128,17 +124,12 @@ def _check_keys(
     timm loads into a model with another head whatever there is, and leaves the rest as it was
     drawn.
     """
-    whole = {
-        k: v
-        for k, v in arguments.items()
-        if k not in ("features_only", "out_indices", "feature_cls", "device")
-    }
+    complete = dict(arguments)  # without what selects features
+    for key in ("features_only", "out_indices", "feature_cls", "device"):
+        complete.pop(key, None)
     with torch.device("meta"):
-        keys = (
-            _created(entry.architecture, False, pretrained_cfg=copy.copy(cfg), **whole)
-            .state_dict()
-            .keys()
-        )
+        model = _created(entry.architecture, False, pretrained_cfg=copy.copy(cfg), **complete)
+    keys = model.state_dict().keys()
     classifier = cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for odd, which in (
@@ -160,10 +151,10 @@ def _created(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         except XzooError:
             raise
         except Exception as error:  # of many libraries, many classes
-            told = _explained(error, name, pretrained, file, kwargs)
-            if told is None:
+            message = _explained(error, name, pretrained, file, kwargs)
+            if message is None:
                 raise
-            raise ModelError(told) from error
+            raise ModelError(message) from error
 
 
 def _given_file(name: str, pretrained: bool, kwargs: dict[str, Any]) -> str | None:
@@ -211,8 +202,8 @@ def _explained(
     cfg = None if colon else timm.get_pretrained_cfg(kwargs.get("base", name))
     address = place if colon else str((cfg and (cfg.hf_hub_id or cfg.url)) or name)
     repo, _, revision = address.partition("@")
-    if told := weights.explained(error, repo, revision or None):
-        return told
+    if message := weights.explained(error, repo, revision or None):
+        return message
     cache = kwargs.get("cache_dir") or constants.HF_HUB_CACHE
     if torn:
         return (

@@ -1,9 +1,9 @@
-"""X-Air: a network for small images that learns in few epochs. It is ours, and beyond the paper.
+"""X-Air: a network for small images that learns in few epochs. It is ours and not in the paper.
 
 The form is that of Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024 (arXiv
 2404.00498): a 2x2 stem that is meant to whiten patches, three stages that pool before they
-normalize, global max pooling, and a classifier without bias. Expanded is every convolution of the
-stages but the first, which reads the 24 channels of the stem. compression=1 is the dense network:
+normalize, global max pooling, and a classifier without bias. Every convolution of the stages is
+expanded but the first, which reads the 24 channels of the stem. compression=1 is the dense network:
 airbench96 for `x_air96`, airbench94 of twice the width for `x_air94`.
 
 BatchNorm has torch's momentum of 0.1, and the stem is drawn as every other layer; the recipe sets
@@ -22,7 +22,7 @@ __all__ = ["Air"]
 
 _CFG = cfg_cifar(pool_size=(3, 3), first_conv="features.0", classifier="fc")
 
-default_cfgs = rows({f"{name}.untrained": _CFG for name in ("x_air94", "x_air96")})
+default_cfgs = rows({"x_air94": _CFG, "x_air96": _CFG})
 
 _STEM = 24  # both signs of the 2 * 2 * 3 eigenvectors of the patches of RGB images
 

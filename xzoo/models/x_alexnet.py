@@ -17,7 +17,7 @@ __all__ = ["AlexNet"]
 
 _CFG = cfg(min_input_size=(3, 64, 64), pool_size=(6, 6), first_conv="features.0", classifier="fc")
 
-default_cfgs = rows({f"{name}.untrained": _CFG for name in ("x_alexnet_1", "x_alexnet_2")})
+default_cfgs = rows({"x_alexnet_1": _CFG, "x_alexnet_2": _CFG})
 
 # Output channels, kernel, stride, padding; a 3x3 pooling of stride 2 follows convolutions 1, 2 and
 # 5.

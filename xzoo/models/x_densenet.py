@@ -1,8 +1,8 @@
 """X-DenseNet: timm's DenseNet with expander graphs in its dense layers, and DenseNet-BC for 32 px.
 
 Huang et al., "Densely Connected Convolutional Networks", 2017, Tables 1 and 2; the X form: Prabhu
-et al. 2018. Both convolutions of every dense layer are expanded. Dense stay the stem, the
-classifier and, at 224 px, the transitions; the authors' CIFAR networks expand those too.
+et al. 2018. Both convolutions of every dense layer are expanded. The stem and the classifier stay
+dense, and at 224 px the transitions; the authors' CIFAR networks expand those too.
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ __all__ = ["DenseNetBC"]
 _CFG = cfg(first_conv="features.conv0", classifier="classifier")
 _CFG_CIFAR = cfg_cifar(pool_size=(8, 8), first_conv="features.conv0", classifier="classifier")
 _NAMES = ("x_densenet121", "x_densenet161", "x_densenet169", "x_densenet201")
-_NAMES_CIFAR = tuple(
-    f"x_densenetbc_{s}" for s in ("40_24", "40_36", "40_48", "40_60", "58_60", "70_60", "100_12")
+_NAMES_CIFAR = (
+    "x_densenetbc_40_24",
+    "x_densenetbc_40_36",
+    "x_densenetbc_40_48",
+    "x_densenetbc_40_60",
+    "x_densenetbc_58_60",
+    "x_densenetbc_70_60",
+    "x_densenetbc_100_12",
 )
 
-default_cfgs = rows(
-    {
-        f"{name}.untrained": row
-        for names, row in ((_NAMES, _CFG), (_NAMES_CIFAR, _CFG_CIFAR))
-        for name in names
-    }
-)
+default_cfgs = rows(dict.fromkeys(_NAMES, _CFG) | dict.fromkeys(_NAMES_CIFAR, _CFG_CIFAR))
 
 
 class DenseNetBC(DenseNet):
@@ -43,24 +43,31 @@ class DenseNetBC(DenseNet):
         super().__init__(
             growth_rate, (depth // 6 - (depth % 6 < 4),) * 3, in_chans=in_chans, **kwargs
         )
-        factory: Any = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.features.conv0 = nn.Conv2d(
-            in_chans, 2 * growth_rate, 3, padding=1, bias=False, **factory
+            in_chans,
+            2 * growth_rate,
+            3,
+            padding=1,
+            bias=False,
+            device=kwargs.get("device"),
+            dtype=kwargs.get("dtype"),
         )
         nn.init.kaiming_normal_(self.features.conv0.weight)
         del self.features.norm0, self.features.pool0
         levels = ("conv0", "denseblock1", "denseblock2", "norm5")
         for info, level, reduction in zip(self.feature_info, levels, (1, 1, 2, 4), strict=True):
             info.update(module=f"features.{level}", reduction=reduction)
-        names = [name for name, _ in self.features.named_children()]
-        self.feature_ends = [names.index(level) for level in levels]
+        names = list(self.features._modules)
+        self.feature_ends = list(map(names.index, levels))
 
 
 def _x_densenet(
     variant: str, pretrained: bool, growth_rate: int, blocks: tuple[int, ...], **kwargs: Any
 ) -> nn.Module:
-    facts: dict[str, Any] = {"growth_rate": growth_rate, "block_config": blocks, "compression": 2}
-    facts |= {
+    facts: dict[str, Any] = {
+        "growth_rate": growth_rate,
+        "block_config": blocks,
+        "compression": 2,
         "expanded": ("features.denseblock*.conv?",),
         "feature_cfg": {"flatten_sequential": True},
     }
@@ -70,9 +77,13 @@ def _x_densenet(
 def _x_densenetbc(
     variant: str, pretrained: bool, depth: int, growth_rate: int, **kwargs: Any
 ) -> nn.Module:
-    facts: dict[str, Any] = {"depth": depth, "growth_rate": growth_rate, "compression": 2}
-    facts["expanded"] = ("features.denseblock*.conv?", "features.transition?.conv")
-    facts["feature_cfg"] = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}
+    facts: dict[str, Any] = {
+        "depth": depth,
+        "growth_rate": growth_rate,
+        "compression": 2,
+        "expanded": ("features.denseblock*.conv?", "features.transition?.conv"),
+        "feature_cfg": {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)},
+    }
     return build(DenseNetBC, variant, pretrained, **facts | kwargs)
 
 
@@ -126,13 +137,13 @@ def x_densenetbc_40_60(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def x_densenetbc_58_60(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """X-DenseNet-BC of depth 58 and growth 60, compression 2: of the paper's wider/deeper figure."""
+    """X-DenseNet-BC, depth 58, growth 60, compression 2: of the paper's wider/deeper figure."""
     return _x_densenetbc("x_densenetbc_58_60", pretrained, 58, 60, **kwargs)
 
 
 @register_model
 def x_densenetbc_70_60(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """X-DenseNet-BC of depth 70 and growth 60, compression 2: of the paper's wider/deeper figure."""
+    """X-DenseNet-BC, depth 70, growth 60, compression 2: of the paper's wider/deeper figure."""
     return _x_densenetbc("x_densenetbc_70_60", pretrained, 70, 60, **kwargs)
 
 

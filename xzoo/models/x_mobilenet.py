@@ -1,9 +1,10 @@
 """X-MobileNet-v1: timm's, with expander graphs in its pointwise convolutions, at width 1.0 and 0.5.
 
-Howard et al., "MobileNets", 2017, Table 1; the X form: Prabhu et al. 2018. Expanded are the
-pointwise convolutions of blocks 2 to 13; dense stay the stem, the depthwise convolutions, the first
-pointwise one and the classifier. At width 0.5 every layer is halved (stem 16, features 512), which
-gives the published MACs; the authors' code leaves the stem and the last block as they are.
+Howard et al., "MobileNets", 2017, Table 1; the X form: Prabhu et al. 2018. The pointwise
+convolutions of blocks 2 to 13 are expanded; the stem, the depthwise convolutions, the first
+pointwise one and the classifier stay dense. At width 0.5 every layer is halved (stem 16, features
+512), which gives the published MACs; the authors' code leaves the stem and the last block as they
+are.
 """
 
 from functools import partial
@@ -32,7 +33,7 @@ _NAMES = (
     "x_mobilenet100_c4",
 )
 
-default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
+default_cfgs = rows(dict.fromkeys(_NAMES, _CFG))
 
 # Depthwise separable blocks: repeats, kernel, stride, channels at width 1.0.
 _STAGES = [

@@ -1,7 +1,7 @@
 """X-ResNet: timm's ResNet with expander graphs in its residual branches.
 
 He et al., "Deep Residual Learning for Image Recognition", 2016, Table 1; the X form: Prabhu et al.
-2018. Dense stay the stem, the shortcut projections and the classifier.
+2018. The stem, the shortcut projections and the classifier stay dense.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ _NAMES = (
     "x_resnet152",
 )
 
-default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
+default_cfgs = rows(dict.fromkeys(_NAMES, _CFG))
 
 
 def _x_resnet(

@@ -1,7 +1,7 @@
 """X-VGG-16 for 32 px: 13 convolutions with BatchNorm, a hidden linear layer of 512, a classifier.
 
-Simonyan and Zisserman 2015, configuration D; the X form: Prabhu et al. 2018. Expanded is every
-convolution but the first, and the hidden layer. The paper prints two rows of counts, 1.65M and
+Simonyan and Zisserman 2015, configuration D; the X form: Prabhu et al. 2018. Every convolution but
+the first is expanded, and so is the hidden layer. The paper prints two rows of counts, 1.65M and
 1.15M; the degrees that give them are inferred, those of `x_vgg16` are the released code's.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["VGG"]
 _CFG = cfg_cifar(pool_size=(1, 1), first_conv="features.0", classifier="fc")
 _NAMES = ("x_vgg16", "x_vgg16_1", "x_vgg16_2", "x_vgg16_c4", "x_vgg16_c8", "x_vgg16_c16")
 
-default_cfgs = rows({f"{name}.untrained": _CFG for name in _NAMES})
+default_cfgs = rows(dict.fromkeys(_NAMES, _CFG))
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # Convolutions 2 to 13 in `features`, where norm and activation follow each and a pooling each

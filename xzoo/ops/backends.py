@@ -27,8 +27,8 @@ class Backend(Protocol):
     # What conv2d and linear do to their result by themselves, where it is given as their last
     # argument.
     ACTIVATIONS: Collection[str]
-    # Whether the functions raise IndexError by themselves where a neighbour is not an input. Those of
-    # the others get neighbours that were looked at, as int32 and dense in memory.
+    # Whether the functions raise IndexError by themselves where a neighbour is not an input. Other
+    # backends get neighbours that were checked, as int32 and dense in memory.
     CHECKS_NEIGHBOURS: bool
 
     def possible(self) -> bool:

@@ -1,9 +1,12 @@
 """`xzoo compare`: the paper's figures with our points and the published ones beside them, and all
 as one table.
 
-    accuracy_DATA.png    top-1 against weights and against MACs; a line joins one network's compressions
-    rivals_DATA.png      expander, group, shuffle and random against compression, a panel for each network
-    wider_deeper.png     DenseNet-BC on CIFAR-100, with the counts that the slide prints and with the true ones
+    accuracy_DATA.png    top-1 against weights and against MACs; a line joins one network's
+                         compressions
+    rivals_DATA.png      expander, group, shuffle and random against compression, a panel for each
+                         network
+    wider_deeper.png     DenseNet-BC on CIFAR-100, with the counts that the slide prints and with
+                         the true ones
     results.md           every arm of ours and every published figure
 
 Points of ours are filled: the mean of the runs, and its 95 % interval where there are several.
@@ -11,8 +14,10 @@ Published ones are hollow, most of them the best epoch on the test set of a sing
 point at all is not drawn.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -39,11 +44,12 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
     Returns: the files. Raises: XzooError for an unknown data set, a malformed table, or a folder
     that cannot be written.
     """
-    if unknown := [name for name in datasets if name not in DATASETS]:
-        raise XzooError(f"datasets={unknown[0]!r}: there are {', '.join(DATASETS)}")
-    wanted = set(datasets or DATASETS)
-    summaries = [s for s in tables.aggregate(tables.read(results)) if s.row.dataset in wanted]
-    figures = [p for p in tables.published() if p.dataset in {exact(name) for name in wanted}]
+    for name in datasets:
+        if name not in DATASETS:
+            raise XzooError(f"datasets={name!r}: there are {', '.join(DATASETS)}")
+    chosen = set(datasets or DATASETS)
+    summaries = [s for s in tables.aggregate(tables.read(results)) if s.row.dataset in chosen]
+    figures = [p for p in tables.published() if p.dataset in set(map(exact, chosen))]
     out = Path(out)
     check_folder(out)
     try:
@@ -61,7 +67,7 @@ def compare(results: Path | str, out: Path | str, datasets: Sequence[str] = ()) 
 
 
 def network(model: str) -> str:
-    """How a network of the zoo is called beside published ones: without its compression and its X."""
+    """The name of a network of the zoo beside published ones: without its compression and its X."""
     for pattern, name in _NETWORKS:
         if found := re.fullmatch(pattern, model):
             return found.expand(name)
@@ -142,23 +148,21 @@ _HEAD = (
 def markdown(summaries: Sequence[Summary], figures: Sequence[Published]) -> str:
     """All arms and published figures as one Markdown table, by data set and network, ours first."""
     notes: dict[str, int] = {}
+    arms: dict[tuple[str, str], list[str]] = {}
+    for summary in summaries:
+        key = (summary.row.dataset, network(summary.row.model))
+        arms.setdefault(key, []).append(_our_line(summary))
+    known = dict.fromkeys(name for _, name in arms)
+    known |= dict.fromkeys(figure.network for figure in figures)
+    printed: dict[tuple[str, str], list[Published]] = {}
+    for figure in figures:
+        printed.setdefault((figure.dataset, figure.network), []).append(figure)
     lines = []
-    order = list(DATASETS)
-    names = dict.fromkeys(
-        [*(network(s.row.model) for s in summaries), *(p.network for p in figures)]
-    )
-    for dataset in order:
-        for name in names:
-            ours = [
-                s for s in summaries if (s.row.dataset, network(s.row.model)) == (dataset, name)
-            ]
-            lines += [_our_line(s) for s in ours]
-            lines += [
-                _published_line(p, notes)
-                for p in figures
-                if (p.dataset, p.network) == (dataset, name)
-            ]
-    runs = sum(s.n for s in summaries)
+    for key in itertools.product(DATASETS, known):
+        lines += arms.get(key, [])
+        # Notes are numbered in the order of the table.
+        lines += [_published_line(figure, notes) for figure in printed.get(key, [])]
+    runs = sum(map(attrgetter("n"), summaries))
     head = [
         "# Results",
         "",
@@ -173,8 +177,8 @@ def markdown(summaries: Sequence[Summary], figures: Sequence[Published]) -> str:
         f"| {' | '.join(_HEAD)} |",
         f"|{' --- |' * len(_HEAD)}",
     ]
-    foot = ["", *(f"{number}. {note}" for note, number in notes.items())] if notes else []
-    return "\n".join([*head, *lines, *foot]) + "\n"
+    foot = [f"{number}. {note}" for note, number in notes.items()]
+    return "\n".join([*head, *lines, *([""] if foot else []), *foot]) + "\n"
 
 
 def _our_line(summary: Summary) -> str:
@@ -204,15 +208,13 @@ def _our_line(summary: Summary) -> str:
 
 def _published_line(figure: Published, notes: dict[str, int]) -> str:
     note = f" <sup>{notes.setdefault(figure.note, len(notes) + 1)}</sup>" if figure.note else ""
-    counts = [
-        " ".join(
-            filter(None, (count(ours) if ours else "", f"({count(theirs)})" if theirs else ""))
-        )
-        for ours, theirs in (
-            (figure.weights, figure.published_params),
-            (figure.macs, figure.published_macs),
-        )
-    ]
+    counts = []
+    for ours, theirs in (
+        (figure.weights, figure.published_params),
+        (figure.macs, figure.published_macs),
+    ):
+        texts = (count(ours) if ours else "", f"({count(theirs)})" if theirs else "")
+        counts.append(" ".join(filter(None, texts)))
     error = f" (error {figure.value:.2f})" if figure.metric == "error" else ""
     source = "" if figure.source == figure.by else f" [{figure.source}]"
     last = "" if figure.last is None else f"; last {figure.last:.2f}"

@@ -20,6 +20,12 @@ class Result:
     Attributes:
         run: its folder; the model is in `run / "model"`.
         facts: all of result.json.
+        top1: per cent of the validation images whose class has the largest logit.
+        top5: per cent whose class is among the five largest; None for five classes or fewer.
+        loss: mean cross entropy of the validation images, in nats.
+        n_val: number of validation images.
+        epochs: how many the run took.
+        seconds: time that training took, over all starts of the run.
     """
 
     run: Path
@@ -27,32 +33,26 @@ class Result:
 
     @property
     def top1(self) -> float:
-        """Per cent of the validation images whose class has the largest logit."""
         return float(self.facts["top1"])
 
     @property
     def top5(self) -> float | None:
-        """Per cent whose class is among the five largest; None for five classes or fewer."""
         return self.facts["top5"]
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy of the validation images, in nats."""
         return float(self.facts["loss"])
 
     @property
     def n_val(self) -> int:
-        """Number of validation images."""
         return int(self.facts["n_val"])
 
     @property
     def epochs(self) -> int:
-        """Epochs that the run took."""
         return int(self.facts["epoch_reported"])
 
     @property
     def seconds(self) -> float:
-        """Time that training took, in seconds, over all starts of the run."""
         return float(self.facts["wall_s"])
 
     def __str__(self) -> str:
@@ -82,8 +82,7 @@ def write(result: Result) -> None:
 def _of_before(facts: dict[str, Any]) -> dict[str, Any]:
     """The same in today's keys: `xzoo finetune` had keys of its own before 0.1.0 was released."""
     old = ("run", "model", "accuracy", "accuracy5", "images", "epochs", "seconds")
-    kept = {key: value for key, value in facts.items() if key not in old}
-    return kept | {
+    return {key: value for key, value in facts.items() if key not in old} | {
         "dataset": None,
         "split": "val",
         "n_val": facts["images"],

@@ -1,10 +1,10 @@
 """The table of results: one row a run, appended when the run has ended and never edited; and
 published figures.
 
-    append(path, row)       under a lock, in one write, so that runs that end together lose nothing
-    read(path)              every row checked; an error names the line and the column
-    aggregate(rows)         runs that differ in nothing but their seeds: mean, sd, n, interval
-    published()             what the paper, its logs and others report, with the counts of our own (published.csv)
+    append(path, row)    under a lock, in one write, so that runs that end together lose nothing
+    read(path)           every row checked; an error names the line and the column
+    aggregate(rows)      runs that differ in nothing but their seeds: mean, sd, n, interval
+    published()          what the paper, its logs and others report, with our own counts
 
 Accuracies are in per cent, counts are those of `xzoo.profile`. Not here: pictures (compare.py).
 """
@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -73,38 +74,31 @@ class Row:
         check_types(self)
         check_known("dataset", self.dataset, DATASETS)
         check_known("graph", self.graph, (*KINDS, DENSE))
-        _check_shape(
-            "recipe_sha",
-            self.recipe_sha,
-            r"[0-9a-f]{16}",
-            "16 hexadecimal digits, as recipe_sha() gives",
-        )
-        _check_shape(
-            "commit",
-            self.commit,
-            r"[0-9a-f]{7,40}(-dirty)?",
-            "7 to 40 hexadecimal digits, maybe -dirty",
-        )
-        for name, (kind, _) in table.columns(Row).items():
-            value, least = getattr(self, name), 0 if name in ("seed", "graph_seed", "wall_s") else 1
-            too_small = kind is int and value is not None and value < least
-            refuse(name, value, too_small or (name == "wall_s" and value < 0), f"{least} or more")
-        self._check_accuracy()
-        self._check_graph()
-        refuse(
-            "epoch_reported",
-            self.epoch_reported,
-            self.epoch_reported > self.epochs,
-            f"up to epochs={self.epochs}",
-        )
-        refuse("weights", self.weights, self.weights > self.params, f"up to params={self.params}")
-        crop = self.crop_pct
-        refuse(
-            "crop_pct", crop, crop is not None and not 0 < crop <= 1, "a share, over 0 and up to 1"
-        )
-        part = DATASETS[self.dataset]
-        wrong = self.split == part.split and self.n_val != part.n
-        refuse("n_val", self.n_val, wrong, f"{part.n} in the part {part.split!r} of {self.dataset}")
+        self._check_counts()
+        part, dense = DATASETS[self.dataset], self.graph == DENSE
+        top1, top5, crop = self.top1, self.top5, self.crop_pct
+        conditions = [
+            # No run worth a row gets 1 of 100 right, and torchmetrics counts in fractions.
+            ("top1", 1 < top1 <= 100, "per cent, over 1 (0.93 would be a fraction) and up to 100"),
+            ("top5", top5 is None or top1 <= top5 <= 100, f"per cent, from top1={top1} to 100"),
+            ("compression", not dense or self.compression == 1, f"1 where graph={DENSE}"),
+            ("graph", dense or self.compression != 1, f"{DENSE} where compression=1"),
+        ]
+        for name in ("share", "spatial_share", "graph_seed"):
+            allowed = f"{'empty' if dense else 'given'} where graph={self.graph}"
+            conditions.append((name, (getattr(self, name) is None) == dense, allowed))
+        conditions += [
+            ("epoch_reported", self.epoch_reported <= self.epochs, f"up to epochs={self.epochs}"),
+            ("weights", self.weights <= self.params, f"up to params={self.params}"),
+            ("crop_pct", crop is None or 0 < crop <= 1, "a share, over 0 and up to 1"),
+            (
+                "n_val",
+                self.split != part.split or self.n_val == part.n,
+                f"{part.n} in the part {part.split!r} of {self.dataset}",
+            ),
+        ]
+        for name, fits, allowed in conditions:
+            refuse(name, getattr(self, name), not fits, allowed)
         try:
             datetime.datetime.fromisoformat(self.date)
         except ValueError:
@@ -112,48 +106,30 @@ class Row:
                 f"column date: {self.date!r} is not a date; write 2026-08-01 or 2026-08-01T12:00:00"
             ) from None
 
-    def _check_accuracy(self) -> None:
-        top1, top5 = self.top1, self.top5
-        # No run worth a row gets 1 of 100 right, and torchmetrics counts in fractions.
-        refuse(
-            "top1",
-            top1,
-            not 1 < top1 <= 100,
-            "per cent, over 1 (0.93 would be a fraction) and up to 100",
-        )
-        refuse(
-            "top5",
-            top5,
-            top5 is not None and not top1 <= top5 <= 100,
-            f"per cent, from top1={top1} to 100",
-        )
-
-    def _check_graph(self) -> None:
-        if self.graph == DENSE:
-            refuse("compression", self.compression, self.compression != 1, f"1 where graph={DENSE}")
-        else:
-            refuse("graph", self.graph, self.compression == 1, f"{DENSE} where compression=1")
-        for name in ("share", "spatial_share", "graph_seed"):
-            value, wanted = getattr(self, name), "empty" if self.graph == DENSE else "given"
-            refuse(
-                name,
-                value,
-                (value is None) != (wanted == "empty"),
-                f"{wanted} where graph={self.graph}",
-            )
+    def _check_counts(self) -> None:
+        sha, commit = r"[0-9a-f]{16}", r"[0-9a-f]{7,40}(-dirty)?"
+        for name, pattern, allowed in (
+            ("recipe_sha", sha, "16 hexadecimal digits, as recipe_sha() gives"),
+            ("commit", commit, "7 to 40 hexadecimal digits, maybe -dirty"),
+        ):
+            value = getattr(self, name)
+            refuse(name, value, re.fullmatch(pattern, value) is None, allowed)
+        for name, (kind, _) in table.columns(Row).items():
+            value, least = getattr(self, name), 0 if name in ("seed", "graph_seed", "wall_s") else 1
+            counted = kind is int or name == "wall_s"
+            refuse(name, value, counted and value is not None and value < least, f"{least} or more")
 
     @property
     def run(self) -> tuple[Any, ...]:
         """What no second run has; the graph beside the recipe, because one override makes a rival
         of it.
         """
-        names = ("recipe_sha", "seed", "graph_seed", "commit", *_OF_MODEL)
-        return tuple(getattr(self, name) for name in names)
+        return attrgetter("recipe_sha", "seed", "graph_seed", "commit", *_OF_MODEL)(self)
 
     @property
     def arm(self) -> tuple[Any, ...]:
         """What runs have in common that differ in their seeds, and in where and when they ran."""
-        return tuple(getattr(self, name) for name in COLUMNS if name not in _OF_RUN)
+        return attrgetter(*_OF_ARM)(self)
 
 
 _OF_MODEL = ("model", "dataset", "graph", "compression", "share", "spatial_share")
@@ -169,9 +145,11 @@ _OF_RUN = {
     "device",
     "torch",
     "xzoo",
+    "commit",
+    "date",
 }
-_OF_RUN |= {"commit", "date"}
 COLUMNS = tuple(table.columns(Row))
+_OF_ARM = [name for name in COLUMNS if name not in _OF_RUN]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,10 +291,6 @@ def aggregate(rows: Sequence[Row], confidence: float = 0.95) -> list[Summary]:
         half = float(t.ppf((1 + confidence) / 2, n - 1)) * sd / math.sqrt(n)
         summaries.append(Summary(tuple(arm.values()), mean, sd, mean - half, mean + half))
     return summaries
-
-
-def _check_shape(name: str, value: str, pattern: str, allowed: str) -> None:
-    refuse(name, value, re.fullmatch(pattern, value) is None, allowed)
 
 
 def _unseeded(config: Any) -> Any:

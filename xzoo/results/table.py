@@ -46,7 +46,7 @@ def columns(table: type) -> dict[str, tuple[type, bool]]:
 
 
 def check_types(row: Any) -> None:
-    """Raise XzooError unless every field has its declared type; texts are one line, numbers finite."""
+    """Raise XzooError unless every field has its type; texts are one line, numbers finite."""
     for name, (kind, optional) in columns(type(row)).items():
         value = getattr(row, name)
         if value is None and optional:

@@ -1,8 +1,7 @@
-"""What watches a run: the average of the weights, its checkpoints, the clock, and the line that
-tells how far it is.
-"""
+"""What watches a run: the average of the weights, checkpoints, the clock, the progress report."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,7 @@ def refuse_unsafe_averaging(trainer: pl.Trainer, module: torch.nn.Module) -> Non
         if indices and unsafe and callback._use_buffers:
             raise ModelError(
                 f"{type(callback).__name__} with use_buffers=True would average the indices in "
-                f"{indices[0]}; "
-                "use xzoo.train.EMA, or use_buffers=False"
+                f"{indices[0]}; use xzoo.train.EMA, or use_buffers=False"
             )
 
 
@@ -89,17 +87,16 @@ class SyncBatchNorm(TorchSyncBatchNorm):
     """
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
-        self._own = {
-            name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm)
-        }
+        parts = model.named_modules()
+        self._norms = {name: part for name, part in parts if isinstance(part, _BatchNorm)}
         return convert_sync_batchnorm(model)
 
     def revert(self, model: torch.nn.Module) -> torch.nn.Module:
-        for name, own in self._own.items():
+        for name, norm in self._norms.items():
             synced = model.get_submodule(name)
-            own.train(synced.training)
-            own._parameters, own._buffers = synced._parameters, synced._buffers
-            model.set_submodule(name, own)
+            norm.train(synced.training)
+            norm._parameters, norm._buffers = synced._parameters, synced._buffers
+            model.set_submodule(name, norm)
         return model
 
 
@@ -239,7 +236,7 @@ class Clock(Callback):
 
 
 class ProgressReport(Callback):
-    """Tells how far the run is: a bar with the time left on a terminal, and a line each epoch.
+    """Reports how far the run is: a bar with the time left on a terminal, and a line per epoch.
 
     Lightning's own bars count an epoch's batches; a run that ends by the clock has no number of
     epochs, and in a log file they print nothing or too much.
@@ -248,21 +245,18 @@ class ProgressReport(Callback):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
-        self._started, self._at, self._told = 0.0, 0.0, 0.0
+        self._started, self._at, self._reported = 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._started = self._told = time.monotonic()
+        self._started = self._reported = time.monotonic()
         self._at = pl_module.progress(trainer.global_step)
         if self.console.is_terminal:
-            columns = (
+            self._bar = Progress(
+                TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.percentage:3.0f} %"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
-            )
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                *columns,
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
@@ -274,8 +268,8 @@ class ProgressReport(Callback):
         progress = pl_module.progress(trainer.global_step)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=progress)
-        elif time.monotonic() - self._told > 60:
-            # an epoch may take an hour, and a log shall show life
+        elif time.monotonic() - self._reported > 60:
+            # an epoch may take an hour, and a log has to show progress
             self._line(f"{_epoch(trainer)}  {100 * progress:3.0f} %  {self._left(progress)}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -302,25 +296,17 @@ class ProgressReport(Callback):
             self._bar = None
 
     def _line(self, text: str) -> None:
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         say(self.console, text)
 
     def _left(self, progress: float) -> str:
         elapsed, done = time.monotonic() - self._started, progress - self._at
-        left = elapsed * (1 - progress) / done if done > 0 else 0.0
-        return (
-            f"{_clock(elapsed)} gone, about {_clock(left)} left"
-            if done > 0
-            else f"{_clock(elapsed)} gone"
-        )
+        gone = f"{timedelta(seconds=round(elapsed))} gone"
+        if done <= 0:
+            return gone
+        return f"{gone}, about {timedelta(seconds=round(elapsed * (1 - progress) / done))} left"
 
 
 def _epoch(trainer: pl.Trainer) -> str:
     total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
     return f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -47,7 +47,7 @@ def classify(
         model: a run folder of `xzoo finetune`, a model folder, or the name of a pretrained model.
         images: image files, and folders of them (at any depth). Grey images of more than 8 bits
             have the range that the model was trained with; where it has none for their kind, that
-            of all of them, which is told.
+            of all of them, which is reported.
         top: how many classes to give.
         batch_size: images at a time.
         device: auto, cpu, cuda or mps.
@@ -93,29 +93,29 @@ def classify(
 
 
 def _ranges(net: nn.Module, files: Sequence[Path]) -> dict[str, float]:
-    """The ranges of grey images with more than 8 bits: the model's own, else what the files have,
-    and that is told.
+    """The ranges of grey images with more than 8 bits: the model's, else what the files have, which
+    is reported.
     """
-    own: dict[str, float] = getattr(net, "grey_range", {})
+    trained: dict[str, float] = getattr(net, "grey_range", {})
     with unwarned(), ThreadPoolExecutor() as pool:
-        found = grey_ranges(pool.map(grey_peak, files))
+        measured = grey_ranges(pool.map(grey_peak, files))
     console = Console(stderr=True)
-    for kind in found.keys() - own.keys():
-        text = (
-            f"{told_range(kind, found[kind])}, as the largest of these images; the model has no "
-            "range for them"
+    for kind in measured.keys() - trained.keys():
+        say(
+            console,
+            f"{told_range(kind, measured[kind])}, as the largest of these images; the model has no "
+            "range for them",
         )
-        say(console, text)
-    return found | own
+    return measured | trained
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path | str, top: int = 5) -> None:
-    """One row an image: its name, class and probability of each place, and what went wrong if
-    something did.
+    """One row per image: its name, the likeliest classes with their probabilities, and the error if
+    there was one.
     """
     columns = [
         "image",
-        *(f"{name}{place}" for place in range(1, top + 1) for name in ("class", "p")),
+        *(f"{name}{rank}" for rank in range(1, top + 1) for name in ("class", "p")),
         "error",
     ]
     text = io.StringIO()

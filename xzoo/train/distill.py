@@ -12,13 +12,13 @@ from ..errors import ModelError
 from ..models import create_model
 
 
-def distilled(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+def distilled(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """How far the student's logits are from the teacher's, both [B, classes].
 
     Returns: mean over images of T^2 * KL(teacher / T, student / T); the factor keeps gradients of
     one size over T.
     """
-    student, teacher = ((x.float() / temperature).log_softmax(1) for x in (logits, wanted))
+    student, teacher = ((x.float() / temperature).log_softmax(1) for x in (logits, targets))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -72,7 +72,7 @@ class Teacher:
         return logits if self.classes is None else logits[:, self.classes]
 
 
-def _classes(name: str, net: Any, wanted: Sequence[str]) -> Tensor | None:
+def _classes(name: str, net: Any, class_names: Sequence[str]) -> Tensor | None:
     """Which of the teacher's logits are the student's, int64 [classes]; None for all of them as
     they are.
     """
@@ -80,16 +80,15 @@ def _classes(name: str, net: Any, wanted: Sequence[str]) -> Tensor | None:
     subset = infer_imagenet_subset(net)
     if known is None and subset is not None:
         known = ImageNetInfo(subset).label_names()
-    if known is not None and list(known) == list(wanted):  # names may occur twice
+    if known is not None and list(known) == list(class_names):  # names may occur twice
         return None
-    place = {label: number for number, label in enumerate(known or ())}
-    lacking = [label for label in wanted if label not in place]
+    index = {label: number for number, label in enumerate(known or ())}
+    lacking = [label for label in class_names if label not in index]
     if not lacking:
-        return torch.tensor([place[label] for label in wanted])
-    if net.num_classes == len(wanted) == len(lacking):
+        return torch.tensor([index[label] for label in class_names])
+    if net.num_classes == len(class_names) == len(lacking):
         return None
     raise ModelError(
-        f"teacher={name} knows {net.num_classes} classes, the data have {len(wanted)}, and "
-        f"{lacking[0]!r} is none of "
-        "the teacher's names; use one that was trained on these classes"
+        f"teacher={name} knows {net.num_classes} classes, the data have {len(class_names)}, and "
+        f"{lacking[0]!r} is none of the teacher's names; use one that was trained on these classes"
     )

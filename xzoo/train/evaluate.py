@@ -1,6 +1,4 @@
-"""`xzoo validate`, `test` and `predict`: what a recipe's data say of weights that are there
-already.
-"""
+"""`xzoo validate`, `test` and `predict`: evaluate trained weights on a recipe's data."""
 
 import csv
 import io
@@ -31,7 +29,7 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
     """`validate` or `test`: loss, top 1 and top 5 (shares) of a run's weights, or of those that
     --ckpt_path names.
 
-    Raises: XzooError where there are no weights: random ones are not judged.
+    Raises: XzooError where there are no weights: random ones are not evaluated.
     """
     with quiet(), own_threads():
         cli = RecipeCLI(arguments, verb)
@@ -39,15 +37,12 @@ def evaluate(verb: str, arguments: Sequence[str]) -> dict[str, float] | None:
         figures = getattr(trainer, verb)(task, datamodule=data, verbose=False)[0]
     if not is_first():
         return None
-    whole, limit = (
-        (data.n_val, "limit_val_batches")
-        if verb == "validate"
-        else (data.n_test, "limit_test_batches")
-    )
-    n = f"{whole} images" if getattr(trainer, limit) == 1.0 else f"some of {whole} images ({limit})"
+    part, n = ("val", data.n_val) if verb == "validate" else ("test", data.n_test)
+    limit, images = f"limit_{part}_batches", f"{n} images"
+    if getattr(trainer, limit) != 1.0:
+        images = f"some of {n} images ({limit})"
     table = Table(box=None, pad_edge=False, show_header=False)
-    part = "val" if verb == "validate" else "test"
-    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {n}")
+    table.add_row("top-1", f"{100 * figures[f'{part}/acc1']:.2f} % of {images}")
     table.add_row("top-5", f"{100 * figures[f'{part}/acc5']:.2f} %")
     table.add_row("loss", f"{figures[f'{part}/loss']:.4f}")
     Console().print(table)
@@ -62,9 +57,10 @@ def predict(arguments: Sequence[str]) -> Path:
     """
     with quiet(), own_threads():
         cli = RecipeCLI(arguments, "predict")
-        check_folder(cli.run_folder, "--out")
-        if cli.run_folder.is_dir():
-            check_file(cli.run_folder / PREDICTIONS, "--out")
+        path = cli.run_folder / PREDICTIONS
+        check_folder(path.parent, "--out")
+        if path.parent.is_dir():
+            check_file(path, "--out")
         task, data, trainer = _with_weights(cli)
         if trainer.world_size > 1:
             raise XzooError(
@@ -73,37 +69,31 @@ def predict(arguments: Sequence[str]) -> Path:
             )
         batches: Any = trainer.predict(task, datamodule=data)
     logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    run = cli.run_folder
-    run.mkdir(parents=True, exist_ok=True)
-    chances, names = logits.softmax(1).max(1), data.class_names
-    path = run / PREDICTIONS
-    text = io.StringIO()
+    text, names = io.StringIO(), data.class_names
     table = csv.writer(text)
     table.writerow(("image", "label", "predicted", "probability"))
-    for i, (label, chance, found) in enumerate(
-        zip(labels, chances.values, chances.indices, strict=True)
-    ):
-        table.writerow((i, names[label], names[found], f"{float(chance):.6f}"))
+    for i, (label, chances) in enumerate(zip(labels, logits.softmax(1), strict=True)):
+        probability, predicted = chances.max(0)
+        table.writerow((i, names[label], names[predicted], f"{float(probability):.6f}"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())
     say(Console(), f"{len(labels)} images in {path}")
     return path
 
 
 def _with_weights(cli: RecipeCLI) -> tuple[Classifier, DataModule, pl.Trainer]:
-    place = cli.config.ckpt_path or (
-        cli.run_folder / LAST if (cli.run_folder / LAST).exists() else None
-    )
-    if place:
+    path = Path(cli.config.ckpt_path or cli.run_folder / LAST)
+    from_file = cli.config.ckpt_path or path.exists()
+    if from_file:
         cli.config.model.pretrained = False
     elif not cli.config.model.pretrained:
         raise XzooError(
-            f"no weights to judge: {cli.run_folder / LAST} is not there; give --ckpt_path FILE, "
-            "--out RUN or "
+            f"no weights to judge: {path} is not there; give --ckpt_path FILE, --out RUN or "
             "--model.pretrained true"
         )
     trainer, task, data = cli.build(**launched(), logger=False, enable_checkpointing=False)
-    if place:
-        load_weights(task, Path(place))
+    if from_file:
+        load_weights(task, path)
     return task, data, trainer
 
 
@@ -128,14 +118,13 @@ def load_weights(task: Classifier, path: Path) -> None:
 
 
 @torch.inference_mode()
-def judged(model: nn.Module, data: DataModule, device: torch.device) -> tuple[Tensor, Tensor]:
+def predict_all(model: nn.Module, data: DataModule, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] and labels [N] of all validation images, in order, on the CPU; in this
     process alone.
     """
     data.trainer = None
-    parts = [
-        (model(images.to(device)).float().cpu(), labels) for images, labels in data.val_dataloader()
-    ]
+    batches = data.val_dataloader()
+    parts = [(model(images.to(device)).float().cpu(), labels) for images, labels in batches]
     logits, labels = zip(*parts, strict=True)
     return torch.cat(logits), torch.cat(labels)
 

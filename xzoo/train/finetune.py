@@ -35,8 +35,8 @@ from ..results.record import Result
 from . import pictures
 from .callbacks import EMA
 from .outcome import facts, finish
-from .plan import Options, Plan, plan, start, use_weights
-from .run import CONFIG, Run, claimed, log_every, quiet, refuse_other
+from .plan import Options, Plan, plan, start
+from .run import CONFIG, Run, locked_run_folder, log_every, quiet, refuse_other
 from .task import Classifier
 
 DEFAULT_MODEL = "x_resnet18"
@@ -106,7 +106,6 @@ def finetune(
     if workers is not None and workers < 0:
         raise XzooError(f"workers={workers}: an integer from 0 on is needed")
     built = start(options)
-    use_weights(options, built.has_weights)
     where = device_named(device)
     folder = Path(out).expanduser() if out else Path("runs") / _run_name(data, model, expand)
 
@@ -116,7 +115,7 @@ def finetune(
         result = record.read(folder)
         say(console, f"{folder} is finished: {result}. Choose another --out to train again.")
         return result
-    with claimed(folder), quiet(), own_threads():
+    with locked_run_folder(folder), quiet(), own_threads():
         images = read(options.data, at_least=2 * (img_size or built.input_size))
         refuse_other(folder, {"images": images.fingerprint()}, "xzoo finetune", "data")
         recipe = plan(options, built, images)
@@ -166,15 +165,10 @@ def _train(
     else:
         _describe(run.folder, options, images, recipe, config)
     run.fit(trainer, task, data)
-    known = facts(trainer, task, data)
-    known["wall_s"] = round(run.clock.seconds, 1)
-    made = {
-        "run": run.folder.name,
-        "train_images": len(images.train),
-        "seed": options.seed,
-    }
+    known, name = facts(trainer, task, data), run.folder.name
+    made = {"run": name, "train_images": len(images.train), "seed": options.seed}
     result, logits, labels = finish(
-        run.folder, trainer, task, data, known, {"finetune": made}, run.folder.name, console
+        run, trainer, task, data, known, {"finetune": made}, name, console
     )
     _draw(images, logits, labels, result, console)
     record.write(result)
@@ -205,8 +199,8 @@ def _describe(
     head = "# What this run was asked for, and what it came to. The same command resumes it.\n"
     write_text(folder / CONFIG, head + to_yaml(described))
     if images.left_out:
-        lines = [f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in images.left_out]
-        write_text(folder / "skipped.txt", "".join(lines))
+        rows = (f"{escaped(left.name)}\t{shown(left.detail)}\n" for left in images.left_out)
+        write_text(folder / "skipped.txt", "".join(rows))
 
 
 def _draw(
@@ -242,9 +236,8 @@ def _build(arguments: dict[str, Any], name: str) -> Classifier:
         if not arguments["pretrained"]:
             raise
         # Network, cache and format: many libraries, many classes.
-        reason = first_line(error)
         raise ModelError(
-            f"no weights for {name}: {reason}; --pretrained false trains from scratch"
+            f"no weights for {name}: {first_line(error)}; --pretrained false trains from scratch"
         ) from error
 
 
@@ -258,11 +251,9 @@ def _shown(predicted: Tensor, labels: Tensor, most: int = 24) -> list[int]:
 
 
 def _run_name(data: str, model: str, expand: int | None) -> str:
-    parts = [
-        Path(data).expanduser().resolve().name if Path(data).exists() else data,
-        model.split(":")[-1].strip("/"),
-    ]
-    name = "-".join(map(_of_folder, parts))
+    if Path(data).exists():
+        data = Path(data).expanduser().resolve().name
+    name = f"{_of_folder(data)}-{_of_folder(model.split(':')[-1].strip('/'))}"
     return f"{name}-c{expand}" if expand else name
 
 
@@ -293,6 +284,6 @@ def _tell(console: Console, options: Options, images: ImageData, recipe: Plan, r
     say(
         console,
         f"{len(images.classes)} classes, {len(images.train)} training and {len(images.val)} "
-        "validation images, "
-        f"{recipe.img_size} x {recipe.img_size} pixels; everything goes to {run}",
+        f"validation images, {recipe.img_size} x {recipe.img_size} pixels; everything goes to "
+        f"{run}",
     )

@@ -1,4 +1,4 @@
-"""`xzoo fit`: a recipe on Lightning's Trainer, in a run folder of its own.
+"""`xzoo fit`: train by a recipe with Lightning's Trainer, in a run folder.
 
 A recipe is YAML for `Classifier`, a data module and the Trainer, under LightningCLI's names,
 composed by name or in a file (recipes.py). Later files and flags win, key by key. The same command
@@ -31,8 +31,7 @@ from ..results.runs import COLUMNS, Row, append, read
 from .callbacks import EMA
 from .outcome import commit, facts, finish
 from .parse import PLACES, RecipeCLI, is_first, launched
-from .run import CONFIG, Run, claimed, log_every, quiet, refuse_other
-from .run import fit as run_fit
+from .run import CONFIG, Run, locked_run_folder, log_every, quiet, refuse_other, train
 from .task import Classifier
 
 
@@ -51,7 +50,7 @@ def fit(arguments: Sequence[str]) -> Result | None:
         _refuse_what_does_not_resume(cli.config.trainer)
         if cli.config.trainer.fast_dev_run:
             trainer, task, data = cli.build(**launched())
-            run_fit(trainer, task, data, None)
+            train(trainer, task, data, None)
             say(
                 console,
                 f"{cli.name}: {trainer.global_step} steps and a validation went well; nothing is "
@@ -61,8 +60,14 @@ def fit(arguments: Sequence[str]) -> Result | None:
         folder, config = cli.run_folder, cli.plain()
         if is_first():
             trust = ["--trust"] if cli.config.trust else []
-            refuse_other(folder, config, "xzoo fit", None, PLACES, lambda path: _plain(path, trust))
-            # a table that cannot take the result is told before the training
+            refuse_other(
+                folder,
+                config,
+                "xzoo fit",
+                free=PLACES,
+                parse=lambda file: RecipeCLI(["--config", str(file), *trust]).plain(),
+            )
+            # a table that cannot take the result is reported before the training
             if cli.config.results:
                 check_file(cli.config.results, "--results")
                 if Path(cli.config.results).exists():
@@ -73,13 +78,8 @@ def fit(arguments: Sequence[str]) -> Result | None:
                 say(console, f"{folder} is finished; choose another --out to train again")
                 _show(result, console)
             return result
-        with claimed(folder) if is_first() else nullcontext():
+        with locked_run_folder(folder) if is_first() else nullcontext():
             return _train(cli, Run(folder), config, console)
-
-
-def _plain(config: Path, more: Sequence[str]) -> dict[str, Any]:
-    """A run folder's configuration as `xzoo fit` reads it now."""
-    return RecipeCLI(["--config", str(config), *more]).plain()
 
 
 def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -> Result | None:
@@ -89,29 +89,40 @@ def _train(cli: RecipeCLI, run: Run, config: dict[str, Any], console: Console) -
     average = EMA(cli.config.ema) if cli.config.ema else None
     trainer, task, data = cli.build(**launched(), **run.trainer_arguments(console, average))
     data.prepare_data()
-    data.setup("fit")  # missing data are told before anything is written
+    data.setup("fit")  # missing data are reported before anything is written
     task.check(trainer, data)
-    # what cannot teach is told now; the fit makes its own, since EMA would copy this one
+    # what cannot teach is reported now; the fit makes its own, since EMA would copy this one
     task.make_teacher(data)
     if cli.config.results:
         _check_row(cli, data, _facts(cli, trainer, task, data))
     steps = steps_of_epoch(trainer, data)
     _check_validation(cli.config.trainer, steps)
-    trainer.log_every_n_steps = log_every(steps, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    trainer.log_every_n_steps = log_every(  # type: ignore[attr-defined]
+        steps,
+        trainer.log_every_n_steps,  # type: ignore[attr-defined]
+    )
     if is_first():
         if not run.resumes:
             head = f"# {cli.name}; recipe {cli.sha}. The same command continues the run.\n"
             write_text(run.folder / CONFIG, head + to_yaml(config))
         going_on = f", going on after {run.done} steps" if run.resumes else ""
-        what = (
-            f"{cli.config.model.name} on {data.dataset or 'images of your own'}, {steps} steps an "
-            "epoch"
+        say(
+            console,
+            f"{cli.name}: {cli.config.model.name} on {data.dataset or 'images of your own'}, "
+            f"{steps} steps an epoch; everything goes to {run.folder}{going_on}",
         )
-        say(console, f"{cli.name}: {what}; everything goes to {run.folder}{going_on}")
     run.fit(trainer, task, data)
     if not trainer.is_global_zero:
         return None
-    return _finish(cli, run, trainer, task, data, console)
+    known = _facts(cli, trainer, task, data)
+    made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
+    result, _, _ = finish(run, trainer, task, data, known, {"fit": made}, cli.name, console)
+    if cli.config.results:
+        # Before result.json: what fails here is tried again by the same command.
+        append(cli.config.results, Row(**{name: result.facts[name] for name in COLUMNS}))
+    record.write(result)
+    _show(result, console)
+    return result
 
 
 def _facts(
@@ -131,8 +142,7 @@ def _check_row(cli: RecipeCLI, data: DataModule, known: dict[str, Any]) -> None:
         raise XzooError(
             f"results={cli.config.results}: the table cannot take this run ({lacks}); leave it out"
         )
-    ended = {"top1": 50.0, "epoch_reported": 1, "wall_s": 0.0, "date": "2000-01-01"}
-    Row(**known | ended)
+    Row(**known | {"top1": 50.0, "epoch_reported": 1, "wall_s": 0.0, "date": "2000-01-01"})
 
 
 def _check_validation(trainer: Any, steps: int) -> None:
@@ -144,27 +154,6 @@ def _check_validation(trainer: Any, steps: int) -> None:
             f"trainer.val_check_interval={every}: an epoch has {steps} steps; use as many or "
             "fewer, or check_val_every_n_epoch=null to count over epochs"
         )
-
-
-def _finish(
-    cli: RecipeCLI,
-    run: Run,
-    trainer: pl.Trainer,
-    task: Classifier,
-    data: DataModule,
-    console: Console,
-) -> Result:
-    """The result of a run that has ended; result.json comes last."""
-    known = _facts(cli, trainer, task, data)
-    known["wall_s"] = round(run.clock.seconds, 1)
-    made = {"recipe": cli.name, "recipe_sha": cli.sha, "seed": task.hparams["seed"]}
-    result, _, _ = finish(run.folder, trainer, task, data, known, {"fit": made}, cli.name, console)
-    if cli.config.results:
-        # Before result.json: what fails here is tried again by the same command.
-        append(cli.config.results, Row(**{name: result.facts[name] for name in COLUMNS}))
-    record.write(result)
-    _show(result, console)
-    return result
 
 
 # What a run cannot keep its promises with: flag, whether a value of it is meant, and what to do
@@ -221,8 +210,7 @@ def _refuse_what_does_not_resume(trainer: Any) -> None:
 
 def _show(result: Result, console: Console) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
-    known = result.facts
-    time = datetime.timedelta(seconds=round(result.seconds))
+    known, time = result.facts, datetime.timedelta(seconds=round(result.seconds))
     rows = {
         "model": (
             f"{known['model']}, {known['weights'] / 1e6:.2f} M weights, "

@@ -1,8 +1,8 @@
-"""What is left of a run when its training has ended: the model folder, its accuracy, the curves.
+"""The end of a run: the model folder, its accuracy, the curves.
 
-The accuracy is that of what is saved: the averaged weights, where there is an average, at the end
-of the last epoch, read back from the model folder. Not that of the best epoch, which would be
-chosen by the images that judge it.
+The accuracy is that of the saved weights: the average, where there is one, at the end of the last
+epoch, read back from the model folder. It is not that of the best epoch, which would be chosen by
+the images that it is evaluated on.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..data.module import DataModule
-from ..data.order import standing, steps_of_epoch
+from ..data.order import run_position, steps_of_epoch
 from ..datasets import DATASETS
 from ..hub import folder as model_folder
 from ..lettering import spared
@@ -29,8 +29,8 @@ from ..results.record import Result
 from ..results.runs import DENSE
 from . import pictures
 from .callbacks import EMA
-from .evaluate import judged, top
-from .run import LAST, METRICS, read_metrics
+from .evaluate import predict_all, top
+from .run import METRICS, Run, read_metrics
 from .task import Classifier, sides
 
 
@@ -52,39 +52,42 @@ def facts(
     arguments = getattr(net, "_model_args", {})
     compression = arguments.get("compression", 1)
     dense = compression == 1
-    drawn: dict[str, Any] = {
-        name: None if dense else arguments[name] for name in ("share", "spatial_share", "seed")
-    }
-    part = data.dataset and DATASETS[data.dataset].split
+    drawn: dict[str, Any] = {} if dense else arguments
+    channels, _, full = data.input_size
+    shown = sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"])
+    split = DATASETS[data.dataset].split if data.dataset else "val"
     epochs = None if trainer.max_epochs == -1 else trainer.max_epochs
     # Those that it took, or will take.
-    batches = standing(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
+    batches = run_position(trainer)[2] or steps_of_epoch(trainer, data) * (epochs or 0)
     # One forward pass, and two backward.
-    macs = 3 * _mean_macs(net, task, data) * data.batch_size * batches
+    macs = [3 * Fraction(share) * profile(net, (channels, s, s)).macs for s, share in shown]
     devices = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     return {
         "model": task.hparams["name"],
         "recipe": recipe,
         "recipe_sha": recipe_sha,
         "dataset": data.dataset,
-        "split": "holdout" if data.holdout else part or "val",
+        "split": "holdout" if data.holdout else split,
         "n_val": data.n_val,
         "img_size": data.img_size,
         "crop_pct": data.crop_pct,
         "interpolation": data.interpolation,
         "graph": DENSE if dense else arguments["graph"],
         "compression": compression if isinstance(compression, int) else None,
-        "share": drawn["share"],
-        "spatial_share": drawn["spatial_share"],
-        "graph_seed": drawn["seed"],
+        "share": drawn.get("share"),
+        "spatial_share": drawn.get("spatial_share"),
+        "graph_seed": drawn.get("seed"),
         "seed": task.hparams["seed"],
         "epochs": epochs,
         "global_batch": data.batch_size * trainer.accumulate_grad_batches,
-        "ema": any(isinstance(callback, EMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
+        "ema": any(
+            isinstance(callback, EMA)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ),
         "params": counts.params,
         "weights": counts.weights,
         "macs": counts.macs,
-        "train_macs": round(macs),
+        "train_macs": round(sum(macs) * data.batch_size * batches),
         "device": devices + hardware(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         "torch": str(torch.__version__),
@@ -93,17 +96,8 @@ def facts(
     }
 
 
-def _mean_macs(net: nn.Module, task: Classifier, data: DataModule) -> Fraction:
-    """MACs of one image forward, as the mean over a training in which images may grow."""
-    channels, _, full = data.input_size
-    total = Fraction(0)
-    for side, share in sides(full, task.hparams["grow_sizes"], task.hparams["grow_until"]):
-        total += Fraction(share) * profile(net, (channels, side, side)).macs
-    return total
-
-
 def finish(
-    run: Path,
+    run: Run,
     trainer: pl.Trainer,
     task: Classifier,
     data: DataModule,
@@ -115,29 +109,31 @@ def finish(
     """Save the model, read it back, evaluate it, draw the curves.
 
     Args:
-        known: of `facts`, and the time that training took.
+        known: of `facts`.
         made_by: what the model folder remembers of its training; JSON values.
         title: of the picture.
     Returns: the result, which is not written yet, and the logits [N, classes] and labels [N] that
     it is of.
     """
-    checkpoint = torch.load(run / LAST, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(run.last, map_location="cpu", weights_only=True)
     task.load_state_dict(checkpoint["state_dict"])
     block = made_by | {model_folder.GREY: dict(data.grey_range)}
     config = data_config(task.net, data)
-    model_folder.save(task.net, run / "model", data.class_names, config, block)
+    folder = run.folder / "model"
+    model_folder.save(task.net, folder, data.class_names, config, block)
     device = trainer.strategy.root_device
-    logits, labels = judged(model_folder.load(run / "model").to(device), data, device)
+    logits, labels = predict_all(model_folder.load(folder).to(device), data, device)
     outcome = {
+        "wall_s": round(run.clock.seconds, 1),
         "top1": round(100 * top(logits, labels, 1), 4),
         "top5": round(100 * top(logits, labels, 5), 4) if logits.shape[1] > 5 else None,
         "loss": float(nn.functional.cross_entropy(logits, labels)),
         "epoch_reported": int(checkpoint["epoch"]) + 1,
         "date": datetime.date.today().isoformat(),
     }
-    result = Result(run, known | outcome)
-    with spared(run / "curves.png", console):
-        pictures.curves(read_metrics(run / METRICS), run / "curves.png", f"{title}: {result}")
+    result, curves = Result(run.folder, known | outcome), run.folder / "curves.png"
+    with spared(curves, console):
+        pictures.curves(read_metrics(run.folder / METRICS), curves, f"{title}: {result}")
     return result, logits, labels
 
 
@@ -153,10 +149,10 @@ def data_config(net: nn.Module, data: DataModule) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this code is in, with -dirty where files were changed; None for an
-    installed wheel.
+    """The commit of the checkout that this code is in, with -dirty where files were changed; None
+    for an installed wheel.
 
-    Rows that other runs have added to the table of results change nothing of what is computed.
+    Rows that other runs have added to the table of results do not count as changes.
     """
     home = Path(__file__).parents[2]
     if not (home / ".git").exists():

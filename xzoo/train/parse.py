@@ -1,7 +1,6 @@
 """Reading a recipe: YAML files and flags become a Trainer, a `Classifier` and a data module.
 
-LightningCLI's parser, with the nearest names in its errors and without its habit of making
-everything at once.
+LightningCLI's parser, with the nearest names in its errors; nothing is built while parsing.
 """
 
 import json
@@ -22,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ..data.module import DataModule
 from ..errors import XzooError
 from ..names import to_yaml
-from ..options import explain
+from ..options import explain, option_names
 from ..results.runs import recipe_sha
 from . import recipes
 from .callbacks import SyncBatchNorm
@@ -31,37 +30,42 @@ from .task import Classifier
 
 # Where a run happens; it may change from one start to the next.
 PLACES = {
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-    *("data.init_args.root", "data.init_args.workers"),
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "data.init_args.root",
+    "data.init_args.workers",
 }
 # How it is computed: rounding apart the same recipe, with columns of their own in the results.
 MEANS = {
-    *("trainer.precision", "trainer.sync_batchnorm", "trainer.benchmark", "trainer.deterministic"),
-    *(
-        "model.compile",
-        "model.channels_last",
-        "data.init_args.channels_last",
-        "data.init_args.eval_batch_size",
-    ),
+    "trainer.precision",
+    "trainer.sync_batchnorm",
+    "trainer.benchmark",
+    "trainer.deterministic",
+    "model.compile",
+    "model.channels_last",
+    "data.init_args.channels_last",
+    "data.init_args.eval_batch_size",
 }
 # What is drawn; with columns of their own too.
 SEEDS = {"seed_everything", "model.graph_seed"}
 # The data modules, by the names that recipes use.
 DATA = ("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageFolder")
-# Of one call, and no part of what the run is.
+# Of one call; they do not belong to the run.
 OF_CALL = ("config", "out", "results", "ckpt_path", "trust")
 
 
 class RecipeCLI(LightningCLI):
     """LightningCLI's parser over `Classifier` and the data modules; `build` makes what it parsed.
 
-    Apart, because the run folder has to be claimed between the two.
+    Apart, because the run folder has to be locked between the two.
     """
 
     def __init__(self, arguments: Sequence[str], verb: str = "fit") -> None:
         self.recipe: recipes.Recipe | None = None  # what is trained: the first one
         with warnings.catch_warnings():
-            # It has arguments of its own, and would rather have the process's.
+            # It warns of arguments that are not those of the process.
             warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter")
             super().__init__(
                 Classifier,
@@ -123,18 +127,10 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            options = [
-                option
-                for action in parser._actions
-                for option in action.option_strings
-                if option[:2] == "--"
-            ]
-            hint = (
-                "; `xzoo recipes` lists what goes after --config"
-                if "are required" in str(error)
-                else ""
-            )
-            raise XzooError(explain(str(error), options, DATA) + hint) from None
+            text = explain(str(error), option_names(parser), DATA)
+            if "are required" in text:
+                text += "; `xzoo recipes` lists what goes after --config"
+            raise XzooError(text) from None
 
     def _add_instantiators(self) -> None:
         """None: `build` makes everything, later."""
@@ -146,18 +142,17 @@ class RecipeCLI(LightningCLI):
         """Trainer, classifier and data; `trainer` has arguments over the recipe's, lists of it
         after its lists.
         """
-        # Not by the parser: it would tell of an error in the data's constructor that they are "None
-        # or a data module", and write itself into every checkpoint.
-        place = self.config.data
-        data: Any = pydoc.locate(place.class_path)(**place.init_args.as_dict())  # type: ignore[operator]
+        # Not by the parser: it would report an error in the data's constructor as "None or a data
+        # module", and write itself into every checkpoint.
+        data = self.data_class(**self.config.data.init_args.as_dict())
         task = Classifier(**self.config.model.as_dict() | {"num_classes": data.num_classes})
         parts = ArgumentParser()
         parts.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
         given = parts.instantiate(Namespace(trainer=self.config.trainer)).trainer.as_dict()
         for name in ("callbacks", "plugins", "logger"):
-            own, ours = given.pop(name) or [], trainer.get(name, [])
+            asked, ours = given.pop(name) or [], trainer.get(name, [])
             if ours is not False:
-                trainer[name] = [*ours, *(own if isinstance(own, list) else [own])]
+                trainer[name] = ours + (asked if isinstance(asked, list) else [asked])
         if given["sync_batchnorm"]:
             trainer |= {"sync_batchnorm": False, "plugins": [*trainer["plugins"], SyncBatchNorm()]}
         try:
@@ -167,13 +162,11 @@ class RecipeCLI(LightningCLI):
             raise XzooError(f"trainer: {' '.join(str(error).split())}") from error
         return made, task, data
 
-    def plain(self, changes_only: bool = False) -> dict[str, Any]:
-        """The configuration in plain values, as a recipe that does the same; of `changes_only`,
-        without defaults.
+    def plain(self, changes_only: bool = False, config: Namespace | None = None) -> dict[str, Any]:
+        """The configuration, or another one, in plain values, as a recipe that does the same; of
+        `changes_only`, without defaults.
         """
-        return self._plain(self.config, changes_only)
-
-    def _plain(self, config: Namespace, changes_only: bool = False) -> dict[str, Any]:
+        config = self.config if config is None else config
         text = self.parser.dump(config, format="yaml", skip_unset=False, skip_default=changes_only)
         plain = {key: value for key, value in yaml.safe_load(text).items() if key not in OF_CALL}
         # Run folders and hashes of recipes know the data modules by the names that xzoo.train has
@@ -185,15 +178,14 @@ class RecipeCLI(LightningCLI):
 
     @property
     def overrides(self) -> list[str]:
-        """What was asked for beside the recipe, of what its hash is of:
+        """The options that differ from the recipe, of those that its hash covers:
         ["--trainer.max_epochs=30"].
         """
         layers = () if self.recipe is None else self.recipe.layers
         config = self.plain()
+        recipe = [f"--config={to_yaml(layer.content)}" for layer in layers]
         try:
-            alone = self._plain(
-                self.parser.parse_args([f"--config={to_yaml(layer.content)}" for layer in layers])
-            )
+            alone = self.plain(config=self.parser.parse_args(recipe))
         except ArgumentError:
             # the recipe is complete with the rest alone, so that all of it counts
             config, alone = self.plain(changes_only=True), {}
@@ -205,8 +197,13 @@ class RecipeCLI(LightningCLI):
         return found
 
     @property
+    def data_class(self) -> Any:
+        """The class of the data module."""
+        return pydoc.locate(self.config.data.class_path)
+
+    @property
     def name(self) -> str:
-        """The recipe's own, such as cifar10/x_vgg16_2+air, or of a file its stem."""
+        """The recipe's name, such as cifar10/x_vgg16_2+air; of a file, its stem."""
         return self.config.model.name if self.recipe is None else self.recipe.name
 
     @property
@@ -216,29 +213,30 @@ class RecipeCLI(LightningCLI):
 
     @property
     def sha(self) -> str:
-        """Of what is computed: the recipe with its bases and overrides, wherever and however it
-        runs.
+        """Hash of what is computed: the recipe with its bases and overrides, wherever and however
+        it runs.
         """
         return recipe_sha(_without(self.plain(changes_only=True), PLACES | MEANS))
 
 
-def _without(config: Any, keys: set[str], place: str = "") -> Any:
+def _without(config: Any, keys: set[str], prefix: str = "") -> Any:
     if not isinstance(config, dict):
         return config
-    here = {key: f"{place}.{key}" if place else key for key in config}
-    return {
-        key: _without(config[key], keys, name) for key, name in here.items() if name not in keys
-    }
+    kept = {}
+    for key, value in config.items():
+        if prefix + key not in keys:
+            kept[key] = _without(value, keys, f"{prefix}{key}.")
+    return kept
 
 
-def _differences(config: Any, other: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def _differences(config: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys that are different in the other, with the value here."""
     for key, value in config.items():
-        name, theirs = f"{place}.{key}" if place else key, other.get(key)
+        theirs = other.get(key)
         if isinstance(value, dict) and isinstance(theirs, dict | None):
-            yield from _differences(value, theirs or {}, name)
+            yield from _differences(value, theirs or {}, f"{prefix}{key}.")
         elif value != theirs:
-            yield name, value
+            yield prefix + key, value
 
 
 def is_first() -> bool:

@@ -29,15 +29,10 @@ def curves(rows: Sequence[dict[str, float]], path: Path, title: str) -> None:
     """Loss and accuracy by epoch, from the rows of a metrics file."""
     figure = Picture(9, 3.6)
     loss, accuracy = figure.subplots(1, 2)
-    per_epoch = len({row["step"] for row in rows}) / max(1, len({row["epoch"] for row in rows}))
-    _line(
-        loss,
-        rows,
-        "train/loss",
-        "training (smoothed labels)",
-        GREY,
-        lw=1.0 if per_epoch > 2 else 1.6,
-    )
+    epochs = {row["epoch"] for row in rows}
+    # thin where there are several rows in an epoch
+    width = 1.0 if len({row["step"] for row in rows}) > 2 * max(1, len(epochs)) else 1.6
+    _line(loss, rows, "train/loss", "training (smoothed labels)", GREY, lw=width)
     _line(loss, rows, "val/loss", "validation", BLUE)
     _line(accuracy, rows, "val/acc1", "top 1", BLUE, scale=100)
     # with five classes or fewer it is always right
@@ -64,20 +59,13 @@ def _line(
     scale: float = 1.0,
     lw: float = 1.8,
 ) -> None:
-    points = [(row["step"], row["epoch"], scale * row[name]) for row in rows if name in row]
-    if not points:
-        return
-    # A step's place on the axis of epochs: its share of the epoch that it belongs to.
-    last = max(row["step"] for row in rows) + 1
-    epochs = max(row["epoch"] for row in rows) + 1
-    axes.plot(
-        [epochs * (step + 1) / last for step, _, _ in points],
-        [value for *_, value in points],
-        color=color,
-        label=label,
-        linewidth=lw,
-        marker="o" if len(points) < 3 else None,
-    )
+    points = [(row["step"] + 1, scale * row[name]) for row in rows if name in row]
+    if points:
+        # A step's place on the axis of epochs: its share of the epoch that it belongs to.
+        per_step = (max(row["epoch"] for row in rows) + 1) / (max(row["step"] for row in rows) + 1)
+        steps, values = np.array(points).T
+        marker = "o" if len(points) < 3 else None
+        axes.plot(steps * per_step, values, color=color, label=label, linewidth=lw, marker=marker)
 
 
 def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, title: str) -> None:
@@ -95,26 +83,13 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str], path: Path, tit
     if n <= 30:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[row, column] > 0.5 else "#2d3748"
-            axes.text(
-                column,
-                row,
-                str(counts[row, column]),
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=font,
-            )
-    every = max(1, -(-n // 60))
-    places = range(0, n, every)
-    labels = class_labels(classes, 22)
-    names = [labels[i] for i in places]
-    axes.set_xticks(
-        places,
-        names,
-        rotation=90 if max(map(_width, names)) * len(names) > 9 * size else 0,
-        fontsize=font,
-    )
-    axes.set_yticks(places, names, fontsize=font)
+            text = axes.text(column, row, str(counts[row, column]), color=color, fontsize=font)
+            text.set(ha="center", va="center")
+    every, labels = max(1, -(-n // 60)), class_labels(classes, 22)
+    ticks, names = range(0, n, every), labels[::every]
+    too_wide = max(map(_width, names)) * len(names) > 9 * size
+    axes.set_xticks(ticks, names, rotation=90 if too_wide else 0, fontsize=font)
+    axes.set_yticks(ticks, names, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(_title(title, int(9 * size)), fontsize=11)
     figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the true class")
@@ -148,7 +123,8 @@ def samples(
         axes.imshow(_square(pictures[place]), interpolation="nearest")
         right = true[place] == predicted[place]
         text = f"{labels[predicted[place]]}  {100 * confidence[place]:.0f} %"
-        text += "" if right else f"\nis {labels[true[place]]}"
+        if not right:
+            text += f"\nis {labels[true[place]]}"
         axes.set_title(text, fontsize=8, color=RIGHT if right else WRONG, loc="center")
     figure.suptitle(_title(title, 12 * columns), fontsize=11)
     _name(figure, labels, classes, path)

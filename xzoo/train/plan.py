@@ -32,7 +32,7 @@ THUMBNAIL = 64
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for, in plain values; equal options continue the same run."""
+    """The options of a run, in plain values; equal options continue the same run."""
 
     data: str
     model: str
@@ -61,35 +61,34 @@ class Options:
 
 @dataclass(frozen=True)
 class Start:
-    """What a model name stands for: the name and arguments to build, its input, and whether it has
-    weights.
+    """What a model name stands for: the name and arguments to build, its input, and whether to
+    begin with pretrained weights.
     """
 
     name: str
     kwargs: dict[str, Any]
     input_size: int
     fixed: bool
-    has_weights: bool
+    pretrained: bool
 
 
 def start(options: Options) -> Start:
-    """Look the model up, without building it. Raises ModelError for a name that does not exist."""
+    """Look the model up, without building it.
+
+    Raises: ModelError for a name that does not exist, or has no weights where they are asked for.
+    """
     name, kwargs = options.model, {}
     folder = name.removeprefix("local-dir:")
     if folder != name:
         try:
-            cfg = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[
-                "pretrained_cfg"
-            ]
-            size, fixed, weights = (
-                int(cfg["input_size"][-1]),
-                cfg.get("fixed_input_size", False),
-                True,
-            )
+            config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            cfg = config["pretrained_cfg"]
+            size, fixed = int(cfg["input_size"][-1]), cfg.get("fixed_input_size", False)
+            weights = True
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"{folder} is not a model folder: its config.json cannot be read ({reason})"
+                f"{folder} is not a model folder: its config.json cannot be read "
+                f"({type(error).__name__}: {error})"
             ) from error
     elif name.startswith("hf-hub:"):
         size, fixed, weights = 224, False, True
@@ -114,16 +113,12 @@ def start(options: Options) -> Start:
         name = "x_timm"
     if fixed and options.img_size:
         kwargs["img_size"] = options.img_size
-    return Start(name, kwargs, size, fixed, weights)
-
-
-def use_weights(options: Options, has_weights: bool) -> bool:
-    """Whether to begin with pretrained weights: as asked, else where there are some."""
-    if options.pretrained and not has_weights:
+    if options.pretrained and not weights:
         raise ModelError(
             f"{options.model} has no pretrained weights; leave out pretrained to train from scratch"
         )
-    return has_weights if options.pretrained is None else options.pretrained
+    pretrained = weights if options.pretrained is None else options.pretrained
+    return Start(name, kwargs, size, fixed, pretrained)
 
 
 @dataclass(frozen=True)
@@ -141,25 +136,24 @@ class Plan:
 
 def plan(options: Options, model: Start, data: ImageData) -> Plan:
     """Fill in what was not asked for."""
-    pretrained = use_weights(options, model.has_weights)
     n = len(data.train)
     # Small sets need steps more than they need smooth gradients.
     batch_size = options.batch_size or max(
         8, min(64, 1 << (n // 16).bit_length() - 1 if n >= 16 else 8)
     )
     steps = -(-n // batch_size)
-    least, most = EPOCHS_PRETRAINED if pretrained else EPOCHS_SCRATCH
+    least, most = EPOCHS_PRETRAINED if model.pretrained else EPOCHS_SCRATCH
     epochs = options.epochs
     if epochs is None and options.minutes is None:
         epochs = min(most, max(least, -(-STEPS // steps)))
-    gently = pretrained and model.input_size > THUMBNAIL
+    gently = model.pretrained and model.input_size > THUMBNAIL
     # Adaptive optimizers: the rate goes with the square root of the batch.
     peak = (1e-3 if gently else 2e-3) * (batch_size / 64) ** 0.5
     classifier = {
         "name": model.name,
         "num_classes": len(data.classes),
         "model_kwargs": model.kwargs,
-        "pretrained": pretrained,
+        "pretrained": model.pretrained,
         "lr": options.lr or peak,
         "weight_decay": 0.05,
         "label_smoothing": 0.1,
@@ -167,17 +161,20 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
         "freeze": options.freeze,
         "seed": options.seed,
     }
-    if pretrained and not options.freeze:
+    if model.pretrained and not options.freeze:
         body_lr = 0.1 if gently else 1.0
         # its body has lost most of its connections, and has to move to make up for them
         if options.expand:
             body_lr = 0.5
-        classifier |= {"body_lr": body_lr, "head_first": 0.05}
-        # Under 16 images a batch's own statistics are worse than those that came with the weights.
-        classifier |= {"freeze_norm": batch_size < 16 and gently and not options.expand}
+        classifier |= {
+            "body_lr": body_lr,
+            "head_first": 0.05,
+            # Under 16 images, a batch's statistics are worse than those of the weights.
+            "freeze_norm": batch_size < 16 and gently and not options.expand,
+        }
     return Plan(
         classifier=classifier,
-        img_size=options.img_size or _img_size(model, pretrained, data.side),
+        img_size=options.img_size or _img_size(model, data.side),
         batch_size=batch_size,
         crop=0.5,
         mirror=data.mirror if options.mirror is None else options.mirror,
@@ -186,13 +183,13 @@ def plan(options: Options, model: Start, data: ImageData) -> Plan:
     )
 
 
-def _img_size(model: Start, pretrained: bool, side: int) -> int:
+def _img_size(model: Start, side: int) -> int:
     """The model's own size with pretrained weights. From scratch, twice the images' side, 128 at
     most.
 
     Twice, since most stems halve an image twice before anything is learned; more pixels than 128
     cost time and teach nothing that a few thousand images could.
     """
-    if pretrained or model.fixed:
+    if model.pretrained or model.fixed:
         return model.input_size
     return min(model.input_size, 32 * -(-min(2 * side, 128) // 32))

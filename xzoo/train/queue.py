@@ -1,17 +1,16 @@
-"""`xzoo queue`: the runs that a file of shell asks for; which of them are done; and the others, a
-few side by side.
+"""`xzoo queue`: the runs that a file of shell commands asks for. Shows which are finished, and runs
+the others, a few side by side.
 
 A queue is Markdown (recipes/QUEUE.md): headings such as "## 3. Title", and below them ```bash
-blocks in which every command is `xzoo fit ... --out RUN`. Nothing is kept beside the run folders:
-what is finished, how far a run is and whether a process is at work in it are read there, so a queue
-that was killed goes on when it is started again.
+blocks in which every command is `xzoo fit ... --out RUN`. All state is in the run folders: what is
+finished, how far a run is, and whether a process is at work in it. So a queue that was killed goes
+on when it is started again.
 """
 
 import functools
 import json
 import math
 import os
-import pydoc
 import re
 import shlex
 import signal
@@ -21,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ from ..results.record import RESULT
 from ..results.runs import read
 from . import recipes
 from .parse import RecipeCLI
-from .run import AT_WORK, LAST, epochs_of, is_claimed, quiet
-from .task import sides
+from .run import AT_WORK, LAST, epochs_of, is_locked, quiet
+from .task import network_arguments, sides
 
 QUEUE = "QUEUE.md"
 LOOK_EVERY = 0.5  # seconds
@@ -49,7 +48,7 @@ _BLOCK = re.compile(
 )
 # Standard output is not the commands' alone; and no other program is found, since only `xzoo fit`
 # may be asked for.
-_TELLS = 'exec 3>&1 1>&2; PATH=; xzoo() { printf "%s\\0" "$#" "$@" >&3; }; set -eu\n'
+_PRINT_COMMANDS = 'exec 3>&1 1>&2; PATH=; xzoo() { printf "%s\\0" "$#" "$@" >&3; }; set -eu\n'
 # Options that change no cost, each with its value.
 _FREE = re.compile(r"--(?:\S*seed\S*|out|results)")
 
@@ -87,8 +86,8 @@ def read_queue(path: Path | str, numbers: Sequence[str] = ()) -> list[QueuedRun]
     found = blocks(Path(path).read_text(encoding="utf-8"))
     if not found:
         raise XzooError(f"{path} is not a queue: it has no ```bash block")
+    known = dict(found)
     for number in numbers:
-        known = [block for block, _ in found]
         if number not in known:
             raise XzooError(f"{path} has no block {number}; {nearest(number, known)}")
     runs: dict[Path, QueuedRun] = {}
@@ -126,22 +125,21 @@ def expand(shell: str, environment: Mapping[str, str]) -> list[tuple[str, ...]]:
     Raises: XzooError for a variable that is not set, other commands, and a command without --out.
     """
     # -p: without what the user's bash reads at its start
-    bash = ["bash", "-p", "-c", _TELLS + shell]
-    told = subprocess.run(
-        bash,
+    done = subprocess.run(
+        ["bash", "-p", "-c", _PRINT_COMMANDS + shell],
         env={**environment, "LC_ALL": "C"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
     )
-    if complaint := os.fsdecode(told.stderr).strip():
+    if complaint := os.fsdecode(done.stderr).strip():
         first = re.sub(r"^bash: (line \d+: )?", "", complaint.splitlines()[0])
         if unset := re.fullmatch(r"(\w+): unbound variable", first):
             raise XzooError(f"the variable {unset[1]} is not set; set it in the environment")
         raise XzooError(f"{first}; a block has `xzoo fit` alone, and what the shell itself can do")
-    if told.returncode:
-        raise XzooError(f"bash ends with {told.returncode}; a block has `xzoo fit` alone")
-    fields = iter(os.fsdecode(told.stdout).split("\0")[:-1])
+    if done.returncode:
+        raise XzooError(f"bash ends with {done.returncode}; a block has `xzoo fit` alone")
+    fields = iter(os.fsdecode(done.stdout).split("\0")[:-1])
     commands = [tuple(islice(fields, int(count))) for count in fields]
     for command in commands:
         if command[:1] != ("fit",) or not _option(command, "out"):
@@ -152,10 +150,10 @@ def expand(shell: str, environment: Mapping[str, str]) -> list[tuple[str, ...]]:
 def _option(arguments: Sequence[str], name: str) -> str | None:
     """The value that counts: the last one."""
     value = None
-    for place, argument in enumerate(arguments):
+    for argument, after in zip_longest(arguments, arguments[1:]):
         key, equals, text = argument.partition("=")
         if key == f"--{name}":
-            value = text if equals else next(iter(arguments[place + 1 :]), None)
+            value = text if equals else after
     return value
 
 
@@ -163,18 +161,18 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def train_macs(arguments: Sequence[str]) -> tuple[float, int]:
-    """Multiply-accumulates of the whole training that a command asks for, and its epochs.
+    """Multiply-accumulates of the training that a command asks for, and its epochs.
 
     Three times those of a forward pass, times images, times epochs. NaN where the number of images
     is not known.
     """
-    costly, rest = [], list(arguments)
-    while rest:
-        flag, equals, _ = (argument := rest.pop(0)).partition("=")
+    costly, rest = [], iter(arguments)
+    for argument in rest:
+        flag, equals, _ = argument.partition("=")
         if not _FREE.fullmatch(flag):
             costly.append(argument)
         elif not equals:
-            rest = rest[1:]
+            next(rest, None)  # its value
     return _train_macs(tuple(costly))
 
 
@@ -182,33 +180,27 @@ def train_macs(arguments: Sequence[str]) -> tuple[float, int]:
 def _train_macs(arguments: tuple[str, ...]) -> tuple[float, int]:
     with quiet():
         cli = RecipeCLI(arguments)
-    kind: Any = pydoc.locate(cli.config.data.class_path)
-    part, epochs = DATASETS.get(getattr(kind, "key", "")), cli.config.trainer.max_epochs
+    part = DATASETS.get(getattr(cli.data_class, "key", ""))
+    epochs = cli.config.trainer.max_epochs
     if part is None:
         return math.nan, epochs
     images = part.train - cli.config.data.init_args.holdout
-    model, macs = cli.config.model, 0.0
-    for side, share in sides(size_of(cli), model.grow_sizes, model.grow_until):
-        macs += share * counts(cli, side).macs
+    shown = sides(size_of(cli), cli.config.model.grow_sizes, cli.config.model.grow_until)
+    macs = sum(share * counts(cli, side).macs for side, share in shown)
     return 3 * macs * images * epochs, epochs
 
 
 def size_of(cli: RecipeCLI) -> int:
     """Side of a recipe's images, in pixels, on one of the known data sets."""
-    kind: Any = pydoc.locate(cli.config.data.class_path)
-    return cli.config.data.init_args.img_size or kind.facts.sides[0]
+    return cli.config.data.init_args.img_size or cli.data_class.facts.sides[0]
 
 
 def counts(cli: RecipeCLI, size: int) -> Profile:
     """Counts of a recipe's network, on one of the known data sets, for images of this size."""
     model, data = cli.config.model, cli.config.data.init_args
-    kind: Any = pydoc.locate(cli.config.data.class_path)
-    asked = {name: model[name] for name in ("compression", "graph", "share", "spatial_share")}
-    given = (model.model_kwargs or {}) | {
-        name: value for name, value in asked.items() if value is not None
-    }
-    classes = data.num_classes if "num_classes" in data else kind.facts.classes
-    return _counted(model.name, size, json.dumps({"num_classes": classes} | given))
+    classes = data.num_classes if "num_classes" in data else cli.data_class.facts.classes
+    given = {"num_classes": classes} | network_arguments(model)
+    return _counted(model.name, size, json.dumps(given))
 
 
 @functools.cache
@@ -222,14 +214,13 @@ def speed(runs: Sequence[QueuedRun]) -> float:
 
     NaN where there are none.
     """
-    own = [
-        json.loads((run.out / RESULT).read_text(encoding="utf-8"))
-        for run in runs
-        if run.is_finished
-    ]
+    finished: list[dict[str, Any]] = []
+    for run in runs:
+        if run.is_finished:
+            finished.append(json.loads((run.out / RESULT).read_text(encoding="utf-8")))
     table = recipes.folder() / "results.csv"
-    others = [vars(row) for row in read(table)] if table.exists() else []
-    for results in (own, others):
+    others = map(vars, read(table)) if table.exists() else ()
+    for results in (finished, others):
         macs = seconds = 0.0
         for result in results:
             threads = re.fullmatch(r"(?:(\d+) x )?.*, (\d+) threads?", result["device"])
@@ -256,7 +247,7 @@ def listed(runs: Sequence[QueuedRun]) -> list[tuple[QueuedRun, str, float]]:
         macs, epochs = train_macs(run.arguments)
         done = epochs_of(run.out / LAST) if (run.out / LAST).exists() else None
         state = "open" if done is None else f"{done} of {epochs} epochs"
-        if is_claimed(run.out):
+        if is_locked(run.out):
             state = "running" if done is None else f"running, {state}"
         rows.append((run, state, macs * (1 - (done or 0) / epochs) / measured / 3600))
     return rows
@@ -282,16 +273,18 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
         check_folder(folder)
     console, threads = Console(stderr=True), max(1, most // jobs)
     working: dict[QueuedRun, subprocess.Popen[bytes]] = {}
-    begun: dict[QueuedRun, float] = {}
+    started: dict[QueuedRun, float] = {}  # by the clock, in seconds
     failed: list[QueuedRun] = []
     others: set[QueuedRun] = set()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while True:
             for run in [run for run, process in working.items() if process.poll() is not None]:
-                code, last = working.pop(run).returncode, _last_line(run.log)
+                log = run.log.read_text(encoding="utf-8", errors="replace").strip()
+                last = log.rpartition("\n")[2].strip() or "its log is empty"
+                code = working.pop(run).returncode
                 if run.is_finished:
-                    taken = timedelta(seconds=round(time.monotonic() - begun[run]))
+                    taken = timedelta(seconds=round(time.monotonic() - started[run]))
                     say(console, f"{run.out}: finished after {taken}")
                 elif AT_WORK not in last:  # started by another queue at the same moment
                     failed.append(run)
@@ -299,13 +292,13 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
             left = [run for run in runs if run not in failed and not run.is_finished]
             if not left and not working:
                 break
-            claimed = {run for run in left if run not in working and is_claimed(run.out)}
-            for run in claimed - others:
+            locked = {run for run in left if run not in working and is_locked(run.out)}
+            for run in locked - others:
                 say(console, f"{AT_WORK} {run.out}")
-            others |= claimed
-            startable = [run for run in left if run not in working and run not in claimed]
-            for run in startable[: max(0, jobs - len(working) - len(claimed))]:
-                working[run], begun[run] = _started(run, threads), time.monotonic()
+            others |= locked
+            startable = [run for run in left if run not in working and run not in locked]
+            for run in startable[: max(0, jobs - len(working) - len(locked))]:
+                working[run], started[run] = _start(run, threads), time.monotonic()
                 say(console, f"{run.out}: started, {threads} threads; see {run.log}")
             time.sleep(LOOK_EVERY)
     finally:
@@ -319,8 +312,8 @@ def run_queue(runs: Sequence[QueuedRun], jobs: int | None = None) -> None:
         raise XzooError(f"{len(failed)} of {len(runs)} runs failed: {names}; their logs say why")
 
 
-def _started(run: QueuedRun, threads: int) -> "subprocess.Popen[bytes]":
-    """In a session of its own, so that the terminal's Ctrl-C comes once, from us."""
+def _start(run: QueuedRun, threads: int) -> "subprocess.Popen[bytes]":
+    """In a new session, so that the terminal's Ctrl-C comes once, from us."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(run.log, "ab") as log:
@@ -339,8 +332,3 @@ def _behind_others() -> None:
     os.nice(19)
     # it is ignored in what a script starts in the background
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it told nothing")

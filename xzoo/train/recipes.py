@@ -2,7 +2,7 @@
 
     cifar10/x_vgg16_2+group+air    recipes/cifar10.yaml, settings/group.yaml, settings/air.yaml
 
-Later files win, key by key. A recipe of one's own is a YAML file that may name another as its base:
+Later files win, key by key. A user's recipe is a YAML file that may name another as its base:
 
     base: cifar10/x_vgg16_2+air    # or a file beside it; read first
     trainer: {max_epochs: 30}
@@ -10,7 +10,6 @@ Later files win, key by key. A recipe of one's own is a YAML file that may name 
 Not here: what the keys mean (fit.py, and the docstrings of what is built).
 """
 
-import difflib
 import functools
 import itertools
 import re
@@ -26,16 +25,12 @@ from ..errors import XzooError
 from ..files import reason, write_text
 from ..models import list_models
 from ..names import to_yaml
-from ..options import nearest
+from ..options import nearest, similar
 
 HARDWARE = "hardware"  # the folder of files that say where a recipe runs, not what it computes
 
 # Packages whose classes a recipe may name.
 TRUSTED = ("xzoo", "torch", "timm", "pytorch_lightning", "lightning")
-
-# Of names from when each recipe was a file, those that are not today's with "_" for "+": the dense
-# twin of four MobileNets is one network.
-_OLD = {"x_mobilenet050+dense": "x_mobilenet050_c2+dense"}
 
 
 @dataclass(frozen=True)
@@ -45,10 +40,10 @@ class Part:
     Attributes:
         kind: what a setting sets, "graph" or "training"; a recipe has at most one of each kind.
         fits: what it is for: models for a data set, data set/model for a setting.
-        excluded: what it is not for all the same.
-        always: what has this setting without being asked.
-        content: what it says, in the keys of a recipe.
-        where: what else it says of those that match a pattern, in this order.
+        excluded: exceptions from `fits`.
+        always: what has this setting by default.
+        content: in the keys of a recipe.
+        where: more content for those that match a pattern, in this order.
         notes: the comment at its head.
     """
 
@@ -64,8 +59,11 @@ class Part:
     def fits_to(self, name: str) -> bool:
         return _matches(name, self.fits) and not _matches(name, self.excluded)
 
+    def is_always_in(self, name: str) -> bool:
+        return _matches(name, self.always)
+
     def of(self, name: str) -> dict[str, Any]:
-        """All that it says of this one."""
+        """The content for this name."""
         content = self.content
         for pattern, more in self.where.items():
             if fnmatchcase(name, pattern):
@@ -75,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file of one's own says, or (without a path) all that a name is composed of."""
+    """The content of a user's file, or (without a path) of all files that a name is composed of."""
 
     path: Path | None
     content: dict[str, Any]
@@ -87,9 +85,9 @@ class Recipe:
     """What is trained and how.
 
     Attributes:
-        name: such as "cifar10/x_vgg16_2+group+air"; the stem of a file of one's own.
-        run: the name of its run folder. Old names have the old ones, so that their runs continue.
-        layers: later ones win, key by key; a file has one for each base too.
+        name: such as "cifar10/x_vgg16_2+group+air"; the stem of a user's file.
+        run: the name of its run folder. Old names keep the old ones, so that their runs continue.
+        layers: later ones win, key by key; a file also has one for each base.
     """
 
     name: str
@@ -108,14 +106,18 @@ def folder() -> Path:
 
 @functools.cache
 def data_sets() -> dict[str, Part]:
-    return {path.stem: _part(path) for path in sorted(folder().glob("*.yaml"))}
+    return _by_name(map(_part, sorted(folder().glob("*.yaml"))))
 
 
 @functools.cache
 def settings() -> dict[str, Part]:
     """By kind, and then by name: their order in the name of a recipe."""
-    parts = [_part(path) for path in folder().glob("settings/*.yaml")]
-    return {part.name: part for part in sorted(parts, key=lambda part: (part.kind, part.name))}
+    parts = map(_part, folder().glob("settings/*.yaml"))
+    return _by_name(sorted(parts, key=lambda part: (part.kind, part.name)))
+
+
+def _by_name(parts: Iterable[Part]) -> dict[str, Part]:
+    return {part.name: part for part in parts}
 
 
 @functools.cache
@@ -123,26 +125,29 @@ def plain_names() -> tuple[str, ...]:
     """Those without a setting, such as "cifar10/x_vgg16_2"."""
     found = []
     for name, part in data_sets().items():
-        found += [f"{name}/{model}" for model in list_models("x_*") if part.fits_to(model)]
+        found += [f"{name}/{model}" for model in filter(part.fits_to, list_models("x_*"))]
     return tuple(found)
 
 
 def settings_of(plain_name: str) -> list[Part]:
     """The settings that can be added to a name."""
-    kinds = {part.kind for part in settings().values() if _matches(plain_name, part.always)}
-    fitting = [part for part in settings().values() if part.fits_to(plain_name)]
-    return [part for part in fitting if part.kind not in kinds]
+    taken = {part.kind for part in settings().values() if part.is_always_in(plain_name)}
+    return [part for part in _fitting(plain_name) if part.kind not in taken]
+
+
+def _fitting(plain_name: str) -> list[Part]:
+    return [part for part in settings().values() if part.fits_to(plain_name)]
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """The whole product, such as "cifar10/x_vgg16_2+group+air"."""
+    """All names, such as "cifar10/x_vgg16_2+group+air"."""
     found: list[str] = []
     for name in plain_names():
         choices: dict[str, list[str]] = {}
         for part in settings_of(name):
             choices.setdefault(part.kind, [""]).append(f"+{part.name}")
-        found += [name + "".join(chosen) for chosen in itertools.product(*choices.values())]
+        found += map("".join, itertools.product([name], *choices.values()))
     return tuple(found)
 
 
@@ -154,28 +159,26 @@ def compose(name: str) -> Recipe:
     short = _short(name)
     today = _today(short)
     plain_name, *asked = today.split("+")
+    data_set, _, model = plain_name.partition("/")
     if plain_name not in plain_names():
-        place = f"{plain_name.partition('/')[0]}/"
-        same = [known for known in plain_names() if known.startswith(place)]
+        same = [known for known in plain_names() if known.startswith(f"{data_set}/")]
         raise XzooError(f"there is no recipe {name}; {hint(plain_name, same or plain_names())}")
-    chosen = _chosen(name, plain_name, asked)
-    place, _, model = plain_name.partition("/")
-    content = merged(data_sets()[place].of(model), {"model": {"name": model}})
-    for part in chosen:
+    content = merged(data_sets()[data_set].of(model), {"model": {"name": model}})
+    canonical, notes = plain_name, data_sets()[data_set].notes
+    for part in _chosen(name, plain_name, asked):
         content = merged(content, part.of(plain_name))
-    added = [f"+{part.name}" for part in chosen if not _matches(plain_name, part.always)]
-    canonical = plain_name + "".join(added)
+        notes += f"\n{part.notes}"
+        if not part.is_always_in(plain_name):
+            canonical += f"+{part.name}"
     run = canonical if today == short else short
-    notes = "\n".join([data_sets()[place].notes, *(part.notes for part in chosen)])
     return Recipe(canonical, run.replace("/", "-"), (Settings(None, content, notes),))
 
 
 def _chosen(name: str, plain_name: str, asked: Sequence[str]) -> list[Part]:
     """The settings that are always there and those that were asked for, in their order."""
-    always = [part.name for part in settings().values() if _matches(plain_name, part.always)]
-    fitting = [part.name for part in settings().values() if part.fits_to(plain_name)]
-    chosen: dict[str, Part] = {}
-    for setting in (*always, *asked):
+    fitting = _by_name(_fitting(plain_name))
+    chosen = {part.kind: part for part in fitting.values() if part.is_always_in(plain_name)}
+    for setting in asked:
         if setting not in settings():
             near = nearest(setting, fitting)
             raise XzooError(f"there is no recipe {name}: no setting is called {setting}; {near}")
@@ -190,19 +193,18 @@ def _chosen(name: str, plain_name: str, asked: Sequence[str]) -> list[Part]:
                 f"there is no recipe {name}: {setting} is not for {plain_name}; there are "
                 f"{', '.join(fitting)}"
             )
-    return [part for part in settings().values() if part in chosen.values()]
+    return [chosen[kind] for kind in sorted(chosen)]
 
 
 def _today(short: str) -> str:
     """Today's name of an old one ("cifar10/x_vgg16_2_group_air"); any other as it is."""
-    place, slash, rest = short.partition("/")
+    data_set, slash, rest = short.partition("/")
     known = "|".join(map(re.escape, settings()))
     while "+" not in short and (old := re.fullmatch(rf"(\w+)_({known})((?:\+\w+)*)", rest)):
         rest = f"{old[1]}+{old[2]}{old[3]}"
-    for old_start, start in _OLD.items():
-        if rest == old_start or rest.startswith(f"{old_start}+"):
-            rest = start + rest.removeprefix(old_start)
-    return place + slash + rest
+    # The dense twin of four MobileNets is one network, which had a name of its own.
+    rest = re.sub(r"^x_mobilenet050(?=\+dense(\+|$))", "x_mobilenet050_c2", rest)
+    return data_set + slash + rest
 
 
 def _short(name: str) -> str:
@@ -211,8 +213,7 @@ def _short(name: str) -> str:
 
 def hint(name: str, known: Sequence[str]) -> str:
     """What to say of a name that is not known: those like it, or where they are listed."""
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else "`xzoo recipes` lists them"
+    return similar(name, known, "`xzoo recipes` lists them")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -241,38 +242,33 @@ def find(name: str) -> Recipe:
     """
     short = _short(name)
     ours = folder() / f"{short}.yaml"
-    if Path(name).expanduser().is_file():
-        return _of_file(Path(name).expanduser())
-    if not short.startswith(f"{HARDWARE}/"):
-        return compose(name)
-    if not ours.is_file():
-        raise XzooError(f"there is no recipe {name}; {hint(short, hardware())}")
-    return _of_file(ours)
+    file = Path(name).expanduser()
+    if not file.is_file():
+        if not short.startswith(f"{HARDWARE}/"):
+            return compose(name)
+        if not ours.is_file():
+            raise XzooError(f"there is no recipe {name}; {hint(short, hardware())}")
+        file = ours
+    return Recipe(file.stem, file.stem, _layers(file))
 
 
 def hardware() -> list[str]:
     return sorted(f"{HARDWARE}/{path.stem}" for path in folder().glob(f"{HARDWARE}/*.yaml"))
 
 
-def _of_file(path: Path) -> Recipe:
-    layers: list[Settings] = []
-    file: Path | None = path
-    while file is not None:
-        if file.resolve() in [layer.path.resolve() for layer in layers if layer.path]:
-            raise XzooError(f"{layers[0].path}: its base {file.name} is based on it in turn")
-        content = read(file)
-        base = content.pop("base", None)
-        layers.insert(0, Settings(file, content, head(file)))
-        beside = file.parent / str(base)
-        if base is not None and not beside.is_file():
-            layers = [*_composed_base(file, str(base)), *layers]
-        file = beside if base is not None and beside.is_file() else None
-    return Recipe(path.stem, path.stem, tuple(layers))
-
-
-def _composed_base(file: Path, base: str) -> tuple[Settings, ...]:
+def _layers(file: Path, above: tuple[Path, ...] = ()) -> tuple[Settings, ...]:
+    """What a file says, after what its bases say; `above` has the files that it is a base of."""
+    if file.resolve() in map(Path.resolve, above):
+        raise XzooError(f"{above[-1]}: its base {file.name} is based on it in turn")
+    content = read(file)
+    base = content.pop("base", None)
+    layer = Settings(file, content, head(file))
+    if base is None:
+        return (layer,)
+    if (file.parent / str(base)).is_file():
+        return (*_layers(file.parent / str(base), (*above, file)), layer)
     try:
-        return compose(base).layers
+        return (*compose(str(base)).layers, layer)
     except XzooError as error:
         raise XzooError(f"{file}: its base {base} is not beside it; {error}") from None
 
@@ -282,8 +278,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
-        raise XzooError(f"{path} cannot be read as YAML: {told}") from error
+        raise XzooError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise XzooError(f"{path} is not a recipe: it has no keys")
     return content
@@ -326,18 +321,17 @@ def copy(name: str, to: Path | str) -> list[Path]:
         be written.
     """
     recipe, to = find(name), Path(to)
-    files = {to / layer.path.name: layer for layer in recipe.layers if layer.path}
-    if not files:
-        files = {to / f"{recipe.name.rpartition('/')[2]}.yaml": recipe.layers[0]}
+    file_name = f"{recipe.name.rpartition('/')[2]}.yaml"
     try:
-        for file, layer in files.items():
-            if file.exists() and (
-                not file.is_file() or file.read_text(encoding="utf-8") != text(layer)
-            ):
+        files = {to / layer.path.name: text(layer) for layer in recipe.layers if layer.path}
+        files = files or {to / file_name: text(recipe.layers[0])}
+        for file, content in files.items():
+            same = file.is_file() and file.read_text(encoding="utf-8") == content
+            if file.exists() and not same:
                 raise XzooError(f"{file} exists and is another file; choose another folder")
         to.mkdir(parents=True, exist_ok=True)
-        for file, layer in files.items():
-            write_text(file, text(layer))
+        for file, content in files.items():
+            write_text(file, content)
     except OSError as error:
         raise XzooError(f"cannot copy to {to}: {reason(error)}") from error
     return list(files)
@@ -353,12 +347,12 @@ def check_trusted(recipe: Recipe) -> None:
     A recipe that came with a model is data, but its parser imports what class or function it names.
     """
     for layer in recipe.layers:
-        place = layer.path or recipe.name
+        name = layer.path or recipe.name
         for section in ("data", "model", "trainer"):
             value = layer.content.get(section)
             if isinstance(value, str) and re.search(r"[./\\]", value):  # a class, or a file of one
                 raise XzooError(
-                    f"{place}: {section} is {value!r}, not written out; add --trust if you trust "
+                    f"{name}: {section} is {value!r}, not written out; add --trust if you trust "
                     "that file"
                 )
             for key, named in _texts(value):
@@ -367,7 +361,7 @@ def check_trusted(recipe: Recipe) -> None:
                 dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", named)
                 if dotted and named.partition(".")[0] not in TRUSTED:
                     raise XzooError(
-                        f"{place}: {key} is {named!r}, code of others; add --trust if you trust "
+                        f"{name}: {key} is {named!r}, code of others; add --trust if you trust "
                         "that file"
                     )
 

@@ -5,8 +5,10 @@ Everything that a run leaves is here, so that the folder alone is enough to resu
 publish it:
 
     config.yaml    what was asked for; the same again continues the run, anything else is refused
-    checkpoints/   last.ckpt and best.ckpt        metrics.csv    a row for each step that logged something
-    model/         what came of it, as timm loads it; result.json is written last and ends the run
+    checkpoints/   last.ckpt and best.ckpt
+    metrics.csv    a row for each step that logged something
+    model/         the trained model, as timm loads it
+    result.json    written last, which ends the run
 """
 
 import csv
@@ -15,6 +17,7 @@ import signal
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from .. import files
 from ..data.module import DataModule
 from ..errors import XzooError
-from ..files import atomic
+from ..files import atomic, reason
 from .callbacks import EMA, Clock, ProgressReport, checkpoints
 
 LOCK, CONFIG, METRICS = ".lock", "config.yaml", "metrics.csv"
@@ -58,26 +60,21 @@ class Run:
     def __init__(self, folder: Path, minutes: float | None = None) -> None:
         self.folder, self.last, self.clock = folder, folder / LAST, Clock(minutes)
         self.resumes = self.last.exists()
-        self.done = steps_of(self.last) if self.resumes else 0
+        self.done = _of_checkpoint(self.last, "global_step") if self.resumes else 0
 
     def trainer_arguments(self, console: Console, ema: EMA | None = None) -> dict[str, Any]:
         """The Trainer's arguments that every run has; a recipe's callbacks come after these."""
-        average = [] if ema is None else [ema]
+        callbacks = [self.clock, ProgressReport(console), *checkpoints(self.last.parent)]
         return TRAINER | {
             "default_root_dir": str(self.folder),
-            "callbacks": [
-                *average,
-                self.clock,
-                ProgressReport(console),
-                *checkpoints(self.last.parent),
-            ],
+            "callbacks": callbacks if ema is None else [ema, *callbacks],
             "plugins": [AtomicCheckpointIO()],
             "logger": [MetricsFile(self.folder / METRICS, self.done)],
         }
 
     def fit(self, trainer: pl.Trainer, task: pl.LightningModule, data: DataModule) -> None:
         """Train, from the last checkpoint if there is one."""
-        fit(trainer, task, data, self.last if self.resumes else None)
+        train(trainer, task, data, self.last if self.resumes else None)
 
 
 def log_every(steps: int, at_most: int) -> int:
@@ -86,14 +83,14 @@ def log_every(steps: int, at_most: int) -> int:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; make it first, and unmake it if it is still empty at
-    the end.
+def locked_run_folder(folder: Path) -> Iterator[None]:
+    """Lock the folder for this process; make it first, and remove it if it is still empty at the
+    end.
 
     Raises: XzooError if it cannot be made or written to, or another process is at work in it. The
     lock is the operating system's, so that a killed process leaves none behind.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
@@ -101,20 +98,21 @@ def claimed(folder: Path) -> Iterator[None]:
     except Timeout:
         raise XzooError(f"{AT_WORK} {folder}; wait for it, or choose another with --out") from None
     except OSError as error:
-        reason = f"cannot write to the run folder {folder}: {files.reason(error)}"
-        raise XzooError(f"{reason}; choose another with --out") from None
+        raise XzooError(
+            f"cannot write to the run folder {folder}: {reason(error)}; choose another with --out"
+        ) from None
     try:
         yield
     finally:
         if [f.name for f in folder.iterdir()] == [LOCK]:
             with suppress(OSError):
                 (folder / LOCK).unlink()
-                for place in made:
-                    place.rmdir()
+                for path in made:
+                    path.rmdir()
         lock.release()
 
 
-def is_claimed(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process is at work in the folder; looking leaves no trace, and makes no folder."""
     if not (folder / LOCK).exists():
         return False
@@ -139,7 +137,7 @@ def refuse_other(
 
     Args:
         asked: what has to be in its config.yaml, under `section` where there is one.
-        of: the command, to tell whose folder was expected.
+        of: the command, to say whose folder was expected.
         free: dotted keys that may differ.
         parse: reads config.yaml with defaults for what it does not say, options that are newer than
             the run.
@@ -169,20 +167,14 @@ def _differences(here: Any, there: Any, free: Collection[str], place: str = "") 
         return
     if isinstance(here, dict) and isinstance(there, dict):
         for key in dict.fromkeys([*here, *there]):
-            yield from _differences(
-                here.get(key), there.get(key), free, f"{place}.{key}" if place else key
-            )
+            name = f"{place}.{key}" if place else key
+            yield from _differences(here.get(key), there.get(key), free, name)
     elif here != there:
         yield f"{place} is {there!r} there and {here!r} here"
 
 
-def steps_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint has behind it; XzooError if it cannot be read."""
-    return _of_checkpoint(checkpoint, "global_step")
-
-
 def epochs_of(checkpoint: Path) -> int:
-    """Whole epochs that it has behind it; XzooError if it cannot be read."""
+    """Completed epochs of a checkpoint; XzooError if it cannot be read."""
     return _of_checkpoint(checkpoint, "loops", "fit_loop", "epoch_progress", "total", "processed")
 
 
@@ -198,7 +190,7 @@ def _of_checkpoint(checkpoint: Path, *keys: str) -> int:
         ) from error
 
 
-def fit(
+def train(
     trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, last: Path | None
 ) -> None:
     """trainer.fit, from a checkpoint where there is one, whose interruptions look like
@@ -221,20 +213,14 @@ def fit(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning tells about hardware, its products, and loaders that are as they are
-    meant to be.
-    """
+    """Without Lightning's messages on hardware, its products, and loaders that are as intended."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         expected = (
-            "does not have many workers",
-            "LeafSpec",
-            "in eval mode at the start",
-            "exists and is not empty",
+            "does not have many workers|LeafSpec|in eval mode at the start|exists and is not empty"
         )
-        for message in expected:
-            warnings.filterwarnings("ignore", message=f"(?s).*{message}")
+        warnings.filterwarnings("ignore", message=f"(?s).*({expected})")
         # Those of single files, which do not name them.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
@@ -247,7 +233,7 @@ def quiet() -> Iterator[None]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints through `atomic`: Lightning stages them in the temporary folder of the machine."""
+    """Checkpoints through `atomic`: Lightning stages them in the machine's temporary folder."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -273,12 +259,10 @@ class MetricsFile(Logger):
         self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] < done]
-            whole = ("step", "epoch")  # numbers that are written as they were
-            self.rows = {
-                int(row["step"]): {k: int(v) if k in whole else v for k, v in row.items()}
-                for row in kept
-            }
+            for row in read_metrics(self.path):
+                if row["step"] < done:
+                    integers = {name: int(row[name]) for name in row.keys() & {"step", "epoch"}}
+                    self.rows[integers["step"]] = row | integers
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -289,11 +273,9 @@ class MetricsFile(Logger):
         """Write the table, all of it: it has a few hundred short rows, and new columns may have
         come.
         """
-        columns = list(
-            dict.fromkeys(["step", "epoch", *(name for row in self.rows.values() for name in row)])
-        )
+        columns = dict.fromkeys(["step", "epoch", *chain.from_iterable(self.rows.values())])
         with atomic(self.path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, columns)
+            table = csv.DictWriter(file, list(columns))
             table.writeheader()
             table.writerows(self.rows[step] for step in sorted(self.rows))
 

@@ -87,15 +87,17 @@ def whiten(net: nn.Module, images: Tensor, eps: float = 5e-4) -> None:
 
 
 def first_convolution(net: nn.Module, channels: int) -> nn.Conv2d:
-    """The layer that `whiten` changes, for images of so many channels. Raises: ModelError as there."""
+    """The layer that `whiten` changes, for images of so many channels.
+
+    Raises: ModelError, as `whiten` does.
+    """
     names = _first_convs(net)
     if len(names) != 1:
-        told = (
-            "no first convolution"
-            if not names
-            else f"{len(names)} first convolutions, {', '.join(names)}"
+        listed = f"{len(names)} first convolutions, {', '.join(names)}"
+        raise ModelError(
+            f"{type(net).__name__} has {listed if names else 'no first convolution'}; whitening "
+            "needs one: leave it out"
         )
-        raise ModelError(f"{type(net).__name__} has {told}; whitening needs one: leave it out")
     layer = net.get_submodule(names[0])
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         kind = "a grouped Conv2d" if isinstance(layer, nn.Conv2d) else type(layer).__name__
@@ -127,21 +129,21 @@ def _pairs(layer: nn.Module) -> tuple[int, int, Tensor, Tensor]:
     its input has.
     """
     weight = cast(Tensor, layer.weight)
-    n_out, columns = weight.shape[:2]
+    n_out, degree = weight.shape[:2]
     if not isinstance(layer, ExpanderConv2d | ExpanderLinear):
-        first = torch.arange(min(columns, n_out), device=weight.device)
-        return columns, n_out, first, first
+        first = torch.arange(min(degree, n_out), device=weight.device)
+        return degree, n_out, first, first
     neighbours = layer.neighbours.numpy(force=True)
-    wanted = graphs.matching(neighbours, layer._n_in, layer.share)
-    outputs = np.flatnonzero(wanted >= 0)
+    inputs = graphs.matching(neighbours, layer._n_in, layer.share)
+    outputs = np.flatnonzero(inputs >= 0)
     rows = neighbours[outputs // layer.share]
-    places = (rows == wanted[outputs, None]).argmax(axis=1)
+    columns = (rows == inputs[outputs, None]).argmax(axis=1)
     device = weight.device
     return (
         layer._n_in,
         n_out,
         torch.from_numpy(outputs).to(device),
-        torch.from_numpy(places).to(device),
+        torch.from_numpy(columns).to(device),
     )
 
 

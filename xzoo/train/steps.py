@@ -54,8 +54,7 @@ class Lookahead:
         """After `step` steps, at `progress` (0 to 1) of the run; at its end the average is what
         stays.
         """
-        ended = progress >= 1
-        if step % self.every and not ended:
+        if step % self.every and progress < 1:
             return
         kept = 0.95**self.every * progress**3
         for name, tensor in self._state().items():

@@ -1,6 +1,6 @@
 """The classifier that Lightning trains, for `xzoo finetune` and every recipe alike.
 
-What a step does depends on where it stands (step, share of the run) and on nothing that a resume
+What a step does depends on its position (step, share of the run) and on nothing that a resume
 could lose: the rate is a pure function of progress, and each batch reseeds torch from (seed, step,
 rank).
 """
@@ -8,6 +8,7 @@ rank).
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from math import cos, isfinite, pi
 from typing import Any, Literal, cast
 
@@ -75,6 +76,16 @@ def sides(full: int, first: Sequence[int] | None, until: float) -> list[tuple[in
     first = first or ()
     smaller = [(side, until / len(first)) for side in first]
     return [*smaller, (full, 1 - until if first else 1.0)]
+
+
+def network_arguments(options: Any) -> dict[str, Any]:
+    """What a Classifier's options pass on to `create_model`: model_kwargs, and those of an X-Net
+    that are given.
+    """
+    drawn = {name: options[name] for name in ("compression", "share", "spatial_share", "graph")}
+    drawn["seed"] = options["graph_seed"]
+    given = {name: value for name, value in drawn.items() if value is not None}
+    return (options["model_kwargs"] or {}) | given
 
 
 class Classifier(pl.LightningModule):
@@ -215,22 +226,11 @@ class Classifier(pl.LightningModule):
                 "whiten and identity_start would overwrite trained weights: leave them out, or use "
                 "pretrained=False"
             )
+        arguments = {"num_classes": num_classes} | network_arguments(self.hparams)
         # The weights are a function of the seed too, and of nothing drawn before.
-        drawn: dict[str, Any] = {
-            "compression": compression,
-            "share": share,
-            "spatial_share": spatial_share,
-            "graph": graph,
-        }
-        drawn |= {"seed": graph_seed}
-        arguments = (model_kwargs or {}) | {
-            key_: value for key_, value in drawn.items() if value is not None
-        }
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key(seed, 0, STEP, 0))
-            self.net = create_model(
-                name, pretrained=pretrained, num_classes=num_classes, **arguments
-            )
+            self.net = create_model(name, pretrained=pretrained, **arguments)
         self.head = cast(Any, self.net).get_classifier()
         if not isinstance(self.head, nn.Module) or not list(self.head.parameters()):
             raise ModelError(
@@ -242,9 +242,8 @@ class Classifier(pl.LightningModule):
         if sparse and "muon" in optimizer.lower():
             raise ModelError(
                 f"optimizer={optimizer}: it takes a compact weight [out, degree] for a matrix, but "
-                "its columns are "
-                "other inputs in each row, so its steps would depend on their order; use sgd or a "
-                "dense network"
+                "its columns are other inputs in each row, so its steps would depend on their "
+                "order; use sgd or a dense network"
             )
         if identity_start:
             start.identity_start(self.net)
@@ -252,14 +251,13 @@ class Classifier(pl.LightningModule):
             start.first_convolution(self.net, cast(Any, self.net).in_chans).weight.requires_grad_(
                 whiten == "start"
             )
-        for part in self.net.modules():
-            if isinstance(part, _BatchNorm):
-                part.momentum = part.momentum if norm_momentum is None else norm_momentum
-                if fix_norm_scale and part.affine:
-                    if not pretrained:
-                        # timm's residual networks begin with zeros, for good then
-                        nn.init.ones_(part.weight)
-                    part.weight.requires_grad_(False)
+        for part in self._norms():
+            part.momentum = part.momentum if norm_momentum is None else norm_momentum
+            if fix_norm_scale and part.affine:
+                if not pretrained:
+                    # timm's residual networks begin with zeros, for good then
+                    nn.init.ones_(part.weight)
+                part.weight.requires_grad_(False)
         if freeze:
             self.net.requires_grad_(False)
             self.head.requires_grad_(True)
@@ -291,20 +289,22 @@ class Classifier(pl.LightningModule):
             self.net.eval()
             self.head.train(mode)
         if self.hparams["freeze_norm"]:
-            for module in self.net.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            for part in self._norms():
+                part.eval()
         return self
 
-    # ---- where the run stands
+    def _norms(self) -> list[_BatchNorm]:
+        return [part for part in self.net.modules() if isinstance(part, _BatchNorm)]
+
+    # ---- how far the run is
 
     def progress(self, step: int) -> float:
         """Share of the run after `step` optimizer steps, 0 to 1: by steps or by the clock,
         whichever is further.
         """
         trainer = self.trainer
-        clock = next((c for c in trainer.callbacks if isinstance(c, Clock)), None)  # type: ignore[attr-defined]
-        by_clock = clock.share if clock else 0.0
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        by_clock = max((c.share for c in callbacks if isinstance(c, Clock)), default=0.0)
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             return by_clock
         # Never trainer.estimated_stepping_batches: it builds the loaders before the loop is
@@ -350,13 +350,16 @@ class Classifier(pl.LightningModule):
 
     def _rate_of(self, wait: float) -> Callable[[int], float]:
         hp = self.hparams
-        fall: dict[str, Any] = {
-            "schedule": hp["schedule"],
-            "milestones": hp["milestones"] or (),
-            "gamma": hp["gamma"],
-        }
-        fall |= {"floor": hp["floor"], "start": hp["warmup_start"]}
-        return lambda step: rate(self.progress(step), hp["warmup"], wait, **fall)
+        return lambda step: rate(
+            self.progress(step),
+            warmup=hp["warmup"],
+            wait=wait,
+            schedule=hp["schedule"],
+            milestones=hp["milestones"] or (),
+            gamma=hp["gamma"],
+            floor=hp["floor"],
+            start=hp["warmup_start"],
+        )
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """timm's groups (no decay for vectors), each with its own rate, and the head apart from the
@@ -367,38 +370,29 @@ class Classifier(pl.LightningModule):
         # like.
         spared: set[str] = getattr(model, "no_weight_decay", set)()
         if hp["decay_all"]:
-            groups: Any = [
-                {
-                    "params": [p for p in model.parameters() if p.requires_grad],
-                    "weight_decay": weight_decay,
-                }
-            ]
+            learned = [p for p in model.parameters() if p.requires_grad]
+            groups: Any = [{"params": learned, "weight_decay": weight_decay}]
         elif hp["layer_decay"] is None:
             groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
         else:
             groups = param_groups_layer_decay(
                 model, weight_decay, spared, layer_decay=hp["layer_decay"]
             )
-        head = {id(p) for p in self.head.parameters()}
-        norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
-        norm_biases = {id(part.bias) for part in norms if hp["norm_bias_lr"] != 1}
+        part_of = dict.fromkeys(map(id, self.head.parameters()), "head")
+        if hp["norm_bias_lr"] != 1:
+            part_of |= {id(norm.bias): "norm biases" for norm in self._norms()}
         split = []
-        for group in groups:
-            for in_head, of_norm in ((False, False), (True, False), (False, True)):
-                params = [
-                    p
-                    for p in group["params"]
-                    if (id(p) in head, id(p) in norm_biases) == (in_head, of_norm)
-                ]
-                if not params:
-                    continue
-                scale = group.get("lr_scale", 1.0) * (1.0 if in_head else hp["body_lr"])
-                own = group | {"params": params, "wait": 0.0 if in_head else hp["head_first"]}
-                if of_norm:
-                    scale *= hp["norm_bias_lr"]
-                    # A step takes rate * decay of a parameter: as much of these as of the others.
-                    own["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
-                split.append(own | {"lr": self.peak * scale})
+        for group, name in product(groups, ("body", "head", "norm biases")):
+            params = [p for p in group["params"] if part_of.get(id(p), "body") == name]
+            if not params:
+                continue
+            scale = group.get("lr_scale", 1.0) * (1.0 if name == "head" else hp["body_lr"])
+            part = group | {"params": params, "wait": 0.0 if name == "head" else hp["head_first"]}
+            if name == "norm biases":
+                scale *= hp["norm_bias_lr"]
+                # A step takes rate * decay of a parameter: as much of these as of the others.
+                part["weight_decay"] = group["weight_decay"] / hp["norm_bias_lr"]
+            split.append(part | {"lr": self.peak * scale})
         return split
 
     # ---- steps
@@ -413,15 +407,14 @@ class Classifier(pl.LightningModule):
                 start.whiten(self.net, data.sample(5000))
 
     def check(self, trainer: pl.Trainer, data: DataModule) -> None:
-        """Raise ModelError where options do not go with the trainer's callbacks or the data module."""
+        """Raise ModelError where options do not fit the trainer's callbacks or the data module."""
         hp = self.hparams
-        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-        if averages and hp["lookahead"]:
-            raise ModelError(
-                f"lookahead={hp['lookahead']} beside {type(averages[0]).__name__}: two averages of "
-                "the same weights; "
-                "leave out one of them (ema: null, or lookahead: 0)"
-            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and hp["lookahead"]:
+                raise ModelError(
+                    f"lookahead={hp['lookahead']} beside {type(callback).__name__}: two averages "
+                    "of the same weights; leave out one of them (ema: null, or lookahead: 0)"
+                )
         if hp["ham"] and str(trainer.precision) == "16-mixed":
             raise ModelError(
                 f"ham={hp['ham']:g} with precision=16-mixed: gradients may be infinite there; use "
@@ -430,42 +423,46 @@ class Classifier(pl.LightningModule):
         if hp["whiten"] and not data.has_sample:
             raise ModelError(
                 f"whiten looks at training images, which {type(data).__name__} does not keep in "
-                "memory; use CIFAR10, "
-                "CIFAR100 or TinyImageNet, or leave it out"
+                "memory; use CIFAR10, CIFAR100 or TinyImageNet, or leave it out"
             )
         for side in hp["grow_sizes"] or ():
-            self._check_size(side, data.input_size)
+            channels, _, full = data.input_size
+            if not 0 < side < full:
+                raise ModelError(
+                    f"grow_sizes: {side} pixels; use sides below those of the data, {full}"
+                )
+            before = self.net.training
+            try:
+                with torch.no_grad():
+                    self.net.eval()(torch.zeros(1, channels, side, side, device=self.device))
+            except Exception as error:
+                raise ModelError(
+                    f"grow_sizes: {hp['name']} cannot take images of {side} pixels "
+                    f"({first_line(error)}); use larger ones"
+                ) from error
+            finally:
+                self.net.train(before)
 
     def make_teacher(self, data: DataModule) -> Teacher | None:
         """The teacher that the options name, for the student's images; ModelError where it cannot
         teach.
         """
-        hp = self.hparams
-        if not (hp["teacher"] and hp["teacher_weight"]):
+        teacher = self.hparams["teacher"]
+        if not (teacher and self.hparams["teacher_weight"]):
             return None
-        return Teacher(hp["teacher"], data.class_names, data.mean, data.std)
-
-    def _check_size(self, side: int, size: tuple[int, int, int]) -> None:
-        channels, _, full = size
-        if not 0 < side < full:
-            raise ModelError(
-                f"grow_sizes: {side} pixels; use sides below those of the data, {full}"
-            )
-        before = self.net.training
-        try:
-            with torch.no_grad():
-                self.net.eval()(torch.zeros(1, channels, side, side, device=self.device))
-        except Exception as error:
-            raise ModelError(
-                f"grow_sizes: {self.hparams['name']} cannot take images of {side} pixels "
-                f"({first_line(error)}); "
-                "use larger ones"
-            ) from error
-        finally:
-            self.net.train(before)
+        return Teacher(teacher, data.class_names, data.mean, data.std)
 
     def on_fit_start(self) -> None:
-        self._check_graphs()
+        # All ranks compute on one graph, or their gradients belong to different layers.
+        names = self._ddp_params_and_buffers_to_ignore
+        graphs = [self.get_buffer(name).cpu().numpy().tobytes() for name in names]
+        mine = hashlib.sha256(b"".join(graphs)).hexdigest()
+        equal = mine == self.trainer.strategy.broadcast(mine)
+        if not self.trainer.strategy.reduce_boolean_decision(equal, all=True):
+            raise XzooError(
+                "the graphs of the processes differ; give all of them the same model, seed and "
+                "checkpoint"
+            )
         hp = self.hparams
         # Here, after the callbacks' setup: EMA has copied the module by then, without teacher and
         # compiled code.
@@ -502,20 +499,6 @@ class Classifier(pl.LightningModule):
             step = self.global_step + 1
             self._lookahead.step(step, self.progress(step))
 
-    def _check_graphs(self) -> None:
-        """All ranks compute on one graph, or their gradients belong to different layers."""
-        graphs = [
-            self.get_buffer(name).cpu().numpy().tobytes()
-            for name in self._ddp_params_and_buffers_to_ignore
-        ]
-        mine = hashlib.sha256(b"".join(graphs)).hexdigest()
-        equal = mine == self.trainer.strategy.broadcast(mine)
-        if not self.trainer.strategy.reduce_boolean_decision(equal, all=True):
-            raise XzooError(
-                "the graphs of the processes differ; give all of them the same model, seed and "
-                "checkpoint"
-            )
-
     def on_validation_epoch_start(self) -> None:
         # Under DDP each rank has seen another part of the last batch. The first one's statistics
         # are taken, which DDP sends to the others with every step in any case: their mean over the
@@ -530,7 +513,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Lightning saves no random state, and gives every rank the same one. The epoch hooks are
-        # not called when a run resumes within an epoch, so this stands here.
+        # not called when a run resumes within an epoch, so it is done here.
         seed = key(
             self.hparams["seed"],
             0,
@@ -543,23 +526,20 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = self._loss(images, labels, batch_idx)
+        loss, step = self._loss(images, labels, batch_idx), self.global_step
         # Only where Lightning writes it down: reading the loss waits for the device.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_step(loss.detach(), len(labels))
+        if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # The mean over all ranks, so that all of them stop at a NaN of one, or the others
+            # would hang.
+            mean = float(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+            if not isfinite(mean):
+                raise XzooError(
+                    f"the loss is {mean} at step {step}: training has diverged; use a lower rate "
+                    f"than lr={self.peak:g} (and another --out)"
+                )
+            self.log("train/loss", mean, batch_size=len(labels))
+            self.log("lr", self.peak * self._rate_of(0.0)(step), batch_size=len(labels))
         return loss
-
-    def _log_step(self, loss: Tensor, size: int) -> None:
-        # The mean over all ranks, so that all of them stop at a NaN of one, or the others would
-        # hang.
-        mean = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
-        if not isfinite(mean):
-            raise XzooError(
-                f"the loss is {mean} at step {self.global_step}: training has diverged; "
-                f"use a lower rate than lr={self.peak:g} (and another --out)"
-            )
-        self.log("train/loss", mean, batch_size=size)
-        self.log("lr", self.peak * self._rate_of(0.0)(self.global_step), batch_size=size)
 
     def _loss(self, images: Tensor, labels: Tensor, batch_idx: int) -> Tensor:
         hp = self.hparams
@@ -589,12 +569,12 @@ class Classifier(pl.LightningModule):
         return images
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._judge(batch, "val")
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._judge(batch, "test")
+        self._evaluate(batch, "test")
 
-    def _judge(self, batch: tuple[Tensor, Tensor], part: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], part: str) -> None:
         images, labels = batch
         logits = self(images)
         self.acc1(logits, labels)
@@ -604,9 +584,9 @@ class Classifier(pl.LightningModule):
         # Not the number itself: Lightning divides its sum over the ranks by a number of images
         # rounded down.
         self.mean_loss(loss, len(labels))
-        self.log(f"{part}/loss", self.mean_loss, batch_size=len(labels))
-        self.log(f"{part}/acc1", self.acc1, batch_size=len(labels))
-        self.log(f"{part}/acc5", self.acc5, batch_size=len(labels))
+        metrics = {"loss": self.mean_loss, "acc1": self.acc1, "acc5": self.acc5}
+        for name, metric in metrics.items():
+            self.log(f"{part}/{name}", metric, batch_size=len(labels))
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Logits [B, num_classes] and labels [B] of the images, in float32 on the CPU."""
