@@ -147,7 +147,7 @@ def test_every_module_has_a_place():
 
 def test_public_names_are_these():
     assert set(xzoo.__all__) == {
-        *("create_model", "list_models", "profile", "expand", "to_dense", "deploy"),
+        *("create_model", "list_models", "profile", "expand", "fuse", "to_dense", "deploy"),
         *("ExpanderConv2d", "ExpanderLinear"),
         *("graphs", "ops", "theory"),
         *("XzooError", "GraphError", "ModelError", "DataError"),
