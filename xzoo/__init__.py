@@ -3,7 +3,7 @@
     import xzoo
 
     model = xzoo.create_model("x_resnet50", num_classes=10)  # timm's interface; timm knows x_* too
-    x_net = xzoo.expand(any_model, compression=4)            # or convert your own model
+    report = xzoo.expand(my_model, compression=4)            # converts your own model, in place
     print(xzoo.profile(model, (3, 224, 224)).macs)
 
 Layers: ExpanderConv2d, ExpanderLinear. Graphs and their theory: xzoo.graphs, xzoo.theory. Training:

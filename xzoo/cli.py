@@ -29,16 +29,24 @@ from .options import explain, nearest, option_names
 Several = Sequence[str]  # an argument of several words
 # What each command does, and an example of it. The function `_NAME` runs it.
 COMMANDS = {
-    "list": ("the models, with weights and multiply-accumulates", "xzoo list 'x_resnet*'"),
-    "inspect": (
-        "a model layer by layer, and its graphs against the theory",
-        "xzoo inspect x_vgg16_c8 --pictures out",
-    ),
     "finetune": (
         "train a model on your images",
         "xzoo finetune photos --model x_resnet50 --minutes 30",
     ),
+    "classify": (
+        "classify images",
+        "xzoo classify runs/photos-x_resnet50 holiday/*.jpg",
+    ),
+    "list": ("the models, with weights and multiply-accumulates (MACs)", "xzoo list 'x_resnet*'"),
+    "inspect": (
+        "a model layer by layer, and its graphs against the theory",
+        "xzoo inspect x_vgg16_c8 --pictures out",
+    ),
     "fit": ("train by a recipe", "xzoo fit cifar10/x_vgg16_2+air --data.root DATA --out runs/vgg"),
+    "recipes": (
+        "list the recipes with their counts, or copy one to change it",
+        "xzoo recipes 'cifar10/*+air'",
+    ),
     "validate": (
         "evaluate a run's weights on its validation images",
         "xzoo validate RECIPE --out runs/vgg",
@@ -55,9 +63,9 @@ COMMANDS = {
         "run what is left of a list of runs, or show its state",
         "xzoo queue recipes/QUEUE.md --list",
     ),
-    "recipes": (
-        "list the recipes with their counts, or copy one to change it",
-        "xzoo recipes 'cifar10/*+air'",
+    "compare": (
+        "draw results beside the paper's",
+        "xzoo compare recipes/results.csv --out figures",
     ),
     "export": (
         "write a run's model as a folder to publish",
@@ -71,16 +79,8 @@ COMMANDS = {
         "send an exported folder or a run to the Hub",
         "xzoo publish runs/photos --repo me/my-flowers",
     ),
-    "compare": (
-        "draw results beside the paper's",
-        "xzoo compare recipes/results.csv --out figures",
-    ),
-    "classify": (
-        "classify images",
-        "xzoo classify runs/photos-x_resnet50 holiday/*.jpg",
-    ),
     "doctor": (
-        "what computes here: CPU, backends, our kernels, and why not better ones",
+        "what computes here, and what keeps faster kernels from running",
         "xzoo doctor",
     ),
     "bench": (
@@ -100,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("xzoo"))
         return 0
     command, *rest = arguments
     try:
@@ -246,7 +251,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _overview() -> str:
-    text = "usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options)\n"
+    text = "usage: xzoo COMMAND ...   (xzoo COMMAND --help shows its options; xzoo --version)\n"
     for name, (what, example) in COMMANDS.items():
         text += f"\n  {name:<10}{what}\n  {'':<10}{example}"
     return text

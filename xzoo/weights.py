@@ -10,7 +10,7 @@ takes the first place that has them:
 
 The Hub's client checks sizes alone, and nothing in its cache; so every file is hashed at every
 load, and what was hashed is what is parsed. Only safetensors are: no pickle can get in. Not here:
-building models (models/).
+building models (models/), and data sets, whose files are not hashed.
 """
 
 import hashlib

@@ -123,7 +123,7 @@ def _shown(why: str, names: Sequence[str]) -> str:
 
 
 def read(data: str | Path, at_least: int | None = None, memory: int = MEMORY) -> ImageData:
-    """Read DATA in any of the forms above.
+    """Read DATA in any of the forms of sources.py.
 
     Args:
         at_least: larger images may be reduced to this many pixels a side (`load_rgb`).

@@ -1,4 +1,7 @@
-"""The rule of `auto`: which backend runs a layer of given sizes.
+"""The rule of `auto`: which backend, and so which kernel, runs a layer of given sizes, and why.
+
+`choose` is the rule. Among the 3x3 kernels of `native`, `stride_one` of native/conv3_pixels.h
+chooses.
 
 No stop-watch, so that runs are reproducible.
 """

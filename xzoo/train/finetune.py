@@ -62,23 +62,25 @@ def finetune(
     """Train a model to tell the classes of your images, and leave a folder that timm loads.
 
     Args:
-        data: a folder with one sub-folder a class (or train/ and val/ of such), a folder of parquet
+        data: a folder with one sub-folder per class (or train/ and val/ of such), a folder of parquet
             files, a data set on the Hugging Face Hub (org/name), or digits.
         model: a name of `xzoo list` or of timm, or local-dir:FOLDER.
-        epochs: how often each image is seen; by default 20 times (10 if pretrained), or 500 steps.
+        epochs: passes over the images; by default as many as make 500 steps, from 20 to 100 (10 to
+            60 if pretrained).
         minutes: training time; with epochs as well, whichever is used up first.
         freeze: train only the last layer; the rest, statistics of batch norm included, stays as it
             is.
         expand: make an X-Net of a dense model first: every expanded layer keeps 1/expand of its
             weights.
         pretrained: begin with pretrained weights; by default if there are some.
-        lr: peak learning rate, of AdamW.
-        batch_size: images in a step.
+        lr: peak learning rate of AdamW; by default 2e-3 (1e-3 from weights of large images), times
+            the square root of batch_size / 64.
+        batch_size: images in a step; by default 8 to 64, the more images the more.
         img_size: pixels a side that the model sees; by default its own, or less for small images
             from scratch.
         mirror: also train on mirror images; by default yes, for digits no.
-        seed: of the order, the augmentation and the new weights.
-        out: the run folder, not in the data; by default runs/DATA-MODEL.
+        seed: random seed of the order, the augmentation and the new weights.
+        out: the run folder, outside the data; by default runs/DATA-MODEL.
         workers: processes that load images; by default none if they fit in memory and the CPU
             trains.
         device: auto, cpu, cuda or mps.

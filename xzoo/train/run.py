@@ -9,6 +9,10 @@ publish it:
     metrics.csv    a row for each step that logged something
     model/         the trained model, as timm loads it
     result.json    written last, which ends the run
+
+A run survives kill -9 for three reasons: last.ckpt is written every three minutes and after each
+epoch (callbacks.py); files are replaced atomically (files.py); the order of images and all random
+numbers are functions of seed and step (data/order.py, task.py).
 """
 
 import csv
