@@ -2,6 +2,7 @@
 their own.
 
     python tests/guard.py pages LEVEL     every array and all scratch of the kernels between pages that cannot be read
+    python tests/guard.py norms LEVEL     the same of batch norms
     python tests/guard.py scratch LEVEL   each request for scratch refused once
     python tests/guard.py hostile LEVEL   arguments that are wrong in one place, through the door of xzoo.ops
     python tests/guard.py asan LEVEL      the kernels under AddressSanitizer (which has to be preloaded)
@@ -97,12 +98,12 @@ def built(level: str, sanitize: bool = False, change: tuple[str, str] | None = N
         source = (HERE / "avx512.h").read_text() + source
         flags += ["-march=x86-64", "-D__AVX512F__", "-Wno-psabi", "-O1"]  # in half the time
         flags += [f"-DXZOO_FAST={int(level == 'plain512fast')}"]
+    elif level:
+        flags += [f"-march={level}"]
     if level == "plain512fast":
         for size, small in SMALL_CACHES.items():
             assert source.count(size) == 1
             source = source.replace(size, small)
-    elif level:
-        flags += [f"-march={level}"]
     if sanitize:
         source = (HERE / "checked.h").read_text() + source
         flags += ["-fsanitize=address", "-O1", "-g"]
@@ -447,6 +448,65 @@ def pages(run: Run, library: ctypes.CDLL) -> None:
                     run.report(f"{case.operation}{part} {wrong}")
 
 
+def norms(run: Run, library: ctypes.CDLL) -> None:
+    """Batch norms at both ends of their arrays: equal bits, nothing written elsewhere."""
+    regions = [Region() for _ in range(9)]
+    begin = ctypes.c_int.in_dll(library, "xzoo_guard_begin")
+    for seed in run.seeds():
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        batch, channels, pixels = draw.choice(BATCHES), draw.choice(INPUTS), draw.choice(SIZES)
+        pixels *= draw.choice([1, pixels])
+        while batch * channels * pixels > 300_000:
+            pixels = (pixels + 1) // 2
+            batch = (batch + 1) // 2
+        training = batch * pixels > 1 and draw.random() < 0.7
+        options = draw.randint(0, 1), draw.choice([1, 1, 2, 3, 5]), draw.randint(0, 3), training
+        sizes = struct.pack("7q2d", batch, channels, pixels, *options, 1e-5, 0.1)
+        affine, tracked = draw.random() < 0.7, not training or draw.random() < 0.7
+        run.begin(f"{batch} x {channels} x {pixels}, {options}, {affine}, {tracked}", seed)
+        x, grad = torch.randn(2, batch * channels * pixels)
+        each = torch.rand(4, channels)
+        given = [
+            x,
+            *(each[:2] if affine else (None, None)),
+            *(each[2:] if tracked else (None,) * 2),
+        ]
+        results = []
+        for begin.value in (False, True):
+            places = [
+                None if t is None else put(region, t, begin.value)
+                for region, t in zip(regions[:5], given, strict=True)
+            ]
+            statistics = put(regions[5], torch.full([4 * channels], math.nan), begin.value)
+            y = put(regions[6], torch.full([len(x)], math.nan), begin.value)
+            found = [address_of(t) for t in (*places, statistics, y)]
+            answers = [library.xzoo_norm(sizes, *found)]
+            results.append([t.clone() for t in (*places[3:], statistics, y) if t is not None])
+            d = put(regions[7], grad, begin.value)
+            dscale, dbias = (
+                put(r, torch.full([channels], math.nan), begin.value) for r in regions[1:3]
+            )
+            found = [address_of(t) for t in (d, places[0], statistics, dscale, dbias, y)]
+            answers.append(library.xzoo_norm_grad(sizes, *found))
+            results[-1] += [t.clone() for t in (dscale, dbias, y)]
+            if any(answers) or not torch.equal(places[0], x) or not torch.equal(d, grad):
+                run.report(f"answers {answers}, or an input is another")
+        for a, b in zip(*results, strict=True):
+            if not torch.equal(a, b) or not a.isfinite().all():
+                run.report("a result differs between the ends of a page, or is not written")
+
+
+def put(region: Region, t: Tensor, begin: bool) -> Tensor:
+    """The same numbers in a region, at its begin or end."""
+    buffer = (ctypes.c_char * (4 * t.numel())).from_address(region.address(4 * t.numel(), begin))
+    return torch.frombuffer(buffer, dtype=t.dtype).copy_(t)
+
+
+def address_of(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
 def asan(run: Run, library: ctypes.CDLL) -> None:
     """Every kernel on torch's own arrays; the sanitizer ends the process at the first fault."""
     native._loaded[:] = [library]
@@ -640,7 +700,7 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
                         run.report(f"{backend} {case.operation}{part} {wrong}")
 
 
-RUNS = {"pages": pages, "scratch": scratch, "hostile": hostile, "asan": asan}
+RUNS = {"pages": pages, "norms": norms, "scratch": scratch, "hostile": hostile, "asan": asan}
 
 
 def main() -> int:

@@ -89,6 +89,14 @@ def test_pages_beside_every_array_are_never_touched(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", LEVELS[:-1])  # norms are alike on FAST CPUs
+def test_pages_beside_a_norms_arrays_are_never_touched(name, tmp_path):
+    count = cases(300)
+    code, last, shown = guard(tmp_path, "norms", level_of(name), "--cases", count)
+    assert code == 0 and f": {count} cases, 0 faults" in last, shown
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEVELS)
 def test_scratch_that_is_refused_ends_in_a_memory_error(name, tmp_path):
     count = cases(60)

@@ -21,7 +21,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
 import itertools
 import logging
 import math
@@ -32,14 +31,15 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models._features_fx import get_notrace_modules
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .convert import computed_tensors, dense_form, read_by_methods
-from .errors import ModelError, first_line
+from .errors import ModelError
 from .layers import X_LAYERS, ExpanderConv2d, ExpanderLinear, modules_of
+from .norms import unfuse
 from .profile import copy_of, refuse_unsized, unwrapped
+from .tracing import TENSORS, following, is_plain
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ FOLDS_INTO: dict[type, tuple[tuple[type, ...], int]] = {
     ExpanderLinear: (_LINEAR_NORMS, 2),
 }
 ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-TENSORS = ("weight", "bias", "running_mean", "running_var")
 # in each form that is measured; the fastest counts, because other work on a machine only adds
 RUNS = 7
 CLEARLY = 1.1  # times as fast: the clock is not that exact, and a dense layer needs more memory
@@ -86,7 +85,7 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     """
     model = unwrapped(model)
     refuse_unsized(model)
-    fast = copy_of(model, _own).eval().requires_grad_(False)
+    fast = unfuse(copy_of(model, _own)).eval().requires_grad_(False)
     proof = Proof(fast, example)
     if not proof.trials:
         _logger.warning(
@@ -193,7 +192,7 @@ def _fold_norms(proof: Proof) -> int:
     """
     model = proof.models[0]
     changes: dict[str, Change] = {}
-    for layer, norm in _pairs(model, "folded", reads_matter=True):
+    for layer, norm in following(model, "folded", reads_matter=True):
         dims = proof.dims.get(norm, 0)
         if _folds(model.get_submodule(layer), model.get_submodule(norm), dims):
             changes[norm] = functools.partial(_fold, layer, norm)
@@ -206,115 +205,20 @@ def _fuse_activations(proof: Proof) -> int:
     """
     model = proof.models[0]
     changes: dict[str, Change] = {}
-    for layer, act in _pairs(model, "fused", reads_matter=False):
+    for layer, act in following(model, "fused"):
         parts = model.get_submodule(layer), model.get_submodule(act)
-        if type(parts[0]) in X_LAYERS and type(parts[1]) in ACTIVATIONS and all(map(_plain, parts)):
+        if (
+            type(parts[0]) in X_LAYERS
+            and type(parts[1]) in ACTIVATIONS
+            and all(map(is_plain, parts))
+        ):
             changes[act] = functools.partial(_fuse, layer, act)
     return len(_change(proof, changes, "done by the layer before it"))
 
 
-def _pairs(model: nn.Module, what: str, reads_matter: bool) -> Iterator[tuple[str, str]]:
-    """Names of two modules, where only the second one gets the result of the first.
-
-    Each is called once, has one name, and has parameters that only its own code reads. Modules
-    between the two that do nothing are skipped.
-    """
-    tracer = _Tracer()
-    # A copy, because code that stores what it computed would store fx's proxies (levit's biases);
-    # tensors are shared.
-    shadow = copy_of(model, lambda tensor: tensor)
-    try:
-        graph = tracer.trace(shadow, _defaults(shadow))
-    except Exception as error:  # of whatever class the model's own code raises on a proxy
-        _logger.warning(
-            "nothing is %s: torch.fx cannot trace the model (%s)", what, first_line(error)
-        )
-        return
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = Counter(map(id, modules.values()))
-    calls: Counter[int] = Counter()
-    for node in graph.find_nodes(op="call_module"):
-        calls[id(modules[str(node.target)])] += 1
-    owners: Counter[int] = Counter()
-    for part in model.modules():
-        owners.update(map(id, part.parameters(recurse=False)))
-    read = read_by_methods(model, TENSORS) if reads_matter else {}
-
-    def alone(node: fx.Node) -> bool:
-        part = modules[str(node.target)]
-        if calls[id(part)] > 1 or names[id(part)] > 1 or str(node.target) in read:
-            return False
-        if reads_matter and not tracer.read.isdisjoint(map(id, _tensors_in(part))):
-            return False
-        return all(owners[id(p)] == 1 for p in part.parameters())
-
-    def before(node: fx.Node) -> Any:
-        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            return node.args[0]
-        return None
-
-    for node in graph.nodes:
-        first = before(node)
-        while isinstance(first, fx.Node) and first.op == "call_module" and len(first.users) == 1:
-            part = modules[str(first.target)]
-            if type(part) is not nn.Identity or not _plain(part):
-                if alone(first) and alone(node):
-                    yield str(first.target), str(node.target)
-                break
-            first = before(first)
-
-
-class _Tracer(fx.Tracer):
-    """Goes into containers alone: layers, norms and what timm says cannot be traced are leaves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: set[int] = set()  # tensors that traced code asks a module for, by id
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        leaves = (*FOLDS_INTO, _BatchNorm, *get_notrace_modules())
-        return isinstance(module, leaves) or super().is_leaf_module(module, name)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if isinstance(attr_val, Tensor):
-            self.read.add(id(attr_val))
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-def _defaults(model: nn.Module) -> dict[str, Any] | None:
-    """The arguments after the first of model(example): a proxy in their place would take the other
-    branch.
-    """
-    plain = {}
-    for parameter in list(inspect.signature(model.forward).parameters.values())[1:]:
-        if type(parameter.default) in (type(None), bool, int, float, str):
-            plain[parameter.name] = parameter.default
-    return plain or None
-
-
-def _plain(part: nn.Module) -> bool:
-    """Whether it computes what its class says, from tensors of its own: no hooks, no
-    parametrization, no adapters.
-    """
-    if (
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or (type(part) in FOLDS_INTO and part._modules)
-    ):
-        return False
-    patched = any(vars(part).get(name) is not None for name in ("forward", *TENSORS))
-    # not quantized, sharded, without sizes
-    usual = set(map(type, _tensors_in(part))) <= {Tensor, nn.Parameter, type(None)}
-    return usual and not patched and part._parameters.keys() <= {"weight", "bias"}
-
-
-def _tensors_in(part: nn.Module) -> tuple[Tensor | None, ...]:
-    return *part._parameters.values(), *part._buffers.values()
-
-
 def _folds(layer: nn.Module, norm: nn.Module, dims: int) -> bool:
     norms, its_dims = FOLDS_INTO.get(type(layer), ((), 0))
-    if type(norm) not in norms or dims != its_dims or not (_plain(layer) and _plain(norm)):
+    if type(norm) not in norms or dims != its_dims or not (is_plain(layer) and is_plain(norm)):
         return False
     # Without statistics of its own, or in training mode, it takes each batch's.
     mean: Any = norm.running_mean
@@ -523,7 +427,7 @@ def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> 
     ours = modules_of(model, X_LAYERS)
     names = []
     for name, part in ours.items():
-        if type(part) in X_LAYERS and _plain(part) and uses[part] == 1 and name not in read:
+        if type(part) in X_LAYERS and is_plain(part) and uses[part] == 1 and name not in read:
             names.append(name)
     if not names:
         return 0, len(ours)

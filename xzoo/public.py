@@ -9,6 +9,7 @@ from .deploy import deploy
 from .errors import DataError, GraphError, ModelError, XzooError
 from .layers import ExpanderConv2d, ExpanderLinear
 from .models import create_model, list_models
+from .norms import fuse
 from .profile import profile
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "create_model",
     "deploy",
     "expand",
+    "fuse",
     "graphs",
     "list_models",
     "ops",

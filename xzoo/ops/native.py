@@ -16,7 +16,7 @@ import os
 import platform
 import struct
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ _CODES = {"": 0, "relu": 1, "relu6": 2}  # of the activations, done in the store
 _TENSORS = {  # its functions, and how many tensors they take
     **{"xzoo_conv3": 5, "xzoo_conv3_input_grad": 4, "xzoo_conv3_weight_grad": 4},
     **{"xzoo_point": 5, "xzoo_point_input_grad": 4, "xzoo_point_weight_grad": 4},
+    **{"xzoo_norm": 7, "xzoo_norm_grad": 6},
 }
 
 _logger = logging.getLogger(__name__)
@@ -196,6 +197,18 @@ def _call(
     if answer := getattr(_loaded[0], name)(layer, *addresses):
         raise _refusal(answer, list(x.shape), list(weight.shape), share)
     return result
+
+
+def call(name: str, sizes: bytes, tensors: Sequence[Tensor | None]) -> None:
+    """A function of native.cpp that is not a layer's, on the addresses of contiguous or channels_last
+    tensors."""
+    tensors = [None if t is None else readable(t) for t in tensors]
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    answer = getattr(_loaded[0], name)(sizes, *addresses)
+    if answer == 2:
+        raise MemoryError(f"no memory for {name} of the native kernels: take a smaller batch")
+    if answer:
+        raise XzooError(f"{name} of the native kernels does not support these sizes")
 
 
 def readable(t: Tensor) -> Tensor:

@@ -340,6 +340,14 @@ def _do(name: str, *arguments: Any) -> Tensor:
     return _FUNCTIONS[name](*arguments)
 
 
+def is_observed(x: Any) -> bool:
+    """Whether an operation on x is seen by more than autograd's backward pass: x is a subclass or a
+    proxy, or torch compiles, traces, counts, transforms, or derives forwards."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return _watched() or forward_ad._current_level >= 0
+
+
 def _watched() -> bool:
     """By a mode (fake tensors, a FLOP counter), a transform (vmap) or the profiler."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None

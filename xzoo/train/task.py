@@ -28,6 +28,7 @@ from ..data.order import STEP, key, steps_of_epoch
 from ..errors import ModelError, XzooError, first_line
 from ..layers import ExpanderConv2d, ExpanderLinear
 from ..models import create_model
+from ..norms import fuse, unfuse
 from . import start
 from .callbacks import Clock, refuse_unsafe_averaging, refuse_unsafe_synchronising
 from .distill import Teacher, distilled
@@ -473,8 +474,11 @@ class Classifier(pl.LightningModule):
             self._average = {}
         if hp["compile"]:
             self.net.compile()
+        elif self.device.type == "cpu":
+            fuse(self.net)
 
     def on_fit_end(self) -> None:
+        unfuse(self.net)
         self._teacher, self._lookahead = None, None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,10 +22,13 @@
 #include "gradients.h"
 #include "layer.h"
 #include "memory.h"
+#include "norms.h"
 #include "panels.h"
 #include "point.h"
 #include "threads.h"
 #include "vectors.h"
+
+#include <type_traits>
 
 namespace {
 
@@ -60,6 +63,22 @@ Answer begun(const Layer& a, const int32_t* neighbours) {
   return in_range(a, neighbours) ? DONE : BAD_NEIGHBOUR;
 }
 Answer ended() { return no_memory ? NO_MEMORY : DONE; }
+
+bool is_norm(const Norm& a) {
+  if (a.N < 1 || a.P < 1 || a.C < 1 || a.threads < 1 || a.activation < NONE || a.activation > GELU)
+    return false;
+  return (double)a.N * (double)a.P * (double)a.C <= 0x1p44;
+}
+
+template <class F>
+void with_activation(const Norm& a, F f) {
+  switch (a.activation) {
+    case RELU: return f(std::integral_constant<int, RELU>());
+    case RELU6: return f(std::integral_constant<int, RELU6>());
+    case GELU: return f(std::integral_constant<int, GELU>());
+    default: return f(std::integral_constant<int, NONE>());
+  }
+}
 
 // No sample, or no pixel: no sum to make.
 bool is_empty(const Layer& a) { return !a.N || !a.H || !a.W; }
@@ -185,6 +204,37 @@ int xzoo_point_weight_grad(const Layer* a, const float* d, const float* x,
   if (is_empty(*a)) return memset(dw, 0, a->O * a->degree * sizeof(float)), DONE;
   if (a->H * a->W == 1 && a->N <= FEW) weights_by_dots(x, d, *a, neighbours, dw);
   else weights1(x, d, *a, neighbours, dw);
+  return ended();
+}
+
+int xzoo_norm(const Norm* a, const float* x, const float* gamma, const float* beta,
+              float* running_mean, float* running_var, float* statistics, float* y) {
+  no_memory = false;
+  if (!is_norm(*a)) return BAD_SIZES;
+  const Statistics s{statistics, statistics + a->C, statistics + 2 * a->C, statistics + 3 * a->C};
+  with_activation(*a, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    if (a->training)
+      return normed_by_batch<A>(*a, x, gamma, beta, running_mean, running_var, s, y);
+    for (long c = 0; c < a->C; c++) s.set(c, running_mean[c], running_var[c], a->eps, gamma, beta);
+    normed<A>(*a, x, s, y);
+  });
+  return ended();
+}
+
+int xzoo_norm_grad(const Norm* a, const float* dy, const float* x, float* statistics, float* dgamma,
+                   float* dbeta, float* dx) {
+  no_memory = false;
+  if (!is_norm(*a)) return BAD_SIZES;
+  const Statistics s{statistics, statistics + a->C, statistics + 2 * a->C, statistics + 3 * a->C};
+  float* slope = scratch[1].floats(2 * a->C);
+  if (no_memory) return NO_MEMORY;
+  with_activation(*a, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    float* level = slope + a->C;
+    if (a->training) norm_gradients<A, true>(*a, dy, x, s, slope, level, dx, dgamma, dbeta);
+    else norm_gradients<A, false>(*a, dy, x, s, slope, level, dx, dgamma, dbeta);
+  });
   return ended();
 }
 }
