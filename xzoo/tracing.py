@@ -1,4 +1,4 @@
-"""Which module takes another one's result, found by torch.fx: for what one can do in place of both."""
+"""Which module takes another one's result, found by torch.fx: one can then do the work of both."""
 
 import inspect
 import logging

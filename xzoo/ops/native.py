@@ -200,8 +200,8 @@ def _call(
 
 
 def call(name: str, sizes: bytes, tensors: Sequence[Tensor | None]) -> None:
-    """A function of native.cpp that is not a layer's, on the addresses of contiguous or channels_last
-    tensors."""
+    """A function of native.cpp that is not a layer's, on the addresses of contiguous or
+    channels_last tensors."""
     tensors = [None if t is None else readable(t) for t in tensors]
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     answer = getattr(_loaded[0], name)(sizes, *addresses)

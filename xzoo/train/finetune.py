@@ -62,8 +62,8 @@ def finetune(
     """Train a model to tell the classes of your images, and leave a folder that timm loads.
 
     Args:
-        data: a folder with one sub-folder per class (or train/ and val/ of such), a folder of parquet
-            files, a data set on the Hugging Face Hub (org/name), or digits.
+        data: a folder with one sub-folder per class (or train/ and val/ of such), a folder of
+            parquet files, a data set on the Hugging Face Hub (org/name), or digits.
         model: a name of `xzoo list` or of timm, or local-dir:FOLDER.
         epochs: passes over the images; by default as many as make 500 steps, from 20 to 100 (10 to
             60 if pretrained).
