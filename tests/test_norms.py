@@ -288,6 +288,14 @@ def test_a_hook_on_the_norm_sees_the_norms_result():
     assert seen[0].min() < 0
 
 
+def test_a_mark_that_is_lost_costs_a_pass_and_nothing_else():
+    model, x = norm_and_relu()
+    want = copy.deepcopy(model)(x)
+    fused = xzoo.fuse(model)
+    fused[1] = nn.Sequential(fused[1], nn.Flatten(0, 0))  # another tensor of the same numbers
+    torch.testing.assert_close(fused(x), want)
+
+
 def test_synchronized_norms_take_the_place_of_fused_ones():
     model, x = norm_and_relu()
     model = nn.SyncBatchNorm.convert_sync_batchnorm(xzoo.fuse(model)).eval()
@@ -311,7 +319,7 @@ def test_other_norms_and_subclasses_stay():
             return super().forward(x).clamp(-1, 1)
 
     model = nn.Sequential(
-        Clamped(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Tanh(), nn.BatchNorm2d(3), nn.GELU("tanh")
+        Clamped(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Tanh(), nn.BatchNorm2d(3), nn.GELU()
     )
     fused = xzoo.fuse(model)
     kinds = [Clamped, nn.ReLU, FusedBatchNorm2d, nn.Tanh, FusedBatchNorm2d, nn.GELU]

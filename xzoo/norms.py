@@ -3,9 +3,11 @@
     xzoo.fuse(model)
 
 Modules, parameters and names stay where they are, so state dicts, optimizers, EMA and DDP see no
-difference. A norm tells the activation module after it, through the tensor that it hands on, that
-its work is done; whatever takes the norm's place (SyncBatchNorm, a quantized one) does not, and the
-activation acts as ever. Compiled and exported models compute as if nothing had been fused.
+difference. A norm marks the tensor that it returns, and the activation module after it passes a
+marked tensor on. Whatever takes the norm's place (SyncBatchNorm, a quantized one) marks nothing,
+and the activation acts. A mark that is lost, as between the parts of a checkpointed model, costs a
+pass and nothing else, since relu(relu(x)) is relu(x). Compiled and exported models compute as if
+nothing had been fused.
 """
 
 from timm.layers import BatchNormAct2d
@@ -21,13 +23,13 @@ _ACTIVATED = "_xzoo_activated"  # of a tensor: the module that its norm has alre
 def fuse(model: nn.Module) -> nn.Module:
     """Let each batch norm do the activation after it, in place; the model.
 
-    Norms of timm (BatchNormAct2d) have their activation with them. For torch's BatchNorm2d,
-    torch.fx finds the ReLU, ReLU6 or GELU that alone reads its result; without one, or in a model
-    that cannot be traced, the norm alone gets faster. Other norms and subclasses stay as they are.
+    Norms of timm (BatchNormAct2d) have their activation with them: ReLU, ReLU6 or GELU. For torch's
+    BatchNorm2d, torch.fx finds the ReLU or ReLU6 that alone reads its result; without one, or in a
+    model that cannot be traced, the norm alone gets faster. Other norms and subclasses stay as they
+    are.
 
     The outputs and gradients change by rounding. torch.fx traces a model only after `unfuse`. A
-    forward hook on a norm is given the norm's own
-    result, and so costs what the fusion gains.
+    forward hook on a norm is given the norm's own result, and so costs what the fusion gains.
     """
     pairs = dict(following(model, "fused"))
     modules = dict(model.named_modules())
@@ -35,7 +37,7 @@ def fuse(model: nn.Module) -> nn.Module:
         if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d):
             continue
         act = modules[pairs[name]] if name in pairs else nn.Identity()
-        if type(norm) is nn.BatchNorm2d and _name(act):
+        if type(norm) is nn.BatchNorm2d and type(act) in (nn.ReLU, nn.ReLU6):
             vars(norm)["activation"] = _name(act)
             act.__class__ = _FUSED[type(act)]
         norm.__class__ = _FUSED[type(norm)]
@@ -117,15 +119,10 @@ class FusedReLU6(_AfterNorm, nn.ReLU6):
     activation = "relu6"
 
 
-class FusedGELU(_AfterNorm, nn.GELU):
-    activation = "gelu"
-
-
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: FusedBatchNorm2d,
     BatchNormAct2d: FusedBatchNormAct2d,
     nn.ReLU: FusedReLU,
     nn.ReLU6: FusedReLU6,
-    nn.GELU: FusedGELU,
 }
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
