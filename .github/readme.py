@@ -40,6 +40,9 @@ ROOT = Path(__file__).parent.parent
 def weights_short() -> list[list[str]]:
     rows = [["model", "data set", "top-1, %", "weights", "MACs", "file"]]
     for name, card in _cards().items():
+        architecture, _, tag = name.partition(".")
+        if weights.find(architecture).tag != tag:  # what a bare name loads is another one
+            continue
         row = [f"`{name}`", DATASETS[card["dataset"]].title, f"{card['top1']:.2f}"]
         rows.append(
             [*row, _millions(card["weights"], 2), _millions(card["macs"]), _megabytes(card)]

@@ -69,11 +69,11 @@ COMMANDS = {
     ),
     "export": (
         "write a run's model as a folder to publish",
-        "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10_q75",
+        "xzoo export runs/vgg hub_cards/x_vgg16_2.cifar10",
     ),
     "card": (
         "rewrite the cards of exported folders",
-        "xzoo card hub_cards/x_vgg16_2.cifar10_q75",
+        "xzoo card hub_cards/x_vgg16_2.cifar10",
     ),
     "publish": (
         "send an exported folder or a run to the Hub",

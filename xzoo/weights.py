@@ -1,6 +1,6 @@
 """Trained weights by tag: where they are, and never a byte of them that is not the one meant.
 
-weights.json has a row for each tag, such as "x_vgg16_2.cifar10_q75": the Hub's repository and
+weights.json has a row for each tag, such as "x_vgg16_2.cifar10": the Hub's repository and
 commit, and size and sha256 of config.json and model.safetensors; `xzoo publish` writes it. `fetch`
 takes the first place that has them:
 

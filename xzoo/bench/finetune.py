@@ -1,6 +1,6 @@
 """Does a trained network learn new images better than the same one from scratch, in the same time?
 
-    xzoo bench --finetune DATA --model x_vgg16_2.cifar10_q75 --csv recipes/finetune.csv
+    xzoo bench --finetune DATA --model x_vgg16_2.cifar10 --csv recipes/finetune.csv
 
 DATA is what `xzoo finetune` reads, with a part to train on and one to validate on. Runs with and
 without the trained weights take turns, with the same seed, image size and training time: on a few

@@ -38,7 +38,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """timm.create_model: a model of the zoo, or any other of timm's, by name.
 
     Args:
-        name: "x_resnet50", with a tag of weights "x_vgg16_2.cifar10_q75", or "local-dir:FOLDER",
+        name: "x_resnet50", with a tag of weights "x_vgg16_2.cifar10", or "local-dir:FOLDER",
             "hf-hub:ORG/NAME".
         pretrained: load trained weights. Those of the zoo's own names are verified
             (xzoo/weights.py); what came of it is in `pretrained_cfg`: "file", and "hf_hub_id" with
