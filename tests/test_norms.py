@@ -5,6 +5,7 @@ models against what they were.
 import copy
 import pickle
 import re
+import struct
 
 import pytest
 import torch
@@ -176,6 +177,17 @@ def test_second_derivatives(activation, training):
     largest = max(float(w.abs().max()) for w in want)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("wrong", [{0: 0}, {1: -1}, {2: 0}, {4: 0}, {5: 4}, {5: -1}, {0: 2**44}])
+def test_sizes_that_are_no_norm_are_refused_before_any_address_is_used(wrong):
+    assert native.available()
+    sizes = [2, 3, 4, 0, 1, 0, 1]  # norms.h's N, C, P, last, threads, activation, training
+    for place, size in wrong.items():
+        sizes[place] = size
+    for name, tensors in native._NORM_TENSORS.items():
+        function = getattr(native._loaded[0], name)
+        assert function(struct.pack("7q2d", *sizes, 1e-5, 0.1), *[None] * tensors) == 3, name
 
 
 @pytest.mark.parametrize("training", [True, False])

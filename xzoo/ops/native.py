@@ -42,8 +42,8 @@ _CODES = {"": 0, "relu": 1, "relu6": 2}  # of the activations, done in the store
 _TENSORS = {  # its functions, and how many tensors they take
     **{"xzoo_conv3": 5, "xzoo_conv3_input_grad": 4, "xzoo_conv3_weight_grad": 4},
     **{"xzoo_point": 5, "xzoo_point_input_grad": 4, "xzoo_point_weight_grad": 4},
-    **{"xzoo_norm": 7, "xzoo_norm_grad": 6},
 }
+_NORM_TENSORS = {"xzoo_norm": 7, "xzoo_norm_grad": 6}  # those of norms.py
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -402,7 +402,7 @@ def _build(flags: list[str], again: bool = False) -> Built:
 
 def _opened(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name, count in _TENSORS.items():
+    for name, count in (_TENSORS | _NORM_TENSORS).items():
         getattr(library, name).argtypes = [ctypes.c_void_p] * (1 + count)
     process = ctypes.CDLL(None)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_in_parallel")
