@@ -88,7 +88,7 @@ def test_help_of_all_and_of_each(capsys):
         (["classify", "x_vgg16_2.cifar10_q75/", __file__], "there is no such folder"),
         (
             ["classify", "x_vgg16_2.cifar11", __file__],
-            "x_vgg16_2 has no tag 'cifar11'; it has cifar10_q75",
+            "x_vgg16_2 has no tag 'cifar11'; it has cifar10, cifar10_q75",
         ),
         (
             ["classify", "x_vgg16_2", __file__, "--top", "-3"],

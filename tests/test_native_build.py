@@ -52,6 +52,8 @@ int xzoo_conv3_weight_grad() { return 0; }
 int xzoo_point() { return 0; }
 int xzoo_point_input_grad() { return 0; }
 int xzoo_point_weight_grad() { return 0; }
+int xzoo_norm() { return 0; }
+int xzoo_norm_grad() { return 0; }
 }
 """
 

@@ -25,6 +25,7 @@ from ..data.memory import CIFAR10, InMemory, PlaceLoader, TinyImageNet
 from ..data.order import TrainOrder
 from ..errors import XzooError
 from ..models import create_model
+from ..norms import fuse
 from ..train.run import Run, log_every, quiet
 from ..train.task import Classifier, rate
 from .figures import Figure, ratios, threads
@@ -83,7 +84,7 @@ def _loop(model: str, batch_size: int, pairs: int, photos: int) -> Iterator[Figu
 
 def bare_loop(task: Classifier, data: InMemory, device: torch.device) -> Iterator[None]:
     """Plain PyTorch that does with the network of `task` what the Trainer does, a step a time."""
-    net = task.net.to(device).train()
+    net = fuse(task.net).to(device).train()
     loss_of = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
     optimizer = create_optimizer_v2(
         net, OPTIMIZER["optimizer"], OPTIMIZER["lr"], OPTIMIZER["weight_decay"]
