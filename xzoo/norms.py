@@ -17,7 +17,7 @@ from .ops.norms import batch_norm_act
 from .ops.operations import is_observed
 from .tracing import following
 
-_ACTIVATED = "_xzoo_activated"  # of a tensor: the module that its norm has already stood in for
+_ACTIVATED = "_xzoo_activated"  # a tensor's attribute: the activation that its norm has done
 
 
 def fuse(model: nn.Module) -> nn.Module:

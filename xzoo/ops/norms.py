@@ -1,8 +1,7 @@
 """Batch norm and the activation that follows it as one operation, forward and backward.
 
 torch runs them one after the other: it reads and writes each tensor more often, and keeps the
-result of both for the backward pass. In a training step of an X-VGG on a CPU that takes as long as
-a third of its X-layers. The kernels (native/norms.h) do the same sums in two passes.
+result of both for the backward pass. The kernels (native/norms.h) do the same sums in two passes.
 
 Used for float32 on CPUs; everything else, and whoever traces, gets torch's own functions.
 """
@@ -47,6 +46,8 @@ def batch_norm_act(
     """
     tensors = (running_mean, running_var, weight, bias)
     if _has_kernel(x, training, *tensors):
+        # Here and not in the Function: its second derivatives start from the x that it was given.
+        x = native.laid_out(x)
         arguments = (x, weight, bias, running_mean, running_var, training, momentum, eps)
         return _BatchNormAct.apply(*arguments, activation)
     y = F.batch_norm(x, *tensors, training, momentum, eps)
@@ -88,7 +89,6 @@ class _BatchNormAct(torch.autograd.Function):
         eps: float,
         activation: str,
     ) -> Tensor:
-        x = native.laid_out(x)
         y = torch.empty_like(x)
         statistics = x.new_empty(4, x.shape[1])  # mean, 1 / deviation, scale, shift
         ctx.sizes = _sizes(x, training, momentum, eps, activation)
