@@ -1,6 +1,7 @@
 """What several test files need: real images where they lie, and small folders of drawn ones."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,15 @@ from PIL import Image
 
 import xzoo
 from xzoo import network
+from xzoo.ops import native
 
 MakeFolder = Callable[..., Path]
+
+# Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
+LEVELS = [
+    "best",
+    *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64")),
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,3 +88,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(network, "_in_time", spy)
     return seconds
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def built(request: pytest.FixtureRequest) -> Any:
+    """The library of the kernels at one of LEVELS."""
+    if request.param == "best":
+        assert native.available()
+        return native._loaded[0]
+    best = " ".join(native._flags())
+    if "x86-64" not in best:
+        pytest.skip(f"this CPU is not {request.param}")
+    return native.build(re.sub(r"-march=\S+", f"-march={request.param}", best).split())
+
+
+@pytest.fixture
+def kernels(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The same, in use."""
+    monkeypatch.setattr(native, "_loaded", [built])
+    torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
+    yield built
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)

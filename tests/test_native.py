@@ -11,7 +11,6 @@ import csv
 import itertools
 import math
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -36,33 +35,7 @@ from xzoo.ops.compiler import whole
 from xzoo.ops.tune import PRODUCTS, LayerShape, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "native.csv"
-# Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
-LEVELS = [
-    "best",
-    *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64")),
-]
-
 pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module", params=LEVELS)
-def built(request):
-    if request.param == "best":
-        assert native.available()
-        return native._loaded[0]
-    best = " ".join(native._flags())
-    if "x86-64" not in best:
-        pytest.skip(f"this CPU is not {request.param}")
-    return native.build(re.sub(r"-march=\S+", f"-march={request.param}", best).split())
-
-
-@pytest.fixture
-def kernels(built, monkeypatch):
-    monkeypatch.setattr(native, "_loaded", [built])
-    torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
-    yield built
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(1)
 
 
 @st.composite

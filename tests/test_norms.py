@@ -4,7 +4,6 @@ models against what they were.
 
 import copy
 import pickle
-import re
 import struct
 
 import pytest
@@ -21,32 +20,7 @@ from xzoo.ops import native
 from xzoo.ops.norms import ACTIVATIONS, batch_norm_act
 
 FUNCTIONS = {"": lambda y: y, "relu": F.relu, "relu6": F.relu6, "gelu": F.gelu}
-LEVELS = [
-    "best",
-    *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64")),
-]
-
 pytestmark = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module", params=LEVELS)
-def built(request):
-    assert native.available()
-    best = " ".join(native._flags())
-    if request.param == "best":
-        return native._loaded[0]
-    if "x86-64" not in best:
-        pytest.skip(f"this CPU is not {request.param}")
-    return native.build(re.sub(r"-march=\S+", f"-march={request.param}", best).split())
-
-
-@pytest.fixture
-def kernels(built, monkeypatch):
-    monkeypatch.setattr(native, "_loaded", [built])
-    torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
-    yield built
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(1)
 
 
 @st.composite
