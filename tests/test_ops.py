@@ -43,9 +43,10 @@ ON_CPU = [b for b in ops.available() if b != "triton"]
 BACKENDS = pytest.mark.parametrize("backend", ON_CPU)
 # What computes every geometry and type; `native` refuses what it has no kernel for
 # (test_native.py).
-LIBRARY = pytest.mark.parametrize("backend", ["dense", "gather"])
+LIBRARY = pytest.mark.parametrize("backend", ["dense", "gather", "group"])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 NAMES = ("y", "dx", "dw", "db")
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,11 +118,33 @@ def compact_weight(dense, neighbours):
     return torch.stack([dense[o, neighbours[o // share].long()] for o in range(len(dense))])
 
 
+def rows_for(backend, n_in, n_out, degree, share=1):
+    """A graph that this backend can run: `group` does those of groups alone."""
+    kind = "shuffle" if backend == "group" else "biregular"
+    own = 1 if backend == "group" else share
+    return torch.from_numpy(graphs.sample(kind, n_in, n_out, degree, own, seed=0))
+
+
 def positive(generator, *shape):
     """Between 0.5 and 1.5: no sum cancels, so a relative error measures the arithmetic and not the
     data.
     """
     return torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.5
+
+
+@st.composite
+def parted(draw):
+    """(neighbours, n_in, n_out) of groups, whose inputs lie in any order."""
+    n_groups, degree = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    blocks, share = n_groups * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    n_in, kind = n_groups * degree, draw(st.sampled_from(["group", "shuffle", "permuted", "any"]))
+    if kind in ("group", "shuffle"):
+        rows = graphs.sample(kind, n_in, blocks * share, degree, share)
+        return torch.from_numpy(rows), n_in, blocks * share
+    order = torch.tensor(draw(st.permutations(range(n_in))), dtype=torch.int32)
+    rows = order.view(n_groups, degree)
+    rows = rows.sort()[0] if kind == "permuted" else rows
+    return rows.repeat_interleave(blocks // n_groups, dim=0), n_in, blocks * share
 
 
 @st.composite
@@ -142,8 +165,8 @@ def graph(draw):
 
 
 @st.composite
-def linear_cases(draw):
-    neighbours, n_in, n_out = draw(graph())
+def linear_cases(draw, of=graph):
+    neighbours, n_in, n_out = draw(of())
     batch = draw(st.sampled_from([0, 1, 2, 5, 17]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     return Case(
@@ -157,8 +180,8 @@ def linear_cases(draw):
 
 
 @st.composite
-def conv_cases(draw, least=1, layouts=("contiguous", "channels_last", "transposed", "sliced")):
-    neighbours, n_in, n_out = draw(graph())
+def conv_cases(draw, least=1, layouts=LAYOUTS, of=graph):
+    neighbours, n_in, n_out = draw(of())
     pairs = {
         name: (draw(values), draw(values))
         for name, values in {
@@ -195,6 +218,11 @@ CASES = st.one_of(conv_cases(), linear_cases())
 # 1 to 3 pixels, and of channels_last ones, at times reads or writes out of bounds (garbage,
 # segmentation faults).
 HALF_CASES = st.one_of(conv_cases(least=4, layouts=("contiguous",)), linear_cases())
+# Those of groups, which `group` can run.
+PARTED_CASES = st.one_of(conv_cases(of=parted), linear_cases(of=parted))
+PARTED_HALF_CASES = st.one_of(
+    conv_cases(least=4, layouts=("contiguous",), of=parted), linear_cases(of=parted)
+)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -208,6 +236,18 @@ def test_backend_equals_the_dense_oracle(backend, dtype, case):
         with pytest.raises(XzooError, match=re.escape(f"backend {backend!r} {said}; use 'auto'")):
             case.run(backend, dtype)
         return
+    assert_equal_to_the_oracle(case, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", ["group", "auto"])
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(case=PARTED_CASES)
+def test_groups_in_any_order_equal_the_dense_oracle(backend, dtype, case):
+    assert_equal_to_the_oracle(case, backend, dtype)
+
+
+def assert_equal_to_the_oracle(case, backend, dtype):
     rounded = dataclasses.replace(
         case, **{n: getattr(case, n).to(dtype).double() for n in ("x", "weight", "grad")}
     )
@@ -225,8 +265,9 @@ def test_backend_equals_the_dense_oracle(backend, dtype, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @LIBRARY
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(case=HALF_CASES)
-def test_half_precision_is_as_exact_as_plain_torch(backend, dtype, case):
+@given(data=st.data())
+def test_half_precision_is_as_exact_as_plain_torch(backend, dtype, data):
+    case = data.draw(PARTED_HALF_CASES if backend == "group" else HALF_CASES)
     # Small integers and halves: exact in both types, so that the oracle sees the same data.
     exact = {n: (getattr(case, n) * 4).round() / 4 for n in ("x", "weight", "grad")}
     case = dataclasses.replace(case, bias=None, **exact)
@@ -242,7 +283,7 @@ def test_half_precision_is_as_exact_as_plain_torch(backend, dtype, case):
 @LIBRARY
 def test_half_gradient_of_an_input_with_many_readers_is_rounded_once(backend):
     generator = torch.Generator().manual_seed(0)
-    rows = torch.from_numpy(graphs.sample("biregular", 4, 512, 1, seed=0))
+    rows = rows_for(backend, 4, 512, 1)
     x, weight, grad = (
         positive(generator, *shape).bfloat16() for shape in [(8, 4), (512, 1), (8, 512)]
     )
@@ -300,8 +341,8 @@ def test_dense_linear_is_the_nested_loop(share):
 
 @pytest.mark.parametrize("backend", [b for b in ON_CPU if b != "dense"])
 def test_nan_reaches_connected_outputs_only(backend):
-    rows = torch.from_numpy(graphs.sample("biregular", 12, 8, 3, share=2, seed=0))
-    reads = (rows == 5).any(1).repeat_interleave(2)  # [8]: outputs that read input 5
+    rows = rows_for(backend, 12, 8, 3, share=2)
+    reads = (rows == 5).any(1).repeat_interleave(8 // len(rows))  # [8]: outputs that read input 5
     assert 0 < reads.sum() < 8
     x, weight = torch.ones(2, 12, 4, 4), torch.ones(8, 3, 1, 1)
     x[0, 5] = math.nan
@@ -318,7 +359,7 @@ def test_nan_reaches_connected_outputs_only(backend):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 def test_registered_operations_keep_torchs_rules(backend, layout):
-    rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, share=2, seed=0))
+    rows = rows_for(backend, 8, 6, 4, share=2)
     x, weight, grad = (
         strided(torch.randn(*s), layout) for s in [(2, 8, 7, 5), (6, 4, 3, 3), (2, 6, 4, 3)]
     )
@@ -347,7 +388,7 @@ def test_registered_operations_keep_torchs_rules(backend, layout):
 
 @LIBRARY
 def test_convolution_keeps_the_memory_format(backend):
-    rows = torch.from_numpy(graphs.sample("biregular", 8, 6, 4, seed=0))
+    rows = rows_for(backend, 8, 6, 4)
     weight = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
     with ops.backend(backend):
         for form in (torch.contiguous_format, torch.channels_last):
@@ -357,7 +398,7 @@ def test_convolution_keeps_the_memory_format(backend):
 
 @LIBRARY
 def test_gradients_are_those_of_finite_differences(backend):
-    rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
+    rows = rows_for(backend, 6, 4, 3, share=2)
     tensors = [
         torch.randn(*s, dtype=torch.float64, requires_grad=True)
         for s in [(2, 6, 5, 4), (4, 3, 3, 2), (4,)]
@@ -375,7 +416,7 @@ def test_gradients_are_those_of_finite_differences(backend):
 @BACKENDS
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_an_activation_is_done_with_and_without_gradients(backend, activation):
-    rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
+    rows = rows_for(backend, 6, 4, 3, share=2)
     x, weight, bias = 4 * torch.randn(5, 6, 7, 7), torch.randn(4, 3, 3, 3), torch.randn(4)
     function = getattr(F, activation)
     with ops.backend(backend):
@@ -400,7 +441,7 @@ def test_an_activation_is_done_with_and_without_gradients(backend, activation):
 
 @BACKENDS
 def test_an_unknown_activation_is_refused_by_name(backend):
-    x, weight, rows = torch.ones(1, 2), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    x, weight, rows = torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
     with (
         ops.backend(backend),
         pytest.raises(ValueError, match="activation 'gelu' is not relu, relu6 or none"),
@@ -418,7 +459,7 @@ def test_linear_takes_any_leading_sizes():
 
 @BACKENDS
 def test_flop_counter_reports_the_sparse_count(backend):
-    rows = torch.from_numpy(graphs.sample("biregular", 16, 12, 4, share=2, seed=0))
+    rows = rows_for(backend, 16, 12, 4, share=2)
     x = torch.randn(3, 16, 9, 7, requires_grad=True)
     weight = torch.randn(12, 4, 3, 3, requires_grad=True)
     with ops.backend(backend), FlopCounterMode(display=False) as counter:
@@ -495,7 +536,7 @@ def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
 
 def test_unknown_backend_is_refused_by_name():
     with (
-        pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather"),
+        pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather, group"),
         ops.backend("magic"),
     ):
         pass
@@ -520,7 +561,7 @@ def test_environment_chooses_the_backend():
 
 def test_unknown_backend_in_the_environment_is_refused_at_the_first_call(monkeypatch):
     monkeypatch.setattr(operations, "_forced", "magic")  # what XZOO_BACKEND=magic sets at import
-    with pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather"):
+    with pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather, group"):
         small_call()
 
 

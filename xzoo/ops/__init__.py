@@ -8,6 +8,7 @@ operations.py has them.
 
 from . import dense as dense
 from . import gather as gather
+from . import group as group
 from . import native as native
 from . import triton as triton
 from .backends import available

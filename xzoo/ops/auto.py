@@ -122,6 +122,12 @@ NATIVE: dict[tuple[int, bool], tuple[NativeRule, ...]] = {
 # ---- the choice
 
 
+def grouped(
+    name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]
+) -> bool:
+    return False
+
+
 def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
     """The backend of an operation, or of one of its gradients (conv2d_input_grad), for such a
     layer.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import XzooError
-from . import dense, gather, native, triton
+from . import dense, gather, group, native, triton
 from .rows import Pair
 
 
@@ -104,6 +104,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {
     "dense": dense,
     "gather": gather,
+    "group": group,
     "native": native,
     "triton": triton,
 }

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import XzooError
-from . import dense, native
-from .auto import choose
+from . import dense, group, native
+from .auto import choose, grouped
 from .backends import BACKENDS, known
 from .rows import checked, output_shape, unfit
 
@@ -368,7 +368,10 @@ _TENSORS = {
     "_weight_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
 }
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {}  # what each one does
-_CHOSEN: dict[tuple, str] = {}  # what `auto` took, by the kind of tensors
+# What `auto` took, by the kind of tensors, and where this is BY_GRAPH, by whether the graph is one
+# of groups as well.
+_CHOSEN: dict[tuple, str] = {}
+BY_GRAPH = "by graph"
 _GEOMETRY = {"conv2d": "SymInt[] stride, SymInt[] padding, SymInt[] dilation, ", "linear": ""}
 
 
@@ -406,7 +409,11 @@ def _register(operation: str, part: str) -> None:
             graph = neighbours.shape, neighbours.dtype, neighbours.is_cpu
             rest = other is not None and (other.shape, other.dtype, other.is_cpu)
             key = (kind, weights, graph, rest)
-            if known := _CHOSEN.get(key):
+            known = _CHOSEN.get(key)
+            if known == BY_GRAPH:
+                key = (*key, group.parts(neighbours, x.shape[1]) is not None)
+                known = _CHOSEN.get(key)
+            if known:
                 return known
         if part:
             door(other, x, weight, neighbours, *geometry)
@@ -417,7 +424,8 @@ def _register(operation: str, part: str) -> None:
         if key is not None and native.loaded() is key[0][2]:
             if len(_CHOSEN) >= 4096:  # sizes that change with each call
                 _CHOSEN.clear()
-            _CHOSEN[key] = known
+            asks = len(key) == 4 and grouped(name, x, weight, neighbours, *geometry)
+            _CHOSEN[key] = BY_GRAPH if asks else known
         return known
 
     def run(*args: Any) -> Tensor:

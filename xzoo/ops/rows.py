@@ -5,18 +5,22 @@ Not here: what a backend has a kernel for (`missing` of each), and whether rows 
 no repetition: no operation needs that, a layer does (xzoo.layers).
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 INTEGERS = frozenset({torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8})
 
 Pair = tuple[int, int]  # for H and W
 
-_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What was made of tensors that are alive, by id: a tensor, its state then, and what was made.
+# torch.utils.weak has dictionaries for this; a look into them takes three times as long.
+Memory = dict[int, tuple[weakref.ref[Tensor], tuple, Any]]
+
+_checked: Memory = {}
 
 
 def unfit(
@@ -100,18 +104,19 @@ def output_shape(
     return x.shape[0], weight.shape[0], *size
 
 
-def remembered(
-    table: WeakTensorKeyDictionary, neighbours: Tensor, key: tuple, make: Callable[[], Any]
-) -> Any:
+def remembered(table: Memory, neighbours: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
     """make(), or what it gave for this tensor and key, if torch has counted no change of it
     since."""
     if neighbours.is_inference():  # torch counts no changes of these
         return make()
-    key = (*key, neighbours._version, neighbours.data_ptr())
-    known = table.get(neighbours)
-    if known is None or known[0] != key:
-        table[neighbours] = known = (key, make())
-    return known[1]
+    number, key = id(neighbours), (*key, neighbours._version, neighbours.data_ptr())
+    known = table.get(number)
+    # A number is given again when its tensor is gone.
+    if known is not None and known[1] == key and known[0]() is neighbours:
+        return known[2]
+    made = make()
+    table[number] = (weakref.ref(neighbours, lambda _: table.pop(number, None)), key, made)
+    return made
 
 
 def checked(neighbours: Tensor, n_in: int) -> Tensor:

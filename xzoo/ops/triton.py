@@ -44,9 +44,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .rows import Pair, checked, remembered
+from .rows import Memory, Pair, checked, remembered
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,7 +56,7 @@ SUMMED = 64  # pixels, where the sum goes over them
 # Of a weight gradient, at least, where there are pixels enough: some 8 for each multiprocessor.
 PROGRAMS = 1024
 
-_readers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_readers: Memory = {}
 
 
 # ---- as backends.Backend says: where it runs
