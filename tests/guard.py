@@ -6,7 +6,7 @@ their own.
     python tests/guard.py scratch LEVEL   each request for scratch refused once
     python tests/guard.py hostile LEVEL   arguments that are wrong in one place, through the door of xzoo.ops
     python tests/guard.py asan LEVEL      the kernels under AddressSanitizer (which has to be preloaded)
-    python tests/guard.py backends        native, gather and dense against float64, through the door of xzoo.ops
+    python tests/guard.py backends        native, gather, dense and group against float64, through the door of xzoo.ops
 
 Options: --cases (or --seconds), --seed, and --first, the number of the first case: a case is its
 seed and its number, so that one can be had again. A LEVEL is what -march= takes, or "plain512": the
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from xzoo import ops
-from xzoo.ops import dense, gather, native
+from xzoo.ops import dense, gather, group, native
 from xzoo.ops.compiler import whole
 from xzoo.ops.operations import activate
 
@@ -563,7 +563,7 @@ def results(case: Case, backend: str, dtype=torch.float32) -> tuple[Tensor | Non
 
 
 def backends(run: Run) -> None:
-    """native, gather and dense in turn against float64, with 1 to 5 threads in turn, in one
+    """native, gather, dense and group in turn against float64, with 1 to 5 threads in turn, in one
     process.
     """
     assert native.available()
@@ -581,7 +581,10 @@ def backends(run: Run) -> None:
         want = results(case, "dense", torch.float64)
         allowed = [tolerance(case, part) for part in PARTS]
         allowed.append(2 * EPS * (case.grad.numel() // case.grad.shape[1] + 32))
-        for backend in ("native", "gather", "dense"):
+        names = ["native", "gather", "dense"]
+        if group.parts(case.rows, case.x.shape[1]) is not None:
+            names.append("group")
+        for backend in names:
             got = results(case, backend)
             for name, a, b, limit in zip(("y", "dx", "dw", "db"), got, want, allowed, strict=True):
                 wrong = "" if b is None else difference(a, b, limit)

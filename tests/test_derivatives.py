@@ -46,9 +46,9 @@ def dense_of(weight, rows, n_in):
     return torch.einsum("odi,od...->oi...", chosen, weight)
 
 
-def pairs():
+def pairs(kind="biregular"):
     """Name, our operation, the dense one, and tensors x, weight, bias of float64."""
-    rows = torch.from_numpy(graphs.sample("biregular", 6, 4, 3, share=2, seed=0))
+    rows = torch.from_numpy(graphs.sample(kind, 6, 4, 3, share=2, seed=0))
     draw = torch.Generator().manual_seed(0)
     image, kernel = (
         (torch.randn(*s, generator=draw, dtype=torch.float64)) for s in [(2, 6, 5, 4), (4, 3, 3, 2)]
@@ -76,8 +76,9 @@ def pairs():
 
 
 PAIRS = pairs()
+GROUPS = pairs("shuffle")  # those that `group` can run
 OPERATIONS = pytest.mark.parametrize("operation", PAIRS)
-BACKENDS = pytest.mark.parametrize("backend", ["dense", "gather", "auto"])
+BACKENDS = pytest.mark.parametrize("backend", ["dense", "gather", "group", "auto"])
 
 
 def same(got, want, tolerance=1e-10):
@@ -93,16 +94,19 @@ def cubed(function):
 
 
 @st.composite
-def layers(draw):
+def layers(draw, of_groups=False):
     """Our operation as a function of x, weight and bias, and small tensors for it."""
     share, blocks, degree = (
         draw(st.integers(1, 3)),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 3)),
     )
-    n_in = draw(st.integers(degree, 5))
+    if of_groups:
+        kind, n_in = "shuffle", degree * blocks
+    else:
+        kind, n_in = "biregular", draw(st.integers(degree, 5))
     rows = torch.from_numpy(
-        graphs.sample("biregular", n_in, blocks * share, degree, share, draw(st.integers(0, 9)))
+        graphs.sample(kind, n_in, blocks * share, degree, share, draw(st.integers(0, 9)))
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     sizes = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
@@ -120,9 +124,9 @@ def layers(draw):
 @pytest.mark.slow
 @BACKENDS
 @settings(derandomize=True, deadline=None, max_examples=8)
-@given(layer=layers())
-def test_finite_differences_of_random_layers(backend, layer):
-    function, tensors = layer
+@given(data=st.data())
+def test_finite_differences_of_random_layers(backend, data):
+    function, tensors = data.draw(layers(backend == "group"))
     with ops.backend(backend):
         assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
         assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_batched_grad=True)
@@ -131,7 +135,7 @@ def test_finite_differences_of_random_layers(backend, layer):
 @OPERATIONS
 @BACKENDS
 def test_batched_forward_mode(backend, operation):
-    ours, _, tensors = PAIRS[operation]
+    ours, _, tensors = (GROUPS if backend == "group" else PAIRS)[operation]
     tensors = [t.clone().requires_grad_() for t in tensors]
     with ops.backend(backend):
         assert gradcheck(ours, tensors, check_forward_ad=True, check_batched_forward_grad=True)
@@ -169,10 +173,13 @@ TRANSFORMS = {
 
 
 @OPERATIONS
+@pytest.mark.parametrize("backend", ["auto", "group"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func(operation, transform):
-    ours, dense, tensors = PAIRS[operation]
-    same(TRANSFORMS[transform](cubed(ours), tensors), TRANSFORMS[transform](cubed(dense), tensors))
+def test_torch_func(operation, transform, backend):
+    ours, dense, tensors = (GROUPS if backend == "group" else PAIRS)[operation]
+    with ops.backend(backend):
+        got = TRANSFORMS[transform](cubed(ours), tensors)
+    same(got, TRANSFORMS[transform](cubed(dense), tensors))
 
 
 @OPERATIONS

@@ -17,13 +17,20 @@ from torch.func import functional_call
 
 import xzoo
 from xzoo import ExpanderConv2d, ExpanderLinear, GraphError, graphs, ops
+from xzoo.ops import operations
 
 ROWS = torch.from_numpy(graphs.sample("biregular", 64, 32, 8, seed=0))
+SHUFFLED = torch.from_numpy(graphs.sample("shuffle", 64, 32, 8))  # which `group` can run as well
 BACKENDS = [name for name in ops.available() if name != "triton"]
 
 
-def call(operation, x=None, weight=None, rows=ROWS, bias=None, **other):
+def rows_for(backend):
+    return SHUFFLED if backend == "group" else ROWS
+
+
+def call(operation, x=None, weight=None, rows=None, bias=None, **other):
     """An operation of 64 inputs and 32 outputs whose sizes `native` has a kernel for."""
+    rows = rows_for(operations.forced()) if rows is None else rows
     kernel = (3, 3) if operation == "conv2d" else ()
     size = (6, 6) if kernel else ()
     x = torch.randn(20, 64, *size) if x is None else x
@@ -76,13 +83,13 @@ class TestTypesAndSizes:
             (2**32 + 3, torch.int64),
             (-1, torch.int64),
         ):
-            rows = ROWS.to(dtype, copy=True)
+            rows = rows_for(backend).to(dtype, copy=True)
             rows[5, 2] = value
             with ops.backend(backend), pytest.raises(IndexError, match="from 0 to 63"):
                 call(operation, rows=rows)
 
     def test_one_that_was_written_past_torchs_count_of_changes(self, operation, backend):
-        rows = ROWS.clone()
+        rows = rows_for(backend).clone()
         with ops.backend(backend):
             want = call(
                 operation,
@@ -123,7 +130,7 @@ class TestTypesAndSizes:
         with ops.backend(backend):
             want = call(operation, x, weight)
             for dtype in (torch.int64, torch.int16, torch.uint8):
-                assert torch.equal(call(operation, x, weight, ROWS.to(dtype)), want)
+                assert torch.equal(call(operation, x, weight, rows_for(backend).to(dtype)), want)
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="no compiler")
@@ -155,18 +162,19 @@ def test_memory_that_was_given_back_of_a_view():
 def test_gradients_of_a_wrong_size_are_refused(backend):
     x, weight, grad = torch.randn(20, 64, 6, 6), torch.randn(32, 8, 3, 3), torch.randn(20, 32, 6, 6)
     geometry, library = ((1, 1), (1, 1), (1, 1)), torch.ops.xzoo
+    rows = rows_for(backend)
     for operation in (library.conv2d_input_grad, library.conv2d_weight_grad):
-        assert operation(grad, x, weight, ROWS, *geometry, backend).isfinite().all()
+        assert operation(grad, x, weight, rows, *geometry, backend).isfinite().all()
         for wrong in (grad[:19], grad[:, :31], grad[..., 1:]):
             with pytest.raises(
                 RuntimeError, match="grad is .* the output of these, and so grad, is"
             ):
-                operation(wrong, x, weight, ROWS, *geometry, backend)
+                operation(wrong, x, weight, rows, *geometry, backend)
         with pytest.raises(RuntimeError, match=r"x is of torch.float32, grad of torch.float64"):
-            operation(grad.double(), x, weight, ROWS, *geometry, backend)
+            operation(grad.double(), x, weight, rows, *geometry, backend)
     for operation in (library.linear_input_grad, library.linear_weight_grad):
         with pytest.raises(RuntimeError, match="grad is"):
-            operation(grad[:, :9, 0, 0], x[:, :, 0, 0], weight[:, :, 0, 0], ROWS, backend)
+            operation(grad[:, :9, 0, 0], x[:, :, 0, 0], weight[:, :, 0, 0], rows, backend)
 
 
 def test_fake_tensors_are_refused_alike():

@@ -261,7 +261,7 @@ STRIDED = """
 import itertools, torch
 from xzoo import ops
 geometry = ((2, 2), (0, 0), (1, 1))
-for backend, n_in, threads in itertools.product(("dense", "gather"), (3, 7), (1, 2, 3)):
+for backend, n_in, threads in itertools.product(("dense", "gather", "group"), (3, 7), (1, 2, 3)):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     x = torch.randn(8, n_in, 56, 6).contiguous(memory_format=torch.channels_last)

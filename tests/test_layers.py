@@ -56,6 +56,14 @@ def net(**options):
     )
 
 
+def net_for(backend):
+    """One that this backend can run: `group` does graphs of groups alone."""
+    model = net(graph="shuffle") if backend == "group" else net()
+    if backend == "group":
+        model[-1] = ExpanderLinear(640, 10, degree=64, graph="shuffle")
+    return model
+
+
 def images(batch=2, height=9, width=7, channels=16, **options):
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, channels, height, width, generator=generator).to(**options)
@@ -266,8 +274,9 @@ def test_input_of_another_size_is_refused_by_all_forms_of_a_layer():
 @pytest.mark.parametrize("backend", [b for b in ops.available() if b != "triton"])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_any_batch_and_either_memory_format(batch, backend):
+    graph = "shuffle" if backend == "group" else "biregular"
     with ops.backend(backend):
-        for layer in (conv(), ExpanderConv2d(16, 8, 1, degree=4)):
+        for layer in (conv(graph=graph), ExpanderConv2d(16, 8, 1, degree=4, graph=graph)):
             assert_equals_twin(layer, images(batch))
             layer.to(memory_format=torch.channels_last)
             x = images(batch, memory_format=torch.channels_last).requires_grad_()
@@ -279,10 +288,10 @@ def test_any_batch_and_either_memory_format(batch, backend):
             assert layer.weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", ["dense", "gather"])
+@pytest.mark.parametrize("backend", ["dense", "gather", "group"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_casts_change_the_weights_only(dtype, backend):
-    model = net().eval()
+    model = net_for(backend).eval()
     graph = model[0].neighbours.clone()
     with ops.backend(backend):
         want = model(images())
@@ -293,9 +302,11 @@ def test_casts_change_the_weights_only(dtype, backend):
     assert model[0].neighbours.dtype == torch.int32
 
 
-@pytest.mark.parametrize("backend", ["dense", "gather"])
+@pytest.mark.parametrize("backend", ["dense", "gather", "group"])
 def test_autocast_casts_as_it_does_for_torchs_layers(backend):
-    for layer, x in ((conv(), images()), (ExpanderLinear(16, 12, degree=4), images()[:, :, 0, 0])):
+    graph = "shuffle" if backend == "group" else "biregular"
+    linear = ExpanderLinear(16, 12, degree=4, graph=graph)
+    for layer, x in ((conv(graph=graph), images()), (linear, images()[:, :, 0, 0])):
         twin = dense_twin(layer)
         with ops.backend(backend), torch.autocast("cpu", torch.bfloat16):
             got, want = layer(x), twin(x)
@@ -314,7 +325,7 @@ def test_autocast_casts_as_it_does_for_torchs_layers(backend):
 )
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiles_in_one_graph(compiler, backend, form):
-    model = net().to(memory_format=form)
+    model = net_for(backend).to(memory_format=form)
     plain = copy.deepcopy(model)
     results = []
     torch.compiler.reset()

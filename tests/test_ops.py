@@ -561,7 +561,9 @@ def test_environment_chooses_the_backend():
 
 def test_unknown_backend_in_the_environment_is_refused_at_the_first_call(monkeypatch):
     monkeypatch.setattr(operations, "_forced", "magic")  # what XZOO_BACKEND=magic sets at import
-    with pytest.raises(XzooError, match=r"backend 'magic' is not one of auto, dense, gather, group"):
+    with pytest.raises(
+        XzooError, match=r"backend 'magic' is not one of auto, dense, gather, group"
+    ):
         small_call()
 
 

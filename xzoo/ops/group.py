@@ -42,13 +42,13 @@ def possible() -> bool:
 
 def missing(operation: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: Any) -> str:
     if neighbours.is_meta:
-        return "has to read the neighbours, and tensors on meta hold no numbers"
-    n_in, (blocks, degree) = x.shape[1], neighbours.shape
+        return "has to read the neighbours, and tensors on meta have no numbers"
+    n_in = x.shape[1]
     if parts(neighbours, n_in) is not None:
         return ""
     checked(neighbours, n_in)
-    given = f"neighbours of {blocks} blocks and degree {degree} with {n_in} inputs"
-    return f"has no kernel for {given} that are not groups, one after another, of all inputs"
+    given = f"neighbours {list(neighbours.shape)} of {n_in} inputs are none"
+    return f"runs graphs of groups that part the inputs, as group and shuffle do; {given}"
 
 
 def conv2d(
@@ -134,9 +134,20 @@ def parts(neighbours: Tensor, n_in: int) -> Parts | None:
     return remembered(_parts, neighbours, (n_in,), lambda: _found(neighbours, n_in))
 
 
+def order_of(neighbours: Tensor, n_in: int) -> str:
+    """Whether the inputs are "ascending" or "permuted" in the order of the groups; empty where
+    there are none."""
+    found = parts(neighbours, n_in)
+    if found is None:
+        return ""
+    return "ascending" if found.order is None else "permuted"
+
+
 def _found(neighbours: Tensor, n_in: int) -> Parts | None:
     n_groups = n_in // neighbours.shape[1]
-    rows = readable(neighbours).long().unflatten(0, (n_groups, -1))  # [groups, blocks of a group, degree]
+    rows = (
+        readable(neighbours).long().unflatten(0, (n_groups, -1))
+    )  # [groups, blocks of a group, degree]
     if not torch.equal(rows, rows[:, :1].expand_as(rows)):
         return None
     order = rows[:, 0].flatten().clone()  # no view: what is remembered must not keep its key alive

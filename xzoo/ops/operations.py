@@ -368,8 +368,8 @@ _TENSORS = {
     "_weight_grad": "Tensor grad, Tensor x, Tensor weight, Tensor neighbours",
 }
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {}  # what each one does
-# What `auto` took, by the kind of tensors, and where this is BY_GRAPH, by whether the graph is one
-# of groups as well.
+# What `auto` took, by the kind of tensors, and where this is BY_GRAPH, by the order of the graph's
+# groups as well.
 _CHOSEN: dict[tuple, str] = {}
 BY_GRAPH = "by graph"
 _GEOMETRY = {"conv2d": "SymInt[] stride, SymInt[] padding, SymInt[] dilation, ", "linear": ""}
@@ -402,7 +402,7 @@ def _register(operation: str, part: str) -> None:
         Remembered for tensors of the same kind, which answers both questions in a third of the
         time.
         """
-        key = None
+        key: tuple[Any, ...] | None = None
         if x.is_cpu and x.layout is weight.layout is torch.strided:
             kind = (name, geometry, native.loaded(), x.shape, x.dtype, x.is_contiguous())
             weights = weight.shape, weight.dtype, weight.is_cpu
@@ -411,7 +411,7 @@ def _register(operation: str, part: str) -> None:
             key = (kind, weights, graph, rest)
             known = _CHOSEN.get(key)
             if known == BY_GRAPH:
-                key = (*key, group.parts(neighbours, x.shape[1]) is not None)
+                key = (*key, group.order_of(neighbours, x.shape[1]))
                 known = _CHOSEN.get(key)
             if known:
                 return known
@@ -424,8 +424,8 @@ def _register(operation: str, part: str) -> None:
         if key is not None and native.loaded() is key[0][2]:
             if len(_CHOSEN) >= 4096:  # sizes that change with each call
                 _CHOSEN.clear()
-            asks = len(key) == 4 and grouped(name, x, weight, neighbours, *geometry)
-            _CHOSEN[key] = BY_GRAPH if asks else known
+            looks = len(key) == 4 and grouped(name, x, weight, neighbours, *geometry)
+            _CHOSEN[key] = BY_GRAPH if looks else known
         return known
 
     def run(*args: Any) -> Tensor:
