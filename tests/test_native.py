@@ -635,7 +635,7 @@ def shapes(row):
         x = x.to(memory_format=torch.channels_last)
     geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1]) if kernel else ()
     weight = torch.empty([n_out, degree, *taps])
-    return x, weight, torch.empty([n_out // share, degree], dtype=torch.int32), geometry
+    return x, weight, torch.zeros([n_out // share, degree], dtype=torch.int32), geometry
 
 
 def ratios(layer):

@@ -128,44 +128,45 @@ class GroupBounds(NamedTuple):
 
     most_compression: int  # inputs / degree
     least_degree: int = 1
-    least_pixels: int = 1  # of a sample's input
+    pixels: tuple[float, float] = (1, math.inf)  # least and most, of a sample's input
     samples: tuple[float, float] = (0, math.inf)
     most_results: float = math.inf  # numbers in the result
     last: bool | None = None  # whether in channels_last; None for both formats
     permuted: bool = False  # also where the inputs are not in the order of their groups
 
 
-ONE, SEVERAL = (1, 1), (2, math.inf)
+ONE, FEW, SEVERAL, MANY = (1, 1), (1, 4), (2, math.inf), (16, math.inf)  # samples
+ALL, AT_7, TO_14 = (1, math.inf), (7**2, 7**2), (1, 14**2)  # pixels
+FROM_4, FROM_7, FROM_14, FROM_16, FROM_28 = ((n**2, math.inf) for n in (4, 7, 14, 16, 28))
 # Numbers of a result that the last cache holds; our kernels write around it, which pays for more.
 FITS = 2**23
 
-# Of each class of CPUs, by product and kind of layer; none of a class that was not measured, which
-# takes what it takes for other graphs. (tests/golden/group.csv; 2026-11-29, torch 2.14, one thread
-# of a Zen 3, float32.) Where a bound holds, `group` is 1.0 to 9 times as fast as what is taken for
-# other graphs in all but one of forty of the sizes that were measured, and nowhere a loss of more
-# than a fifth.
+# Of each class of CPUs, by product and kind of layer; a class that was not measured takes what it
+# takes for other graphs. Where a bound holds, `group` was 1.0 to 9 times as fast as what is taken
+# for other graphs in all but one of twenty of the sizes that were measured, and nowhere a loss of
+# more than a fifth (tests/golden/group.csv; 2026-11-29, torch 2.14, one thread of a Zen 3,
+# float32).
 GROUP: dict[tuple[int, bool], dict[tuple[str, str], tuple[GroupBounds, ...]]] = {
     AVX2: {
-        ("forward", "conv3"): (
-            GroupBounds(4, 32, 14**2),
-            GroupBounds(4, 16, 28**2, SEVERAL, last=False, permuted=True),
-        ),
+        ("forward", "conv3"): (GroupBounds(4, 32, FROM_14),),
         ("forward", "conv3_strided"): (
-            GroupBounds(4, 32, 16**2, SEVERAL),
-            GroupBounds(4, 32, 28**2),
-            GroupBounds(4, 64, 16**2, last=False, permuted=True),
+            GroupBounds(4, 32, FROM_16, SEVERAL),
+            GroupBounds(4, 32, FROM_28),
+            GroupBounds(4, 64, FROM_16, last=False, permuted=True),
         ),
         ("forward", "conv1"): (
             GroupBounds(2, samples=ONE),
             GroupBounds(2, last=True),
-            GroupBounds(16, 64, 1, SEVERAL, FITS, last=True),
+            GroupBounds(16, 64, AT_7, ONE),
+            GroupBounds(16, 64, ALL, MANY, FITS, last=True),
         ),
-        ("forward", "conv1_shared"): (GroupBounds(8, 64, 1, SEVERAL, FITS, last=True),),
+        ("forward", "conv1_shared"): (
+            GroupBounds(4, 128, AT_7, ONE),
+            GroupBounds(8, 64, ALL, MANY, FITS, last=True),
+        ),
         ("forward", "linear"): (GroupBounds(8), GroupBounds(16, 128)),
-        ("input_grad", "conv3"): (
-            GroupBounds(4, 32, 14**2),
-            GroupBounds(4, 16, 28**2, SEVERAL, last=False, permuted=True),
-        ),
+        ("forward", "other"): (GroupBounds(16, 8, permuted=True),),
+        ("input_grad", "conv3"): (GroupBounds(4, 32, FROM_14),),
         ("input_grad", "conv3_strided"): (
             GroupBounds(4, 32, last=True),
             GroupBounds(8, 16, samples=ONE),
@@ -173,25 +174,41 @@ GROUP: dict[tuple[int, bool], dict[tuple[str, str], tuple[GroupBounds, ...]]] = 
         ),
         ("input_grad", "conv1"): (
             GroupBounds(2),
-            GroupBounds(16, 32, 1, SEVERAL, FITS, last=True),
+            GroupBounds(16, 64, AT_7, ONE),
+            GroupBounds(16, 32, ALL, MANY, FITS, last=True),
         ),
-        ("input_grad", "conv1_shared"): (GroupBounds(16, 32, 1, SEVERAL, FITS, last=True),),
+        ("input_grad", "conv1_shared"): (
+            GroupBounds(4, 128, AT_7, ONE),
+            GroupBounds(16, 32, ALL, MANY, FITS, last=True),
+        ),
         ("input_grad", "linear"): (GroupBounds(16),),
         ("input_grad", "linear_shared"): (
             GroupBounds(8),
             GroupBounds(16, 128),
             GroupBounds(8, 128, permuted=True),
         ),
-        ("weight_grad", "conv3"): (GroupBounds(16, 8, 4**2, samples=ONE, permuted=True),),
-        ("weight_grad", "conv3_strided"): (GroupBounds(16, 16, samples=ONE, permuted=True),),
-        ("weight_grad", "conv1"): (GroupBounds(2, 1, 7**2, last=False),),
-        ("weight_grad", "conv1_shared"): (GroupBounds(2, 1, 7**2, last=False),),
+        ("input_grad", "other"): (GroupBounds(16, 8, permuted=True),),
+        ("weight_grad", "conv3"): (
+            GroupBounds(16, 8, FROM_4, FEW),
+            GroupBounds(16, 32, FROM_4, FEW, permuted=True),
+        ),
+        ("weight_grad", "conv3_strided"): (GroupBounds(16, 16, samples=FEW, permuted=True),),
+        ("weight_grad", "conv1"): (
+            GroupBounds(2, samples=FEW),
+            GroupBounds(2, 1, FROM_7, last=False),
+        ),
+        ("weight_grad", "conv1_shared"): (
+            GroupBounds(2, samples=FEW),
+            GroupBounds(2, 1, TO_14, FEW, permuted=True),
+            GroupBounds(2, 1, FROM_7, last=False),
+        ),
         ("weight_grad", "linear"): (GroupBounds(8), GroupBounds(16, 128)),
         ("weight_grad", "linear_shared"): (
             GroupBounds(8, samples=SEVERAL),
             GroupBounds(16, 128, samples=SEVERAL),
             GroupBounds(8, 128, samples=SEVERAL, permuted=True),
         ),
+        ("weight_grad", "other"): (GroupBounds(16, 8, permuted=True),),
     },
 }
 
@@ -229,23 +246,29 @@ def grouped(
     neighbours too."""
     operation, _, gradient = name.partition("_")
     n_in, (blocks, degree) = x.shape[1], neighbours.shape
-    if n_in % degree or blocks % (n_in // degree):
+    if n_in == degree or n_in % degree or blocks % (n_in // degree):
         return []
-    if native.missing(operation, x, weight, neighbours, *geometry):
+    if not x.is_cpu or x.dtype != torch.float32 or not native.available():
         return []
-    kind = _kind(operation, weight, neighbours, *geometry)
     rule = GROUP.get((native.lanes(), native.fast()), {})
+    kind = "other"  # which our kernels do not do
+    if not native.missing(operation, x, weight, neighbours, *geometry):
+        kind = _kind(operation, weight, neighbours, *geometry)
     batch, pixels = x.shape[0], math.prod(x.shape[2:])
     shapes = {"": output_shape(x, weight, *geometry), "input_grad": x.shape}
-    result = math.prod(shapes.get(gradient, weight.shape))
+    results = math.prod(shapes.get(gradient, weight.shape))
     found = []
     for bounds in rule.get((gradient or "forward", kind), ()):
         small = n_in <= bounds.most_compression * degree and degree >= bounds.least_degree
-        sized = pixels >= bounds.least_pixels and result <= bounds.most_results
-        sampled = bounds.samples[0] <= batch <= bounds.samples[1]
-        if small and sized and sampled and bounds.last in (None, not x.is_contiguous()):
+        sized = _within(pixels, bounds.pixels) and results <= bounds.most_results
+        form = bounds.last in (None, not x.is_contiguous())
+        if small and sized and form and _within(batch, bounds.samples):
             found.append(bounds)
     return found
+
+
+def _within(value: int, bounds: tuple[float, float]) -> bool:
+    return bounds[0] <= value <= bounds[1]
 
 
 def _kind(operation: str, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
