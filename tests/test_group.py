@@ -9,6 +9,7 @@ this machine's class of CPU: some 15 minutes on one thread.
 
 import csv
 import gc
+import importlib
 import itertools
 import statistics
 from functools import partial
@@ -21,11 +22,13 @@ from torch import nn
 
 import xzoo
 from xzoo import ExpanderConv2d, graphs, ops
+from xzoo.convert import dense_form
 from xzoo.errors import XzooError
 from xzoo.ops import auto, group, native, operations
 from xzoo.ops.auto import choose
 from xzoo.ops.tune import PRODUCTS, LayerShape, Tensors, alternate, tensors
 
+deploy_module = importlib.import_module("xzoo.deploy")  # `xzoo.deploy` is the function
 GOLDEN = Path(__file__).parent / "golden" / "group.csv"
 GEOMETRY = ((1, 1), (1, 1), (1, 1))
 KERNELS = pytest.mark.skipif(not native.possible(), reason="no C++ compiler")
@@ -218,6 +221,27 @@ def test_a_model_of_groups_trains_and_deploys_alike(measured):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(xzoo.deploy(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["", "relu", "relu6"])
+def test_torchs_own_layer_in_the_place_of_one_of_groups(activation):
+    layer = ExpanderConv2d(32, 64, 3, padding=1, stride=2, degree=8, share=4, graph="group")
+    layer.activation = activation
+    x = torch.randn(2, 32, 9, 9)
+    own = dense_form(layer, 4)
+    inner = own[0] if activation else own
+    assert (type(inner), inner.groups) == (nn.Conv2d, 4)
+    assert inner.weight.numel() == layer.weight.numel()
+    torch.testing.assert_close(own(x), layer(x))
+    assert [deploy_module._groups(graph) for graph in (layer, of("shuffle"), of("biregular"))] == [
+        4,
+        1,
+        1,
+    ]
+
+
+def of(graph):
+    return ExpanderConv2d(32, 64, 3, degree=8, graph=graph)
 
 
 @KERNELS

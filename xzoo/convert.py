@@ -271,18 +271,19 @@ def _norm_ratio(dense: Tensor, kept: Tensor) -> Tensor:
     return ratio.reshape(-1, *[1] * (kept.dim() - 1))
 
 
-def dense_form(x_layer: ExpanderConv2d | ExpanderLinear) -> nn.Module:
+def dense_form(x_layer: ExpanderConv2d | ExpanderLinear, groups: int = 1) -> nn.Module:
     """A dense layer that computes the same, with the mode and the hooks; a deployed one's
-    activation behind it.
+    activation behind it. With `groups` a convolution of so many, which the graph has to be, in
+    their order.
     """
     new: nn.Conv2d | nn.Linear
     n_in, n_out = _sizes(x_layer)
     if isinstance(x_layer, ExpanderConv2d):
-        new = nn.Conv2d(n_in, n_out, **_geometry(x_layer), **_factory(x_layer))
+        new = nn.Conv2d(n_in, n_out, groups=groups, **_geometry(x_layer), **_factory(x_layer))
     else:
         new = nn.Linear(n_in, n_out, **_factory(x_layer))
     with torch.no_grad():
-        new.weight.copy_(x_layer.dense_weight())
+        new.weight.copy_(x_layer.dense_weight() if groups == 1 else x_layer.weight)
         if x_layer.bias is not None and new.bias is not None:
             new.bias.copy_(x_layer.bias)
     _like(new, x_layer)

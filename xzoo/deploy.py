@@ -6,7 +6,8 @@ A norm whose statistics stand still is one multiplication and one addition for e
 the weights and the bias of the layer before it can take on. A relu after an X-layer is done when
 its result is stored. torch.fx finds the pairs; the modules stay where they are, so that what else a
 model can do (features, another head) works as before. Then the clock decides: the memory format of
-the model, and for each X-layer whether it or its dense form computes.
+the model, and for each X-layer whether it or its dense form computes; a graph of groups has a
+grouped convolution of torch's for that.
 
 Only classes whose arithmetic is known are touched, and only where nothing else reads their tensors.
 What a trace cannot tell (a method that reads a weight, a list that holds a layer a second time) the
@@ -38,6 +39,7 @@ from .convert import computed_tensors, dense_form, read_by_methods
 from .errors import ModelError
 from .layers import X_LAYERS, ExpanderConv2d, ExpanderLinear, modules_of
 from .norms import unfuse
+from .ops import group
 from .profile import copy_of, refuse_unsized, unwrapped
 from .tracing import TENSORS, following, is_plain
 
@@ -58,6 +60,7 @@ ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 # in each form that is measured; the fastest counts, because other work on a machine only adds
 RUNS = 7
 CLEARLY = 1.1  # times as fast: the clock is not that exact, and a dense layer needs more memory
+SLIGHTLY = 1.02  # of a grouped convolution, which needs no more
 # of the largest output, in float64: far below the rounding of float32, far above that of float64
 EXACT = 1e-5
 
@@ -99,7 +102,10 @@ def deploy(model: nn.Module, example: Tensor) -> nn.Module:
     with _same_random_numbers(example):
         fused, (said, form) = _fuse_activations(proof), _choose_format(proof, example)
         _logger.info("%d of %d norms folded, %d activations fused; %s", folded, norms, fused, said)
-        _logger.info("%d of %d X-layers are faster dense", *_choose_layers(proof, example, form))
+        _logger.info(
+            "%d of %d X-layers are faster dense or grouped by torch",
+            *_choose_layers(proof, example, form),
+        )
     return fast
 
 
@@ -445,15 +451,25 @@ def _choose_layers(proof: Proof, example: Tensor, form: torch.memory_format) -> 
                     best[name] = min(best[name], seconds)
     changes: dict[str, Change] = {}
     for name in names:
-        if least_dense[name] * CLEARLY < least[name]:
+        faster = CLEARLY if _groups(ours[name]) == 1 else SLIGHTLY
+        if least_dense[name] * faster < least[name]:
             changes[name] = functools.partial(_dense, form, name)
     return len(_change(proof, changes, "replaced by its dense form")), len(ours)
 
 
 def _dense(form: torch.memory_format, name: str, model: nn.Module) -> Undo:
     layer: Any = model.get_submodule(name)
-    model.set_submodule(name, _in_format(dense_form(layer), form))
+    model.set_submodule(name, _in_format(dense_form(layer, _groups(layer)), form))
     return functools.partial(model.set_submodule, name, layer)
+
+
+def _groups(layer: ExpanderConv2d | ExpanderLinear) -> int:
+    """How many groups the convolution of torch's has that a layer is; 1 where its graph is another
+    one."""
+    if not isinstance(layer, ExpanderConv2d) or layer.neighbours.is_meta:
+        return 1
+    found = group.parts(layer.neighbours, layer.in_channels)
+    return 1 if found is None or found.order is not None else found.groups
 
 
 def _seconds_of(model: nn.Module, names: list[str], example: Tensor) -> dict[str, float]:

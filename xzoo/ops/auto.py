@@ -164,7 +164,7 @@ GROUP: dict[tuple[int, bool], dict[tuple[str, str], tuple[GroupBounds, ...]]] = 
             GroupBounds(4, 128, AT_7, ONE),
             GroupBounds(8, 64, ALL, MANY, FITS, last=True),
         ),
-        ("forward", "linear"): (GroupBounds(8), GroupBounds(16, 128)),
+        ("forward", "linear"): (GroupBounds(8, samples=SEVERAL), GroupBounds(16, 128)),
         ("forward", "other"): (GroupBounds(16, 8, permuted=True),),
         ("input_grad", "conv3"): (GroupBounds(4, 32, FROM_14),),
         ("input_grad", "conv3_strided"): (
@@ -181,9 +181,9 @@ GROUP: dict[tuple[int, bool], dict[tuple[str, str], tuple[GroupBounds, ...]]] = 
             GroupBounds(4, 128, AT_7, ONE),
             GroupBounds(16, 32, ALL, MANY, FITS, last=True),
         ),
-        ("input_grad", "linear"): (GroupBounds(16),),
+        ("input_grad", "linear"): (GroupBounds(16, samples=SEVERAL), GroupBounds(16, 128)),
         ("input_grad", "linear_shared"): (
-            GroupBounds(8),
+            GroupBounds(8, samples=SEVERAL),
             GroupBounds(16, 128),
             GroupBounds(8, 128, permuted=True),
         ),
@@ -202,7 +202,7 @@ GROUP: dict[tuple[int, bool], dict[tuple[str, str], tuple[GroupBounds, ...]]] = 
             GroupBounds(2, 1, TO_14, FEW, permuted=True),
             GroupBounds(2, 1, FROM_7, last=False),
         ),
-        ("weight_grad", "linear"): (GroupBounds(8), GroupBounds(16, 128)),
+        ("weight_grad", "linear"): (GroupBounds(8, samples=SEVERAL), GroupBounds(16, 128)),
         ("weight_grad", "linear_shared"): (
             GroupBounds(8, samples=SEVERAL),
             GroupBounds(16, 128, samples=SEVERAL),
