@@ -539,7 +539,7 @@ def test_a_wrong_activation_or_dense_form_is_taken_back(monkeypatch, caplog):
     """Two faults put in by hand: a fused relu that does nothing, and a dense form of another graph."""
     module = sys.modules["xzoo.deploy"]
     monkeypatch.setattr(module, "ACTIVATIONS", {nn.Hardtanh: "relu"})
-    monkeypatch.setattr(module, "dense_form", lambda layer: nn.Conv2d(8, 8, 1))
+    monkeypatch.setattr(module, "dense_form", lambda layer, groups: nn.Conv2d(8, 8, 1))
     slow = lambda model, names, x: {  # noqa: E731
         n: float(isinstance(model.get_submodule(n), ExpanderConv2d)) for n in names
     }
