@@ -592,6 +592,7 @@ def backends(run: Run) -> None:
 # ---- arguments that are wrong in one place
 
 REFUSED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+UNREAD = {"_input_grad": "x", "_weight_grad": "weight"}  # of these only the sizes count
 
 
 def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
@@ -648,6 +649,10 @@ def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
     return f"{name} {what} {list(given[name].shape)}", given
 
 
+def has_lost_its_storage(t: Tensor | None) -> bool:
+    return t is not None and t.numel() > 0 and not t.untyped_storage().nbytes()
+
+
 def hostile(run: Run, library: ctypes.CDLL) -> None:
     """Arguments that are wrong in one place are refused, or computed as `dense` does; nothing else
     is read.
@@ -667,21 +672,20 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
                 and not t.is_neg()
             ):
                 given[name] = region.place(t)
-        calls = {
-            "": (given["x"], given["weight"], given["rows"], given["bias"]),
-            **dict.fromkeys(PARTS[1:], (given["grad"], given["x"], given["weight"], given["rows"])),
-        }
-        for part, tensors in calls.items():
+        for part in PARTS:
+            names = ("grad", "x", "weight", "rows") if part else ("x", "weight", "rows", "bias")
+            gone = [name for name in names if has_lost_its_storage(given[name])]
+            calls = {"native": given, "auto": given, "dense": given}
+            if gone:  # torch's own operations crash
+                calls = {"native": given}
+            if gone == [UNREAD.get(part)]:
+                calls["dense"] = given | {gone[0]: getattr(case, gone[0])}
             found = {}
-            # Torch's own operations crash where the storage is gone.
-            there = [t for t in tensors if t is not None and t.numel()]
-            gone = not all(t.untyped_storage().nbytes() for t in there)
-            for backend in ("native", "auto", "dense")[: 1 if gone else 3]:
-                name = case.operation + part
+            for backend, values in calls.items():
+                operation = getattr(torch.ops.xzoo, case.operation + part)
+                tensors = [values[name] for name in names]
                 try:
-                    found[backend] = getattr(torch.ops.xzoo, name)(
-                        *tensors, *case.geometry, backend
-                    )
+                    found[backend] = operation(*tensors, *case.geometry, backend)
                 except REFUSED as error:
                     found[backend] = type(error).__name__
             want = found.get("dense", "no storage")
