@@ -629,6 +629,7 @@ def _bench(
 ) -> None:
     from . import bench
 
+    machine.keep_memory()  # as training does, and for all forms
     if finetune is not None:
         more = _given(minutes=minutes, seeds=seeds, each=each)
         _bench_finetuning(finetune, model, csv, threads, more)
