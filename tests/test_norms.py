@@ -301,6 +301,14 @@ def test_copies_pickles_and_unfuse():
     assert vars(fused[1]).get("activation") is None
 
 
+def test_the_profiler_shows_what_runs_without_it():
+    model = xzoo.fuse(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    with torch.profiler.profile() as profile:
+        model(torch.randn(2, 4, 8, 8))
+    events = {event.key for event in profile.key_averages()}
+    assert "_BatchNormAct" in events and "aten::native_batch_norm" not in events
+
+
 def test_other_norms_and_subclasses_stay():
     class Clamped(nn.BatchNorm2d):
         def forward(self, x):
