@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import clang
 
 from xzoo import home as home_module
 from xzoo.cli import main
@@ -598,17 +599,7 @@ def test_doctor_on_arm_says_when_its_kernels_are_taken(script, monkeypatch):
 def test_clang_makes_the_same_kernels(level, lanes, monkeypatch):
     from test_native import check
 
-    name = next(
-        (
-            name
-            for name in ("clang++", *(f"clang++-{n}" for n in range(30, 9, -1)))
-            if shutil.which(name)
-        ),
-        None,
-    )
-    if name is None:
-        pytest.skip("no clang++")
-    monkeypatch.setenv("CXX", name)
+    monkeypatch.setenv("CXX", clang())
     monkeypatch.setattr(native, "SOURCE", SOURCE)
     flags = [flag for flag in native._flags() if not flag.startswith("-march=")]
     library = native.build([*flags, level] if level else flags)
