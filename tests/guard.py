@@ -339,6 +339,29 @@ class Region:
 CANARY = b"\x5a" * 4096
 
 
+def array_bytes(name: str, sizes: bytes) -> list[int]:
+    """Of each array that a function of native.cpp takes, by the sizes that it gets before them."""
+    if "norm" in name:
+        batch, channels, pixels, *_ = struct.unpack("7q2d", sizes)
+        x, statistics = batch * channels * pixels, 4 * channels
+        forward, backward = (
+            (x, *[channels] * 4, statistics, x),
+            (x, x, statistics, *[channels] * 2, x),
+        )
+        return [4 * count for count in (backward if "grad" in name else forward)]
+    batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", sizes)
+    pixels, results = height * width, ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
+    x, y, rows = batch * n_in * pixels, batch * n_out * results, n_out // share * degree
+    weight = n_out * degree * (9 if "conv3" in name else 1)
+    counts = {
+        "": (x, weight, rows, n_out, y),
+        "input": (y, weight, rows, x),
+        "weight": (y, x, rows, weight),
+    }
+    part = "input" if "input" in name else "weight" if "weight" in name else ""
+    return [4 * count for count in counts[part]]
+
+
 class Guarded:
     """A library of kernels whose functions get copies of their arrays, each in a region of its own.
 
@@ -359,17 +382,7 @@ class Guarded:
         )
 
     def call(self, name, function, layer, *addresses):
-        batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", layer)
-        pixels, results = height * width, ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
-        x, y, rows = batch * n_in * pixels, batch * n_out * results, n_out // share * degree
-        weight = n_out * degree * (9 if "conv3" in name else 1)
-        counts = {
-            "": (x, weight, rows, n_out, y),
-            "input": (y, weight, rows, x),
-            "weight": (y, x, rows, weight),
-        }
-        part = "input" if "input" in name else "weight" if "weight" in name else ""
-        sizes = [4 * count for count in counts[part]]
+        sizes = array_bytes(name, layer)
         ctypes.c_int.in_dll(self.library, "xzoo_guard_begin").value = self.begin
         places = [
             address and region.address(size, self.begin)

@@ -16,7 +16,7 @@ from .ops import native
 VECTORS = {
     16: "AVX-512, 16 floats at a time",
     8: "AVX2, 8 floats at a time",
-    4: "4 floats at a time",
+    4: "4 floats at a time, which `auto` takes only where they were measured",
 }
 LEVELS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
 
@@ -64,12 +64,14 @@ def _vectors() -> str:
 def _limited_by(level: str, refused: list[str]) -> str:
     if refused and level != next(iter(native.levels()), ""):
         return refused[0]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ""
     if os.environ.get("ATEN_CPU_CAPABILITY", "") in native.HELD:
         return (
             f"ATEN_CPU_CAPABILITY={os.environ['ATEN_CPU_CAPABILITY']} holds torch and our kernels "
             "to this"
         )
-    if level == "v4" or platform.machine() not in ("x86_64", "AMD64"):
+    if level == "v4":
         return ""
     if not Path("/proc/cpuinfo").exists():
         return "/proc/cpuinfo, which lists what this CPU has, is missing"
