@@ -172,7 +172,8 @@ def _looked(chosen: Sequence[Case], seconds: float, what: str) -> dict[Case, lis
     found: dict[Case, list[Measured]] = {}
     end = time.perf_counter() + seconds
     console = Console(stderr=True)
-    for case in track(chosen, what, console=console, transient=True):
+    hidden = not console.is_terminal
+    for case in track(chosen, what, console=console, transient=True, disable=hidden):
         left = max(0.0, end - time.perf_counter()) / (len(chosen) - len(found))
         found[case] = list(_measured(case, left / len(PRODUCTS)))
     return found

@@ -148,7 +148,8 @@ def is_measured() -> bool:
     """Whether NATIVE has a rule for this CPU that was measured on one of its make and family.
 
     Loads no kernels. Not measured are vectors of 4 floats (ARM, Apple), Intel's CPUs before
-    Sapphire Rapids, and all of AMD's but Zen 3 and 4.
+    Sapphire Rapids, and all of AMD's but Zen 3 and 4. (On a Zen 3 `xzoo tune` found no class of the
+    AVX2 rule to be slower, 2026-11-29.)
     """
     facts, levels = cpuinfo(), native.levels()
     if not levels:

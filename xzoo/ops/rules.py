@@ -16,7 +16,7 @@ import torch
 from .. import files
 from ..errors import XzooError, first_line
 from ..home import home
-from ..machine import cpu
+from ..machine import cpu, cpuinfo
 from . import native
 from .compiler import whole
 
@@ -118,8 +118,8 @@ def difference(table: Table) -> str:
     Loads the kernels where all but them is as it was.
     """
     were, now = table.machine, _machine(built=False)
-    if were.get("cpu") != now["cpu"]:
-        return f"of another CPU, {were.get('cpu')}"
+    if any(were.get(fact) != now[fact] for fact in ("cpu", "model")):
+        return f"of another CPU, {were.get('cpu')}, model {were.get('model')}"
     if were.get("torch") != now["torch"]:
         return f"of torch {were.get('torch')}"
     if were.get("kernels") != now["kernels"]:
@@ -134,8 +134,11 @@ def difference(table: Table) -> str:
 
 def _machine(built: bool = True) -> dict[str, Any]:
     """What times depend on. The last two facts are those of kernels that are loaded."""
-    facts = {
+    known = cpuinfo()
+    facts: dict[str, Any] = {
         "cpu": cpu(),
+        # A virtual machine may have one name for all that its maker sells.
+        "model": f"{known.get('cpu family', '')}.{known.get('model', '')}",
         "torch": torch.__version__,
         "kernels": hashlib.sha256(whole(native.SOURCE).encode()).hexdigest()[:16],
     }
