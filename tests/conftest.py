@@ -14,6 +14,7 @@ from PIL import Image
 
 import xzoo
 from xzoo import network
+from xzoo.home import home
 from xzoo.ops import native
 
 MakeFolder = Callable[..., Path]
@@ -36,6 +37,20 @@ def same_xzoo_in_children() -> Iterator[None]:
     """Processes that tests start import the package under test, from whatever folder they run in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(xzoo.__file__).parents[1]), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuned_rule(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own, so that no developer's `xzoo tune` moves them; the kernels
+    that were built before are used.
+    """
+    built, own = home() / "native", tmp_path_factory.mktemp("home")
+    if os.name == "posix":  # elsewhere there are no kernels
+        built.mkdir(parents=True, exist_ok=True)
+        (own / "native").symlink_to(built)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XZOO_HOME", str(own))
         yield
 
 

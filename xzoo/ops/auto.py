@@ -3,16 +3,26 @@
 `choose` is the rule. Among the 3x3 kernels of `native`, `stride_one` of native/conv3_pixels.h
 chooses.
 
-No stop-watch, so that runs are reproducible.
+No stop-watch while it chooses, so that runs are reproducible. What `xzoo tune` measured beforehand
+comes before the rule written here, on the machine where it was measured (rules.py). Another kernel
+sums in another order, so that results differ by rounding from those without the table, as they do
+on another CPU.
 """
 
+import functools
+import logging
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native
+from ..errors import XzooError
+from ..machine import cpuinfo
+from . import native, rules
+from .rules import LeastCompression, NativeRule
+
+_logger = logging.getLogger(__name__)
 
 # ---- the library's
 
@@ -36,30 +46,10 @@ GATHER = {"conv2d": GatherBounds(128, 4), "linear": GatherBounds(256, 8)}
 # ---- our own kernels
 
 
-class LeastCompression(NamedTuple):
-    """Inputs / degree from which a product is faster by our own kernels, by the kind of layer."""
-
-    conv3: int  # 3x3
-    conv3_strided: int  # 3x3 with a stride
-    conv1: int  # 1x1
-    linear: int
-    conv1_shared: int  # of a share of SHARED or more, whose outputs read the same inputs
-    linear_shared: int
-
-
-class NativeRule(NamedTuple):
-    """For layers with so many lanes: samples, or pixels of all samples where a kernel is 1x1."""
-
-    least_lanes: int
-    forward: LeastCompression
-    input_grad: LeastCompression
-    weight_grad: LeastCompression
-
-
 SHARED = 4
 
 # Classes of CPUs: floats in a vector of the kernels, and whether `native.fast`. Vectors of 4 floats
-# were not measured, so that the kernels are not taken.
+# were not measured, so that the kernels are not taken but by a user's own table.
 AVX512, AVX512_FAST, AVX2 = (16, False), (16, True), (8, False)
 
 # Of each class, the first rule of which there are lanes enough. Faster is 1.1 times what `library`
@@ -132,13 +122,41 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
     if not native.missing(operation, x, weight, neighbours, *geometry):
         kind = _kind(operation, weight, neighbours, *geometry)
         lanes = x.shape[0] if kind in ("conv3", "conv3_strided") else x.numel() // x.shape[1]
-        for rule in NATIVE.get((native.lanes(), native.fast()), ()):
+        for rule in _rules(native.lanes(), native.fast()):
             if lanes >= rule.least_lanes:
                 least = getattr(getattr(rule, gradient or "forward"), kind)
                 if x.shape[1] >= least * neighbours.shape[1]:
                     return "native"
                 break
     return library(operation, x, weight, neighbours)
+
+
+@functools.cache
+def _rules(lanes: int, fast: bool) -> tuple[NativeRule, ...]:
+    """Those of this machine, read once: of `xzoo tune`, else those above for this class of CPUs."""
+    try:
+        table = rules.read()
+    except XzooError as error:
+        _logger.warning("%s; the rule of `auto` is the built-in one meanwhile", error)
+        table = None
+    if table is not None and not rules.difference(table):
+        return table.rules
+    return NATIVE.get((lanes, fast), ())
+
+
+def is_measured() -> bool:
+    """Whether NATIVE has a rule for this CPU that was measured on one of its make and family.
+
+    Loads no kernels. Not measured are vectors of 4 floats (ARM, Apple), Intel's CPUs before
+    Sapphire Rapids, and all of AMD's but Zen 3 and 4. (On a Zen 3 `xzoo tune` found no class of the
+    AVX2 rule to be slower, 2026-11-29.)
+    """
+    facts, levels = cpuinfo(), native.levels()
+    if not levels:
+        return False
+    if facts.get("vendor_id") == "GenuineIntel":
+        return levels[0] == "v4" and "avx512_fp16" in facts.get("flags", "").split()
+    return facts.get("vendor_id") == "AuthenticAMD" and facts.get("cpu family") == "25"
 
 
 def _kind(operation: str, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
