@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -139,7 +140,7 @@ def results() -> list[list[str]]:
     return rows
 
 
-def speed_short() -> list[list[str]]:
+def speed_short(file: str) -> list[list[str]]:
     rows = [
         [
             "model",
@@ -149,7 +150,7 @@ def speed_short() -> list[list[str]]:
             "group convolution, training",
         ]
     ]
-    for name, cases in speed_cases().items():
+    for name, cases in speed_cases(file).items():
         if name in ("x_vgg16_c16", "x_vgg16_2", "x_resnet50_c4", "x_mobilenet050_c8"):
             one, _, training = cases
             rows.append(
@@ -159,27 +160,36 @@ def speed_short() -> list[list[str]]:
     return rows
 
 
-def speed_full() -> list[list[str]]:
-    rows = [["model", "case", "fewer MACs", "dense twin", "masked dense twin", "group convolution"]]
-    for name, cases in speed_cases().items():
+def speed_full(file: str) -> list[list[str]]:
+    forms = {
+        "dense": "dense twin",
+        "dense in torch": "dense twin in torch",
+        "masked": "masked dense twin",
+        "group": "group convolution",
+    }
+    models = speed_cases(file)
+    if not any("dense in torch" in case for cases in models.values() for case in cases):
+        del forms["dense in torch"]
+    rows = [["model", "case", "fewer MACs", *forms.values()]]
+    for name, cases in models.items():
         for case in cases:
             row = [f"`{name}`", case["case"], f"{case['ideal']}x"]
-            rows.append([*row, *(_times(case, form) for form in ("dense", "masked", "group"))])
+            rows.append([*row, *(_times(case, form) for form in forms)])
     return rows
 
 
-def machine() -> str:
-    first = _csv("speed.csv")[0]
-    return f"{first['machine'].partition(', load')[0]}; torch {first['torch']}."
+def machine(file: str) -> str:
+    row = next(row for row in _csv(file) if row["part"] == "model")
+    return f"{row['machine'].partition(', load')[0]}; torch {row['torch']}."
 
 
-def speed_cases() -> dict[str, list[dict[str, str]]]:
-    """Of each model in recipes/speed.csv: inference of one image and of many, and a training step.
+def speed_cases(file: str) -> dict[str, list[dict[str, str]]]:
+    """Of each model in a file of recipes: inference of one image and of many, and a training step.
 
     Each has the case by name, the ratio of MACs, and the time of each other form divided by ours.
     """
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for row in _csv("speed.csv"):
+    for row in _csv(file):
         if row["part"] == "model":
             name, _, case = row["what"].partition(", ")
             times = found.setdefault(name, {}).setdefault(case, {"case": case})
@@ -207,7 +217,7 @@ def _cards() -> dict[str, dict]:
 
 
 def _times(case: dict[str, str], form: str) -> str:
-    return f"{float(case[form]):.2f}x"
+    return f"{float(case[form]):.2f}x" if form in case else ""
 
 
 def _millions(count: float, digits: int = 0) -> str:
@@ -227,15 +237,20 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def _speed(rows: Callable[[str], list[list[str]]], file: str) -> str:
+    return f"{_markdown(rows(file))}\n{machine(file)}\n"
+
+
 # Where each table stands: page, name of the mark, function.
 TABLES = (
     ("README.md", "weights", lambda: _markdown(weights_short())),
-    ("README.md", "speed", lambda: f"{_markdown(speed_short())}\n{machine()}\n"),
+    ("README.md", "speed", lambda: _speed(speed_short, "speed.csv")),
     ("hub_cards/README.md", "weights", lambda: _markdown(weights_full())),
     ("hub_cards/README.md", "finetune", lambda: _markdown(fine_tuning())),
     ("recipes/README.md", "results", lambda: _markdown(results())),
     ("xzoo/models/README.md", "models", lambda: _markdown(models())),
-    ("xzoo/ops/README.md", "speed", lambda: f"{_markdown(speed_full())}\n{machine()}\n"),
+    ("xzoo/ops/README.md", "speed", lambda: _speed(speed_full, "speed.csv")),
+    ("xzoo/ops/README.md", "speed_avx2", lambda: _speed(speed_full, "speed_avx2.csv")),
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -13,15 +14,16 @@ from PIL import Image
 
 import xzoo
 from xzoo import network
+from xzoo.home import home
 from xzoo.ops import native
 
 MakeFolder = Callable[..., Path]
 
-# Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of).
-LEVELS = [
-    "best",
-    *(pytest.param(level, marks=pytest.mark.slow) for level in ("x86-64-v3", "x86-64")),
-]
+# Builds for this CPU, for vectors of 8 floats, and of 4 (as for CPUs that we know nothing of); and
+# for ARM, under an emulator.
+LEVELS = ["best"]
+for level in ("x86-64-v3", "x86-64", *emulated.LEVELS):
+    LEVELS.append(pytest.param(level, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +37,20 @@ def same_xzoo_in_children() -> Iterator[None]:
     """Processes that tests start import the package under test, from whatever folder they run in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(xzoo.__file__).parents[1]), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuned_rule(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own, so that no developer's `xzoo tune` moves them; the kernels
+    that were built before are used.
+    """
+    built, own = home() / "native", tmp_path_factory.mktemp("home")
+    if os.name == "posix":  # elsewhere there are no kernels
+        built.mkdir(parents=True, exist_ok=True)
+        (own / "native").symlink_to(built)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XZOO_HOME", str(own))
         yield
 
 
@@ -91,15 +107,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture(scope="module", params=LEVELS)
-def built(request: pytest.FixtureRequest) -> Any:
+def built(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The library of the kernels at one of LEVELS."""
     if request.param == "best":
         assert native.available()
-        return native._loaded[0]
-    best = " ".join(native._flags())
-    if "x86-64" not in best:
-        pytest.skip(f"this CPU is not {request.param}")
-    return native.build(re.sub(r"-march=\S+", f"-march={request.param}", best).split())
+        yield native._loaded[0]
+    elif request.param in emulated.LEVELS:
+        with pytest.MonkeyPatch.context() as patch:
+            emulated.on_arm(patch, request.param)
+            library = native.build(native._flags())
+        yield library
+        library.close()
+    else:
+        best = " ".join(native._flags())
+        if "x86-64" not in best:
+            pytest.skip(f"this CPU is not {request.param}")
+        yield native.build(re.sub(r"-march=\S+", f"-march={request.param}", best).split())
 
 
 @pytest.fixture

@@ -339,6 +339,29 @@ class Region:
 CANARY = b"\x5a" * 4096
 
 
+def array_bytes(name: str, sizes: bytes) -> list[int]:
+    """Of each array that a function of native.cpp takes, by the sizes that it gets before them."""
+    if "norm" in name:
+        batch, channels, pixels, *_ = struct.unpack("7q2d", sizes)
+        x, statistics = batch * channels * pixels, 4 * channels
+        forward, backward = (
+            (x, *[channels] * 4, statistics, x),
+            (x, x, statistics, *[channels] * 2, x),
+        )
+        return [4 * count for count in (backward if "grad" in name else forward)]
+    batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", sizes)
+    pixels, results = height * width, ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
+    x, y, rows = batch * n_in * pixels, batch * n_out * results, n_out // share * degree
+    weight = n_out * degree * (9 if "conv3" in name else 1)
+    counts = {
+        "": (x, weight, rows, n_out, y),
+        "input": (y, weight, rows, x),
+        "weight": (y, x, rows, weight),
+    }
+    part = "input" if "input" in name else "weight" if "weight" in name else ""
+    return [4 * count for count in counts[part]]
+
+
 class Guarded:
     """A library of kernels whose functions get copies of their arrays, each in a region of its own.
 
@@ -359,17 +382,7 @@ class Guarded:
         )
 
     def call(self, name, function, layer, *addresses):
-        batch, n_in, height, width, n_out, degree, share, stride, *_ = struct.unpack("12q", layer)
-        pixels, results = height * width, ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
-        x, y, rows = batch * n_in * pixels, batch * n_out * results, n_out // share * degree
-        weight = n_out * degree * (9 if "conv3" in name else 1)
-        counts = {
-            "": (x, weight, rows, n_out, y),
-            "input": (y, weight, rows, x),
-            "weight": (y, x, rows, weight),
-        }
-        part = "input" if "input" in name else "weight" if "weight" in name else ""
-        sizes = [4 * count for count in counts[part]]
+        sizes = array_bytes(name, layer)
         ctypes.c_int.in_dll(self.library, "xzoo_guard_begin").value = self.begin
         places = [
             address and region.address(size, self.begin)
@@ -595,6 +608,7 @@ def backends(run: Run) -> None:
 # ---- arguments that are wrong in one place
 
 REFUSED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+UNREAD = {"_input_grad": "x", "_weight_grad": "weight"}  # of these only the sizes count
 
 
 def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
@@ -651,6 +665,10 @@ def spoilt(case: Case, draw: random.Random) -> tuple[str, dict]:
     return f"{name} {what} {list(given[name].shape)}", given
 
 
+def has_lost_its_storage(t: Tensor | None) -> bool:
+    return t is not None and t.numel() > 0 and not t.untyped_storage().nbytes()
+
+
 def hostile(run: Run, library: ctypes.CDLL) -> None:
     """Arguments that are wrong in one place are refused, or computed as `dense` does; nothing else
     is read.
@@ -670,21 +688,20 @@ def hostile(run: Run, library: ctypes.CDLL) -> None:
                 and not t.is_neg()
             ):
                 given[name] = region.place(t)
-        calls = {
-            "": (given["x"], given["weight"], given["rows"], given["bias"]),
-            **dict.fromkeys(PARTS[1:], (given["grad"], given["x"], given["weight"], given["rows"])),
-        }
-        for part, tensors in calls.items():
+        for part in PARTS:
+            names = ("grad", "x", "weight", "rows") if part else ("x", "weight", "rows", "bias")
+            gone = [name for name in names if has_lost_its_storage(given[name])]
+            calls = {"native": given, "auto": given, "dense": given}
+            if gone:  # torch's own operations crash
+                calls = {"native": given}
+            if gone == [UNREAD.get(part)]:
+                calls["dense"] = given | {gone[0]: getattr(case, gone[0])}
             found = {}
-            # Torch's own operations crash where the storage is gone.
-            there = [t for t in tensors if t is not None and t.numel()]
-            gone = not all(t.untyped_storage().nbytes() for t in there)
-            for backend in ("native", "auto", "dense")[: 1 if gone else 3]:
-                name = case.operation + part
+            for backend, values in calls.items():
+                operation = getattr(torch.ops.xzoo, case.operation + part)
+                tensors = [values[name] for name in names]
                 try:
-                    found[backend] = getattr(torch.ops.xzoo, name)(
-                        *tensors, *case.geometry, backend
-                    )
+                    found[backend] = operation(*tensors, *case.geometry, backend)
                 except REFUSED as error:
                     found[backend] = type(error).__name__
             want = found.get("dense", "no storage")

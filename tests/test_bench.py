@@ -3,6 +3,7 @@ judged.
 """
 
 import csv
+import inspect
 from math import isfinite
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from xzoo import bench, ops
 from xzoo.bench import Figure, finetune, layer, model, training
 from xzoo.cli import main
 from xzoo.errors import GraphError, ModelError, XzooError
+from xzoo.norms import FusedBatchNorm2d
 from xzoo.ops import native
 from xzoo.ops.tune import PRODUCTS, LayerShape, alternate, tensors, tune
 from xzoo.train import CIFAR10, Classifier, TinyImageNet
@@ -334,6 +336,34 @@ def test_every_form_of_a_model_has_the_same_layers_and_the_masked_one_computes_o
     assert not torch.equal(before, forms["masked"].get_submodule("classifier").weight)
 
 
+def test_every_form_is_trained_with_fused_norms_and_the_dense_twin_without_as_well():
+    forms, masks = model._forms("x_vgg16_c16")
+    images, labels = model._batch(forms["ours"], 4)
+    model._mask(forms["masked"], masks)
+    calls, note = model._training_steps(forms, images, labels, compiled=False)
+    fused = {}
+    for name, step in calls.items():
+        trained = inspect.getclosurevars(step).nonlocals["called"]
+        fused[name] = any(type(part) is FusedBatchNorm2d for part in trained.modules())
+    assert set(calls) == {*forms, "dense in torch"}
+    assert not fused.pop("dense in torch")
+    # The dense twin's may be torch's own, where that is faster.
+    assert fused.pop("dense") == ("fused" in note)
+    assert all(fused.values())
+    for form in forms.values():  # copies were fused
+        assert not any(type(part) is FusedBatchNorm2d for part in form.modules())
+
+
+def test_bars_of_models_hold_at_their_batches_alone():
+    part = {16: 1.0, 8: 0.8}.get(native.lanes()) if native.available() else None
+    step = model.ModelCase("x_vgg16_c8", 128, training=True)
+    wanted = {"dense": 3.0, "dense in torch": 4.5}
+    assert model._bars(step) == ({} if part is None else {k: v * part for k, v in wanted.items()})
+    assert model._bars(step._replace(batch=64)) == {}
+    assert model._bars(step._replace(batch=64, training=False)).keys() <= {"dense"}
+    assert model._bars(step._replace(model="x_vgg16_2")) == {}
+
+
 def test_training_memory_of_x_vgg16_is_a_fifteenth_of_the_dense_twin_s():
     mine, theirs = model._memories("x_vgg16", 1)[model.STATE]
     assert theirs == 3 * 4 * sum(
@@ -409,14 +439,15 @@ def test_the_command_measures_models_and_layers_and_draws_them(capsys, tmp_path)
         ("memory", model.STATE, "dense"),
         ("memory", "all memory in training", "dense"),
     ]
-    forms = ("dense", "masked", "group")
-    assert kinds[2:8] == [
-        ("model", what, form) for what in ("inference", "training step") for form in forms
+    assert kinds[2:5] == [("model", "inference", form) for form in ("dense", "masked", "group")]
+    assert sorted(kinds[5:9]) == [
+        ("model", "training step", form) for form in ("dense", "dense in torch", "group", "masked")
     ]
-    assert [row["ideal"] for row in rows[2:8]] == ["14.75", "", ""] * 2 and rows[2][
-        "bar"
-    ].startswith(">= ")
-    assert {row["part"] for row in rows[8:]} == {"layer"} and float(rows[8]["ideal"]) == 8
+    ideals = {(row["what"], row["against"]): row["ideal"] for row in rows[2:9]}
+    for (_, against), ideal in ideals.items():
+        assert ideal == ("14.75" if against.startswith("dense") else "")
+    assert rows[2]["bar"].startswith(">= ")
+    assert {row["part"] for row in rows[9:]} == {"layer"} and float(rows[9]["ideal"]) == 8
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
 
 

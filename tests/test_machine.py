@@ -345,3 +345,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     returned = faults("return")
     assert faults("keep") * 4 < returned
     assert faults("keep", MALLOC_ARENA_MAX="4") * 2 > returned  # the user's own settings
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("processor: 0\nmodel name\t: AMD EPYC 9354\n\nmodel name\t: another\n", "AMD EPYC 9354"),
+        (
+            "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n",
+            f"{platform.machine()}, implementer 0x41, part 0xd0c",
+        ),
+    ],
+)
+def test_the_name_of_the_cpu(tmp_path, told, name):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(told)
+    assert machine.cpu(tmp_path) == name
+    assert machine.cpuinfo(tmp_path)["processor"] == "0"
+
+
+def test_the_name_of_the_cpu_where_linux_does_not_tell_it(tmp_path, monkeypatch):
+    assert machine.cpuinfo(tmp_path) == {}
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6")
+    assert machine.cpu(tmp_path) == "Intel64 Family 6"
+    asked = tmp_path / "sysctl"
+    asked.write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo Apple M2\n')
+    asked.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert machine.cpu(tmp_path) == "Apple M2"

@@ -594,6 +594,18 @@ def test_auto_takes_native_only_where_it_was_measured_faster(lanes, fast, monkey
         )
 
 
+def test_auto_takes_the_library_where_vectors_of_4_floats_were_not_measured(monkeypatch):
+    monkeypatch.setattr(native, "lanes", lambda: 4)
+    monkeypatch.setattr(native, "fast", lambda: False)
+    with GOLDEN.open() as file:
+        rows = list(csv.DictReader(file))
+    for row, suffix in itertools.product(rows, PRODUCTS.values()):
+        x, weight, neighbours, geometry = shapes(row)
+        operation = "conv2d" if geometry else "linear"
+        taken = choose(operation + suffix, x, weight, neighbours, *geometry)
+        assert taken == library(operation, x, weight, neighbours)
+
+
 # The table of `auto`: how many times slower what it took before (dense or gather) is than `native`,
 # in the same layout, for the operation and for each of its gradients.
 

@@ -50,7 +50,8 @@ def results(function, x, grad, affine, activation, training, dtype):
         torch.linspace(-1, 1, channels, dtype=dtype),
         torch.linspace(0.5, 2, channels, dtype=dtype),
     )
-    y = function(x, *running, *affine, training, 0.3, 1e-3, activation)
+    with xzoo.ops.backend("native"):  # also where `auto` does not take it
+        y = function(x, *running, *affine, training, 0.3, 1e-3, activation)
     y.backward(grad.to(dtype))
     grads = [t.grad for t in (x, *affine) if t is not None]
     return [y.detach(), *running, *grads]
@@ -124,6 +125,23 @@ def test_what_is_not_a_number_goes_where_torch_lets_it_go(kernels, activation, v
             assert torch.equal(got.isfinite(), want.isfinite())
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_gradients_pass_where_the_result_did_to_the_last_bit(kernels, form):
+    torch.manual_seed(0)
+    mean = torch.randn(5)
+    affine = torch.rand(5) + 0.5, torch.zeros(5)
+    x = mean[:, None, None] + torch.randn(5, 1, 1) * torch.arange(-200, 200).view(1, 20, 20) * 2e-8
+    x = x[None].contiguous(memory_format=form).requires_grad_()
+    for activation, bend in (("relu", 0), ("relu6", 6)):
+        weight, bias = affine[0], affine[1] + bend
+        with xzoo.ops.backend("native"):
+            y = batch_norm_act(x, mean, torch.ones(5), weight, bias, False, 0.1, 1e-5, activation)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        passed = (y > 0) & (y < 6)
+        assert 0 < passed.sum() < passed.numel()
+        assert torch.equal(dx != 0, passed)
+
+
 def test_a_variance_far_below_the_mean_is_kept(kernels):
     torch.manual_seed(0)
     x = torch.randn(64, 2, 8, 8) * 1e-2 + 100
@@ -153,6 +171,20 @@ def test_second_derivatives(activation, training, step):
     largest = max(float(w.abs().max()) for w in want)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_vectors_of_4_floats_are_taken_by_name_alone(monkeypatch):
+    assert native.available()
+    monkeypatch.setattr(native, "lanes", lambda: 4)
+    torch.manual_seed(0)
+    x, running = torch.randn(4, 3, 5, 5), (torch.zeros(3), torch.ones(3))
+    affine = torch.rand(3).requires_grad_(), torch.randn(3)
+    arguments = x, *running, *affine, False, 0.1, 1e-5, "relu"
+    y = batch_norm_act(*arguments)
+    assert "BatchNormAct" not in y.grad_fn.name()
+    assert torch.equal(y, by_torch(*arguments))
+    with xzoo.ops.backend("native"):
+        assert "BatchNormAct" in batch_norm_act(*arguments).grad_fn.name()
 
 
 @pytest.mark.parametrize("wrong", [{0: 0}, {1: -1}, {2: 0}, {4: 0}, {5: 4}, {5: -1}, {0: 2**44}])
@@ -299,6 +331,14 @@ def test_copies_pickles_and_unfuse():
         assert torch.equal(copied.eval()(x), fused.eval()(x))
     assert [type(m) for m in unfuse(fused).modules()] == want
     assert vars(fused[1]).get("activation") is None
+
+
+def test_the_profiler_shows_what_runs_without_it():
+    model = xzoo.fuse(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    with torch.profiler.profile() as profile:
+        model(torch.randn(2, 4, 8, 8))
+    events = {event.key for event in profile.key_averages()}
+    assert "_BatchNormAct" in events and "aten::native_batch_norm" not in events
 
 
 def test_other_norms_and_subclasses_stay():

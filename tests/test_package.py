@@ -21,7 +21,7 @@ STAIR = (
     {"__main__"},
     {"cli"},
     {"public"},
-    {"bench", "doctor"},
+    {"bench", "doctor", "tuning"},
     {"train"},
     {"data"},
     {"hub"},

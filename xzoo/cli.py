@@ -83,6 +83,10 @@ COMMANDS = {
         "what computes here, and what keeps faster kernels from running",
         "xzoo doctor",
     ),
+    "tune": (
+        "measure which layers are faster in xzoo's own kernels on this CPU, and use them for those",
+        "xzoo tune",
+    ),
     "bench": (
         "measure layers, models and the training loop",
         "xzoo bench --models x_vgg16_c8 --csv bench.csv",
@@ -560,6 +564,7 @@ def _inspect(
     *,
     pictures: Annotated[str | None, "draw its graphs into this folder"] = None,
 ) -> None:
+    from .doctor import advice
     from .drawing import draw_model
     from .hub.folder import load_any
     from .models import create_model
@@ -580,6 +585,8 @@ def _inspect(
             reached = f"sensitivity depth {depth}"
         line = f"{len(stretch.names)} X-layers, {first} to {last}: {reached}"
         console.print(line, soft_wrap=True)
+    if any(layer.degree for layer in counts.layers) and (hint := advice()):
+        console.print(hint, soft_wrap=True)
     if pictures is not None:
         try:
             for picture in draw_model(net, pictures, model):
@@ -595,6 +602,33 @@ def _doctor() -> None:
     width = max(map(len, facts)) + 2
     for name, fact in facts.items():
         print(shown(f"{name:<{width}}{fact}"))
+
+
+def _tune(
+    *,
+    seconds: Annotated[float, "how long to measure; a slow or busy CPU takes longer"] = 120.0,
+) -> None:
+    from . import tuning
+    from .ops import rules
+
+    print(
+        f"measuring for {seconds:g} s or more, on one thread; other programs would disturb it",
+        file=sys.stderr,
+    )
+    made = tuning.tune(seconds)
+    kinds = ("3x3", "3x3 strided", "1x1", "linear", "1x1 shared", "linear shared")
+    table = _table("product", "from lanes", *kinds)
+    for row in tuning.changes(made):
+        table.add_row(*row)
+    console = _console()
+    console.print(table)
+    console.print(
+        "Compression from which xzoo's own kernels are taken; lanes are samples, or pixels of all "
+        "samples of 1x1 layers.",
+        soft_wrap=True,
+    )
+    print(shown(f"{rules.path()}: programs that start now follow it on this machine."))
+    print("Delete that file to go back to the built-in rule.")
 
 
 def _bench(
@@ -629,6 +663,7 @@ def _bench(
 ) -> None:
     from . import bench
 
+    machine.keep_memory()  # as training does, and for all forms
     if finetune is not None:
         more = _given(minutes=minutes, seeds=seeds, each=each)
         _bench_finetuning(finetune, model, csv, threads, more)

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from . import ops
+from .errors import XzooError
 from .home import home
 from .machine import hardware
-from .ops import native
+from .ops import auto, native, operations, rules
 
 VECTORS = {
     16: "AVX-512, 16 floats at a time",
     8: "AVX2, 8 floats at a time",
-    4: "4 floats at a time",
+    4: "4 floats at a time, which `auto` takes only where they were measured",
 }
 LEVELS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
 
@@ -45,11 +46,48 @@ def doctor() -> dict[str, str]:
         "flags": " ".join(record["flags"]),
         "library": str(found.path),
     }
+    facts["rule of auto"] = _rule()
     if reason := _limited_by(record["level"], record["refused"]):
         facts["limited by"] = reason
     if found.skipped:
         facts["not used"] = "; ".join(found.skipped)
     return facts
+
+
+def advice() -> str:
+    """What `xzoo tune` would bring on this machine, in one line; empty where it is not needed: no
+    kernels, a CPU that was measured, or one that the user has measured.
+
+    Compiles nothing.
+    """
+    if operations.forced() != "auto" or not native.possible() or auto.is_measured():
+        return ""
+    try:
+        table = rules.read()
+    except XzooError:
+        table = None
+    if table is not None and not rules.difference(table):
+        return ""
+    return (
+        "xzoo's own kernels were not measured on a CPU like this one: `xzoo tune` finds out in two "
+        "minutes which layers they make faster here, and `auto` then takes them for those"
+    )
+
+
+def _rule() -> str:
+    """The one that `auto` follows here, and why not the user's own."""
+    built_in = "built-in"
+    if not auto.is_measured():
+        built_in += ", not measured on a CPU like this one (`xzoo tune` measures it)"
+    try:
+        table = rules.read()
+    except XzooError as error:
+        return f"{built_in}; {error}"
+    if table is None:
+        return built_in
+    if stale := rules.difference(table):
+        return f"{built_in}; {rules.path()} is {stale}: `xzoo tune` replaces it"
+    return f"tuned on {table.date}: {rules.path()}"
 
 
 def _vectors() -> str:
@@ -64,12 +102,14 @@ def _vectors() -> str:
 def _limited_by(level: str, refused: list[str]) -> str:
     if refused and level != next(iter(native.levels()), ""):
         return refused[0]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ""
     if os.environ.get("ATEN_CPU_CAPABILITY", "") in native.HELD:
         return (
             f"ATEN_CPU_CAPABILITY={os.environ['ATEN_CPU_CAPABILITY']} holds torch and our kernels "
             "to this"
         )
-    if level == "v4" or platform.machine() not in ("x86_64", "AMD64"):
+    if level == "v4":
         return ""
     if not Path("/proc/cpuinfo").exists():
         return "/proc/cpuinfo, which lists what this CPU has, is missing"

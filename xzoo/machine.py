@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -243,8 +244,33 @@ def hardware(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        known = re.search(r"^model name.*?: *(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
-        name = known[1].strip() if known else name
-    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return f"{cpu()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def cpu(root: Path | str = "/") -> str:
+    """The CPU's name, as far as the system knows it."""
+    facts = cpuinfo(root)
+    if "model name" in facts:
+        return facts["model name"]
+    machine = platform.machine()
+    if "CPU part" in facts:  # Linux on ARM has numbers for a name
+        return f"{machine}, implementer {facts.get('CPU implementer')}, part {facts['CPU part']}"
+    if sys.platform == "darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            told = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+            return told.strip() or machine
+    return platform.processor() or machine
+
+
+def cpuinfo(root: Path | str = "/") -> dict[str, str]:
+    """What Linux tells of the first CPU, by its own names of the facts; nothing on other systems."""
+    try:
+        told = (Path(root) / "proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        return {}
+    facts = {}
+    for line in told.partition("\n\n")[0].splitlines():
+        name, _, value = line.partition(":")
+        facts[name.strip()] = value.strip()
+    return facts

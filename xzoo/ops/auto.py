@@ -3,17 +3,26 @@
 `choose` is the rule. Among the 3x3 kernels of `native`, `stride_one` of native/conv3_pixels.h
 chooses.
 
-No stop-watch, so that runs are reproducible.
+No stop-watch while it chooses, so that runs are reproducible. What `xzoo tune` measured beforehand
+comes before the rule written here, on the machine where it was measured (rules.py). Another kernel
+sums in another order, so that results differ by rounding from those without the table, as they do
+on another CPU.
 """
 
+import functools
+import logging
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import group, native
-from .rows import output_shape
+from ..errors import XzooError
+from ..machine import cpuinfo
+from . import group, native, rules
+from .rules import LeastCompression, NativeRule
+
+_logger = logging.getLogger(__name__)
 
 # ---- the library's
 
@@ -37,30 +46,10 @@ GATHER = {"conv2d": GatherBounds(128, 4), "linear": GatherBounds(256, 8)}
 # ---- our own kernels
 
 
-class LeastCompression(NamedTuple):
-    """Inputs / degree from which a product is faster by our own kernels, by the kind of layer."""
-
-    conv3: int  # 3x3
-    conv3_strided: int  # 3x3 with a stride
-    conv1: int  # 1x1
-    linear: int
-    conv1_shared: int  # of a share of SHARED or more, whose outputs read the same inputs
-    linear_shared: int
-
-
-class NativeRule(NamedTuple):
-    """For layers with so many lanes: samples, or pixels of all samples where a kernel is 1x1."""
-
-    least_lanes: int
-    forward: LeastCompression
-    input_grad: LeastCompression
-    weight_grad: LeastCompression
-
-
 SHARED = 4
 
 # Classes of CPUs: floats in a vector of the kernels, and whether `native.fast`. Vectors of 4 floats
-# were not measured, so that the kernels are not taken.
+# were not measured, so that the kernels are not taken but by a user's own table.
 AVX512, AVX512_FAST, AVX2 = (16, False), (16, True), (8, False)
 
 # Of each class, the first rule of which there are lanes enough. Faster is 1.1 times what `library`
@@ -123,93 +112,50 @@ NATIVE: dict[tuple[int, bool], tuple[NativeRule, ...]] = {
 # ---- torch's grouped operations
 
 
-class GroupBounds(NamedTuple):
-    """Where `group` is taken, for graphs that it can run."""
+class MostCompression(NamedTuple):
+    """Inputs / degree up to which a product is faster by `group`, by the kind of layer."""
 
-    most_compression: int  # inputs / degree
-    least_degree: int = 1
-    pixels: tuple[float, float] = (1, math.inf)  # least and most, of a sample's input
-    samples: tuple[float, float] = (0, math.inf)
-    most_results: float = math.inf  # numbers in the result
-    last: bool | None = None  # whether in channels_last; None for both formats
-    permuted: bool = False  # also where the inputs are not in the order of their groups
+    conv3: int
+    conv3_strided: int
+    conv1: int
+    linear: int
+    conv1_shared: int
+    linear_shared: int
+    other: int  # what our kernels do not do
 
 
-ONE, FEW, SEVERAL, MANY = (1, 1), (1, 4), (2, math.inf), (16, math.inf)  # samples
-ALL, AT_7, TO_14 = (1, math.inf), (7**2, 7**2), (1, 14**2)  # pixels
-FROM_4, FROM_7, FROM_14, FROM_16, FROM_28 = ((n**2, math.inf) for n in (4, 7, 14, 16, 28))
-# Numbers of a result that the last cache holds; our kernels write around it, which pays for more.
-FITS = 2**23
+class GroupRule(NamedTuple):
+    """For so many samples."""
 
-# Of each class of CPUs, by product and kind of layer; a class that was not measured takes what it
-# takes for other graphs. Where a bound holds, `group` was 1.0 to 9 times as fast as what is taken
-# for other graphs in all but one of twenty of the sizes that were measured, and nowhere a loss of
-# more than a fifth (tests/golden/group.csv; 2026-11-29, torch 2.14, one thread of a Zen 3,
-# float32).
-GROUP: dict[tuple[int, bool], dict[tuple[str, str], tuple[GroupBounds, ...]]] = {
-    AVX2: {
-        ("forward", "conv3"): (GroupBounds(4, 32, FROM_14),),
-        ("forward", "conv3_strided"): (
-            GroupBounds(4, 32, FROM_16, SEVERAL),
-            GroupBounds(4, 32, FROM_28),
-            GroupBounds(4, 64, FROM_16, last=False, permuted=True),
+    least_samples: int
+    forward: MostCompression
+    input_grad: MostCompression
+    weight_grad: MostCompression
+
+
+ANY = 2**31  # a compression that no layer has
+# Where the inputs are not in the order of the groups, ordering them costs more than these gain.
+ORDERED = ("conv1", "conv1_shared", "linear", "linear_shared")
+
+# Of each class of CPUs, the first rule of which there are samples enough; a class that was not
+# measured takes what it takes for other graphs. Where `group` is taken it is 1.0 to 9 times as fast
+# in all but one of twenty of the sizes that were measured, and at least 0.59 times
+# (tests/golden/group.csv; 2026-11-29, torch 2.14, one thread of a Zen 3, float32).
+GROUP: dict[tuple[int, bool], tuple[GroupRule, ...]] = {
+    AVX2: (
+        GroupRule(
+            5,
+            forward=MostCompression(0, 4, 0, 4, 0, 0, ANY),
+            input_grad=MostCompression(0, 2, 2, 16, 0, 16, ANY),
+            weight_grad=MostCompression(0, 0, 0, 4, 0, 4, ANY),
         ),
-        ("forward", "conv1"): (
-            GroupBounds(2, samples=ONE),
-            GroupBounds(2, last=True),
-            GroupBounds(16, 64, AT_7, ONE),
-            GroupBounds(16, 64, ALL, MANY, FITS, last=True),
+        GroupRule(
+            0,
+            forward=MostCompression(0, 0, 2, 4, 0, 0, ANY),
+            input_grad=MostCompression(0, 4, 2, 16, 0, 4, ANY),
+            weight_grad=MostCompression(8, 8, 2, 4, 2, 4, ANY),
         ),
-        ("forward", "conv1_shared"): (
-            GroupBounds(4, 128, AT_7, ONE),
-            GroupBounds(8, 64, ALL, MANY, FITS, last=True),
-        ),
-        ("forward", "linear"): (GroupBounds(8, samples=SEVERAL), GroupBounds(16, 128)),
-        ("forward", "other"): (GroupBounds(16, 8, permuted=True),),
-        ("input_grad", "conv3"): (GroupBounds(4, 32, FROM_14),),
-        ("input_grad", "conv3_strided"): (
-            GroupBounds(4, 32, last=True),
-            GroupBounds(8, 16, samples=ONE),
-            GroupBounds(8, 16, samples=ONE, last=False, permuted=True),
-        ),
-        ("input_grad", "conv1"): (
-            GroupBounds(2),
-            GroupBounds(16, 64, AT_7, ONE),
-            GroupBounds(16, 32, ALL, MANY, FITS, last=True),
-        ),
-        ("input_grad", "conv1_shared"): (
-            GroupBounds(4, 128, AT_7, ONE),
-            GroupBounds(16, 32, ALL, MANY, FITS, last=True),
-        ),
-        ("input_grad", "linear"): (GroupBounds(16, samples=SEVERAL), GroupBounds(16, 128)),
-        ("input_grad", "linear_shared"): (
-            GroupBounds(8, samples=SEVERAL),
-            GroupBounds(16, 128),
-            GroupBounds(8, 128, permuted=True),
-        ),
-        ("input_grad", "other"): (GroupBounds(16, 8, permuted=True),),
-        ("weight_grad", "conv3"): (
-            GroupBounds(16, 8, FROM_4, FEW),
-            GroupBounds(16, 32, FROM_4, FEW, permuted=True),
-        ),
-        ("weight_grad", "conv3_strided"): (GroupBounds(16, 16, samples=FEW, permuted=True),),
-        ("weight_grad", "conv1"): (
-            GroupBounds(2, samples=FEW),
-            GroupBounds(2, 1, FROM_7, last=False),
-        ),
-        ("weight_grad", "conv1_shared"): (
-            GroupBounds(2, samples=FEW),
-            GroupBounds(2, 1, TO_14, FEW, permuted=True),
-            GroupBounds(2, 1, FROM_7, last=False),
-        ),
-        ("weight_grad", "linear"): (GroupBounds(8, samples=SEVERAL), GroupBounds(16, 128)),
-        ("weight_grad", "linear_shared"): (
-            GroupBounds(8, samples=SEVERAL),
-            GroupBounds(16, 128, samples=SEVERAL),
-            GroupBounds(8, 128, samples=SEVERAL, permuted=True),
-        ),
-        ("weight_grad", "other"): (GroupBounds(16, 8, permuted=True),),
-    },
+    ),
 }
 
 
@@ -222,15 +168,15 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
 
     `geometry` is a convolution's stride, padding and dilation.
     """
-    bounds = grouped(name, x, weight, neighbours, *geometry)
-    order = group.order_of(neighbours, x.shape[1]) if bounds else ""
-    if any(order == "ascending" or (order and each.permuted) for each in bounds):
+    kind = grouped(name, x, weight, neighbours, *geometry)
+    order = group.order_of(neighbours, x.shape[1]) if kind else ""
+    if order == "ascending" or (order and kind not in ORDERED):
         return "group"
     operation, _, gradient = name.partition("_")
     if not native.missing(operation, x, weight, neighbours, *geometry):
         kind = _kind(operation, weight, neighbours, *geometry)
         lanes = x.shape[0] if kind in ("conv3", "conv3_strided") else x.numel() // x.shape[1]
-        for rule in NATIVE.get((native.lanes(), native.fast()), ()):
+        for rule in _rules(native.lanes(), native.fast()):
             if lanes >= rule.least_lanes:
                 least = getattr(getattr(rule, gradient or "forward"), kind)
                 if x.shape[1] >= least * neighbours.shape[1]:
@@ -239,36 +185,51 @@ def choose(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: 
     return library(operation, x, weight, neighbours)
 
 
-def grouped(
-    name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]
-) -> list[GroupBounds]:
-    """The bounds that such a layer keeps. Where there are any, `choose` looks at the numbers of
-    neighbours too."""
+@functools.cache
+def _rules(lanes: int, fast: bool) -> tuple[NativeRule, ...]:
+    """Those of this machine, read once: of `xzoo tune`, else those above for this class of CPUs."""
+    try:
+        table = rules.read()
+    except XzooError as error:
+        _logger.warning("%s; the rule of `auto` is the built-in one meanwhile", error)
+        table = None
+    if table is not None and not rules.difference(table):
+        return table.rules
+    return NATIVE.get((lanes, fast), ())
+
+
+def is_measured() -> bool:
+    """Whether NATIVE has a rule for this CPU that was measured on one of its make and family.
+
+    Loads no kernels. Not measured are vectors of 4 floats (ARM, Apple), Intel's CPUs before
+    Sapphire Rapids, and all of AMD's but Zen 3 and 4. (On a Zen 3 `xzoo tune` found no class of the
+    AVX2 rule to be slower, 2026-11-29.)
+    """
+    facts, levels = cpuinfo(), native.levels()
+    if not levels:
+        return False
+    if facts.get("vendor_id") == "GenuineIntel":
+        return levels[0] == "v4" and "avx512_fp16" in facts.get("flags", "").split()
+    return facts.get("vendor_id") == "AuthenticAMD" and facts.get("cpu family") == "25"
+
+
+def grouped(name: str, x: Tensor, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:
+    """The kind of a layer whose sizes are such that `group` is faster, if its graph is one of
+    groups: that, `choose` finds out of the numbers. Empty for other layers."""
     operation, _, gradient = name.partition("_")
     n_in, (blocks, degree) = x.shape[1], neighbours.shape
     if n_in == degree or n_in % degree or blocks % (n_in // degree):
-        return []
+        return ""
     if not x.is_cpu or x.dtype != torch.float32 or not native.available():
-        return []
-    rule = GROUP.get((native.lanes(), native.fast()), {})
-    kind = "other"  # which our kernels do not do
+        return ""
+    kind = "other"
     if not native.missing(operation, x, weight, neighbours, *geometry):
         kind = _kind(operation, weight, neighbours, *geometry)
-    batch, pixels = x.shape[0], math.prod(x.shape[2:])
-    shapes = {"": output_shape(x, weight, *geometry), "input_grad": x.shape}
-    results = math.prod(shapes.get(gradient, weight.shape))
-    found = []
-    for bounds in rule.get((gradient or "forward", kind), ()):
-        small = n_in <= bounds.most_compression * degree and degree >= bounds.least_degree
-        sized = _within(pixels, bounds.pixels) and results <= bounds.most_results
-        form = bounds.last in (None, not x.is_contiguous())
-        if small and sized and form and _within(batch, bounds.samples):
-            found.append(bounds)
-    return found
-
-
-def _within(value: int, bounds: tuple[float, float]) -> bool:
-    return bounds[0] <= value <= bounds[1]
+    for rule in GROUP.get((native.lanes(), native.fast()), ()):
+        if x.shape[0] >= rule.least_samples:
+            most = getattr(getattr(rule, gradient or "forward"), kind)
+            return kind if n_in <= most * degree else ""
+    return ""
 
 
 def _kind(operation: str, weight: Tensor, neighbours: Tensor, *geometry: list[int]) -> str:

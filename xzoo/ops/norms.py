@@ -3,7 +3,8 @@
 torch runs them one after the other: it reads and writes each tensor more often, and keeps the
 result of both for the backward pass. The kernels (native/norms.h) do the same sums in two passes.
 
-Used for float32 on CPUs; everything else, and whoever traces, gets torch's own functions.
+Used for float32 on CPUs with vectors of 8 floats or more; everything else, and whoever traces, gets
+torch's own functions.
 """
 
 import struct
@@ -68,7 +69,10 @@ def _has_kernel(x: Tensor, training: bool, *tensors: Tensor | None) -> bool:
             return False
     if not training and tensors[0] is None:
         return False
-    return native.available()
+    if not native.available():
+        return False
+    # As auto.py: nobody measured vectors of 4 floats.
+    return forced() == "native" or native.lanes() > 4
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:

@@ -291,7 +291,7 @@ def _is_scattered(grad: Tensor) -> bool:
     """Whether a kernel would copy a gradient first: an expanded one, such as that of a sum."""
     if grad.layout is not torch.strided or grad.is_contiguous() or not grad.is_cpu:
         return False
-    if type(grad) is not Tensor or torch.is_grad_enabled() or _watched():
+    if type(grad) is not Tensor or torch.is_grad_enabled() or _is_watched():
         return False
     return not torch.compiler.is_compiling()
 
@@ -335,23 +335,24 @@ def _do(name: str, *arguments: Any) -> Tensor:
     a quarter of a small network's time at batch 1 (x_vgg16_c8, Zen 4).
     """
     plain = type(arguments[0]) is Tensor and type(arguments[1]) in (Tensor, Parameter)
-    if torch.compiler.is_compiling() or not plain or _watched():
+    seen = not plain or _is_watched() or torch.autograd._profiler_enabled()
+    if torch.compiler.is_compiling() or seen:
         return _registered(name, *arguments)
     return _FUNCTIONS[name](*arguments)
 
 
 def is_observed(x: Any) -> bool:
-    """Whether an operation on x is seen by more than autograd's backward pass: x is a subclass or a
-    proxy, or torch compiles, traces, counts, transforms, or derives forwards."""
+    """Whether an operation on x is for more than its result and autograd's backward pass: x is a
+    subclass or a proxy, or torch compiles, traces, counts, transforms, or derives forwards."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return _watched() or forward_ad._current_level >= 0
+    return _is_watched() or forward_ad._current_level >= 0
 
 
-def _watched() -> bool:
-    """By a mode (fake tensors, a FLOP counter), a transform (vmap) or the profiler."""
+def _is_watched() -> bool:
+    """By a mode (fake tensors, a FLOP counter) or a transform (vmap)."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
+    return transformed or is_in_torch_dispatch_mode()
 
 
 # The registered operations. A gradient takes the tensor x or weight even where only its shape

@@ -97,7 +97,14 @@ struct Each {  // one of n neighboring channels
 };
 
 INLINE V some(const float* p, long n) { return n == VL ? load(p) : load_some(p, n); }
-INLINE void put(float* p, V v, long n) { n == VL ? stream(p, v) : store_some(p, v, n); }
+INLINE void put(float* p, V v, long n, bool past_caches) {
+  if (n < VL) store_some(p, v, n);
+  else if (past_caches) stream(p, v);
+  else store(p, v);
+}
+// Whether what lies together is whole lines of the cache: lines that are written in part past the
+// caches, and in part not, cost more than is gained (14x14 and 7x7 pixels).
+INLINE bool whole_lines(const Norm& a) { return (a.last ? a.C : a.P) * sizeof(float) % 64 == 0; }
 INLINE V first(V v, long n) {  // the others zero
   static const float kPlace[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return n == VL ? v : load(kPlace) < all((float)n) ? v : all(0);
@@ -133,9 +140,12 @@ INLINE void over_all(const Norm& a, K constants, F use) {
       }
     });
   parallel(a.N * a.P, a.threads, [&](long begin, long end) {
+    // Copies that no store can reach: they stay in registers.
+    const K at = constants;
+    const F each = use;
+    const Norm size = a;
     for (long p = begin; p < end; p++)
-      over_pixel(a, p,
-                 [&](long c, long i, long n) ALWAYS { use(constants(Each{c, n}), i, n); });
+      over_pixel(size, p, [&](long c, long i, long n) ALWAYS { each(at(Each{c, n}), i, n); });
   });
 }
 
@@ -190,6 +200,9 @@ INLINE void two_passes(const Norm& a, K constants, F f, Then then, L learnt, G u
   float* sums = scratch[0].floats(pieces * room);
   if (no_memory) return;
   parallel(pieces, a.threads, [&](long begin, long end) {
+    const K at = constants;  // copies, as above
+    const F each = f;
+    const Norm size = a;
     for (long b = begin; b < end; b++) {
       double* far = (double*)(sums + b * room);
       float *near = (float*)(far + 2 * a.C), *near_b = near + wide;
@@ -197,8 +210,8 @@ INLINE void two_passes(const Norm& a, K constants, F f, Then then, L learnt, G u
       const long stop = least(pixels, (b + 1) * piece);
       for (long q = b * piece; q < stop; q += NEAR) {
         for (long p = q; p < least(stop, q + NEAR); p++)
-          over_pixel(a, p, [&](long c, long i, long n) ALWAYS {
-            const Pair v = f(constants(Each{c, n}), i, n);
+          over_pixel(size, p, [&](long c, long i, long n) ALWAYS {
+            const Pair v = each(at(Each{c, n}), i, n);
             store(near + c, load(near + c) + v.a);
             store(near_b + c, load(near_b + c) + v.b);
           });
@@ -241,10 +254,11 @@ struct Statistics {
 template <int A>
 void normed(const Norm& a, const float* x, const Statistics& by, float* y) {
   const float *scale = by.scale, *shift = by.shift;
+  const bool past_caches = whole_lines(a);
   over_all(
       a, [=](auto at) { return Line{at.of(scale), at.of(shift)}; },
       [=](const Line& k, long i, long n) ALWAYS {
-        put(y + i, activated<A>(fma(some(x + i, n), k.scale, k.shift)), n);
+        put(y + i, activated<A>(fma(some(x + i, n), k.scale, k.shift)), n, past_caches);
       });
 }
 
@@ -266,6 +280,7 @@ void normed_by_batch(const Norm& a, const float* x, const float* gamma, const fl
                      float* running_mean, float* running_var, const Statistics& to, float* y) {
   const double count = (double)a.N * (double)a.P, m = a.momentum;
   const float *scale = to.scale, *shift = to.shift, *pivot = to.mean;
+  const bool past_caches = whole_lines(a);
   near_means(a, x, to.mean);
   two_passes(
       a, [=](auto at) { return at.of(pivot); },
@@ -283,7 +298,7 @@ void normed_by_batch(const Norm& a, const float* x, const float* gamma, const fl
       },
       [=](auto at) { return Line{at.of(scale), at.of(shift)}; },
       [=](const Line& k, long i, long n) ALWAYS {
-        put(y + i, activated<A>(fma(some(x + i, n), k.scale, k.shift)), n);
+        put(y + i, activated<A>(fma(some(x + i, n), k.scale, k.shift)), n, past_caches);
       });
 }
 
@@ -299,6 +314,7 @@ void norm_gradients(const Norm& a, const float* dy, const float* x, const Statis
                     float* slope, float* level, float* dx, float* dgamma, float* dbeta) {
   const double count = (double)a.N * (double)a.P;
   const float *scale = by.scale, *shift = by.shift, *mean = by.mean, *inverse = by.inverse;
+  const bool past_caches = whole_lines(a);
   two_passes(
       a, [=](auto at) { return Way{at.of(scale), at.of(shift), at.of(mean), all(0), all(0)}; },
       [=](const Way& k, long i, long n) ALWAYS {
@@ -317,7 +333,8 @@ void norm_gradients(const Norm& a, const float* dy, const float* x, const Statis
       },
       [=](const Way& k, long i, long n) ALWAYS {
         const V v = some(x + i, n), d = through<A>(some(dy + i, n), fma(v, k.scale, k.shift));
-        put(dx + i, BY_BATCH ? fma(d, k.scale, fma(v - k.mean, k.slope, k.level)) : d * k.scale, n);
+        const V along = BY_BATCH ? fma(v - k.mean, k.slope, k.level) : all(0);
+        put(dx + i, fma(d, k.scale, along), n, past_caches);
       });
 }
 
