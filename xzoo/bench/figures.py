@@ -22,7 +22,7 @@ import torch
 from .. import files
 from ..errors import XzooError
 from ..files import atomic
-from ..machine import hardware
+from ..machine import cpuinfo, hardware
 from ..ops.tune import Times
 
 T = TypeVar("T")
@@ -138,7 +138,9 @@ def machine() -> dict[str, str]:
     """What the figures were measured on."""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    cpu = f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores"
+    cpu, facts = f"{hardware(torch.device('cpu'))} of {os.cpu_count()} cores", cpuinfo()
+    if "cpu family" in facts:  # a virtual machine may have one name for all that its maker sells
+        cpu += f", family {facts['cpu family']} model {facts['model']}"
     return {
         "machine": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}{device}{load}",
         "torch": str(torch.__version__),
