@@ -264,7 +264,7 @@ def cpu(root: Path | str = "/") -> str:
 
 
 def cpuinfo(root: Path | str = "/") -> dict[str, str]:
-    """What Linux tells of the first CPU, by its own names of the facts; nothing on other systems."""
+    """What Linux tells of the first CPU, by its own names of the facts; nothing elsewhere."""
     try:
         told = (Path(root) / "proc/cpuinfo").read_text("utf-8", errors="replace")
     except OSError:

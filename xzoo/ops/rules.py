@@ -44,7 +44,7 @@ class NativeRule(NamedTuple):
     weight_grad: LeastCompression
 
 
-class Table(NamedTuple):
+class Tuned(NamedTuple):
     """What the file holds; `date` is when it was measured, as 2026-11-29."""
 
     machine: dict[str, Any]
@@ -69,7 +69,7 @@ def write(rules: tuple[NativeRule, ...]) -> None:
     files.write_text(path(), f"{text}\n")
 
 
-def read() -> Table | None:
+def read() -> Tuned | None:
     """The table in the file, of whatever machine; None where there is no file.
 
     Raises: XzooError for a file that cannot be read, or is none that `write` makes.
@@ -84,7 +84,7 @@ def read() -> Table | None:
         lanes = [rule.least_lanes for rule in rules]
         if lanes != sorted(set(lanes), reverse=True) or lanes[-1:] != [0]:
             raise ValueError(f"its rules are for {lanes} lanes, which do not fall to 0")
-        return Table(data["machine"], str(data["date"]), rules)
+        return Tuned(data["machine"], str(data["date"]), rules)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -112,7 +112,7 @@ def _count(value: Any) -> int:
     return value
 
 
-def difference(table: Table) -> str:
+def difference(table: Tuned) -> str:
     """Why a table does not hold here, to go on after "it is "; empty where it does.
 
     Loads the kernels where all but them is as it was.
