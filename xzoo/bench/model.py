@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..convert import to_dense
+from ..convert import dense_form, to_dense
 from ..deploy import deploy
 from ..errors import XzooError
 from ..layers import ExpanderConv2d, ExpanderLinear
@@ -196,24 +196,9 @@ def _with_torchs_groups(model: nn.Module) -> nn.Module:
     """A model of group graphs with torch's own group convolutions, in place; its linear layers
     stay, torch has none.
     """
-    same = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "padding_mode",
-    )
     for name, layer in list(model.named_modules()):
         if isinstance(layer, ExpanderConv2d):
-            arguments: dict[str, Any] = {key: getattr(layer, key) for key in same}
-            groups = layer.in_channels // layer.degree
-            new = nn.Conv2d(**arguments, groups=groups, bias=layer.bias is not None)
-            state = layer.state_dict()
-            del state["neighbours"]
-            new.load_state_dict(state)
-            model.set_submodule(name, new)
+            model.set_submodule(name, dense_form(layer, layer.in_channels // layer.degree))
     return model
 
 

@@ -133,7 +133,7 @@ class GroupRule(NamedTuple):
     weight_grad: MostCompression
 
 
-ANY = 2**31  # a compression that no layer has
+ANY = rules.NEVER  # no layer has more
 # Where the inputs are not in the order of the groups, ordering them costs more than these gain.
 ORDERED = ("conv1", "conv1_shared", "linear", "linear_shared")
 
