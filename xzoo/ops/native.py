@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import XzooError
+from ..machine import cpuinfo
 from .compiler import BuildError, Built, Variant, compilers
 from .compiler import build as compiled
 from .rows import Pair, checked
@@ -361,12 +362,7 @@ def levels() -> list[str]:
     (HELD)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
-    has: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                has = set(line.partition(":")[2].split())
-                break
+    has = set(cpuinfo().get("flags", "").split())
     allowed = HELD.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), LEVELS)
     return [level for level in allowed if LEVELS[level] <= has]
 
